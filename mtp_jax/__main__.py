@@ -1,0 +1,45 @@
+"""The program: `python -m mtp_jax VERB`, also installed as `mtp-jax`."""
+
+import importlib
+import os
+import sys
+
+from mtp_jax.errors import RunFailed, UserError
+
+_USAGE = """usage: mtp-jax VERB [options]
+
+Multi-token prediction: train a language model with n heads, and let it draft for itself.
+
+  prepare   text, JSONL or code into a tokenized corpus
+  train     train a model; the same command again continues the run
+  evaluate  measure a trained model on held-out text
+  generate  decode from a trained model
+
+mtp-jax VERB --help tells the options of a verb."""
+
+_VERBS = ("prepare", "train", "evaluate", "generate")
+
+
+def main() -> int:
+    """Runs a verb; the exit code is 0, 1 for a run that failed, 2 for bad input."""
+    # XLA runs the collectives of all local CPU devices on one pool of as many threads as
+    # there are cores; with more devices than threads they wait for each other for ever.
+    os.environ.setdefault("NPROC", str(max(16, os.cpu_count() or 1)))
+    verb, argv = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
+    if verb in ("-h", "--help"):
+        print(_USAGE)
+        return 0
+    try:
+        if verb not in _VERBS:
+            raise UserError(f"{verb!r} is not a verb; there are {', '.join(_VERBS)}.")
+        return importlib.import_module(f"mtp_jax.{verb}").main(argv)
+    except UserError as error:
+        print(f"mtp-jax: error: {error}", file=sys.stderr)
+        return 2
+    except RunFailed as error:
+        print(f"mtp-jax: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,284 @@
+"""Saving and restoring a run with Orbax: asynchronous, sharded, on any mesh.
+
+A checkpoint holds `params` and `training` (optimizer state, step, random key) as
+separate items, so that evaluation reads parameters only, and as metadata the frozen
+config, the data position, the tokenizer's identity and a checksum of every array.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from orbax.checkpoint import v1 as ocp
+
+from mtp_jax.config import CheckpointConfig
+from mtp_jax.errors import UserError
+from mtp_jax.train_step import TrainState
+
+_POLICIES = ocp.training.preservation_policies
+HELDOUT_LOSS = "heldout_loss"  # the metric that keep_best compares, smaller is better
+
+
+class Checkpoints:
+    """The checkpoints of a workdir, in its folder `checkpoints`."""
+
+    def __init__(self, workdir: pathlib.Path, cfg: CheckpointConfig | None = None):
+        """Opens them; without cfg nothing is ever deleted (reading)."""
+        self.folder = workdir / "checkpoints"
+        self._orbax = ocp.training.Checkpointer(
+            self.folder.absolute(),
+            preservation_policy=None if cfg is None else _retention(cfg),
+        )
+        self._pending: Any = None
+
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, oldest first."""
+        return [c.step for c in self._orbax.checkpoints]
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        metadata: dict[str, Any],
+        heldout_loss: float | None = None,
+    ) -> None:
+        """Begins to save; returns once the arrays are copied off the devices.
+
+        Raises:
+          UserError: this save or the one before it found no room on the disk.
+        """
+        self.wait()
+        sums = jax.device_get(checksums(state))
+        items = _items(state)
+        with _disk_full_is_said(self.folder, self.steps()):
+            self._pending = self._orbax.save_checkpointables_async(
+                step,
+                items,
+                force=True,
+                overwrite=True,
+                metrics=None if heldout_loss is None else {HELDOUT_LOSS: heldout_loss},
+                custom_metadata={**metadata, "checksums": _plain(sums)},
+            )
+
+    def wait(self) -> None:
+        """Waits until the last save is on disk; its failure is raised here."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            with _disk_full_is_said(self.folder, self.steps()):
+                pending.result()
+
+    def close(self) -> None:
+        self.wait()
+        self._orbax.close()
+
+    def newest_metadata(self) -> dict[str, Any]:
+        """What was saved beside the arrays, of the newest checkpoint that has it whole.
+
+        Raises:
+          UserError: none has.
+        """
+        for step in reversed(self.steps()):
+            try:
+                found = self._orbax.checkpointables_metadata(step).custom_metadata
+            except Exception:  # damaged; `restore_newest` reports it
+                continue
+            if found:
+                return found
+        raise UserError(f"{self.folder} holds no checkpoint that can be read.")
+
+    def restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+        """The items of a checkpoint, with the shapes and shardings of `abstract`.
+
+        Args:
+          step: which checkpoint.
+          abstract: item name to a tree of `jax.ShapeDtypeStruct` with shardings.
+
+        Raises:
+          UserError: the saved arrays have other names, shapes or dtypes.
+          DamagedCheckpoint: the files cannot be read, or hold other values than were
+            saved.
+        """
+        try:
+            saved = self._orbax.checkpointables_metadata(step)
+            trees = {name: saved.metadata[name] for name in abstract}
+            sums = saved.custom_metadata["checksums"]
+        except Exception as error:
+            raise DamagedCheckpoint(self.folder / str(step), error) from error
+        _refuse_mismatch(self.folder / str(step), trees, abstract)
+        try:
+            items = self._orbax.load_checkpointables(step, abstract)
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            raise DamagedCheckpoint(self.folder / str(step), error) from error
+        found = {name: _plain(jax.device_get(_sums(items[name]))) for name in items}
+        wrong = [name for name in found if found[name] != sums[name]]
+        if wrong:
+            told = ValueError(f"the checksums of {' and '.join(wrong)} do not match")
+            raise DamagedCheckpoint(self.folder / str(step), told)
+        return items
+
+    def set_aside(self, step: int) -> pathlib.Path:
+        """Moves a damaged checkpoint out of the way of the ones to come."""
+        target = self.folder.parent / "damaged" / str(step)
+        target.parent.mkdir(exist_ok=True)
+        number = 0
+        while target.exists():
+            number += 1
+            target = target.with_name(f"{step}.{number}")
+        (self.folder / str(step)).rename(target)
+        self._orbax.reload()
+        return target
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint whose files are missing, unreadable or altered."""
+
+    def __init__(self, folder: pathlib.Path, cause: Exception):
+        first_line = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        super().__init__(f"checkpoint {folder} is damaged: {first_line[:160]}")
+
+
+def restore_newest(
+    checkpoints: Checkpoints, abstract: dict[str, Any], step: int | None = None
+) -> tuple[int, dict[str, Any], list[int]]:
+    """The newest intact checkpoint, or the one of `step`.
+
+    Returns:
+      Its step, its items, and the steps of damaged ones that were passed over, each
+      reported on stderr.
+
+    Raises:
+      UserError: there is no such checkpoint, or none that can be read.
+    """
+    steps = checkpoints.steps()
+    if step is not None and step not in steps:
+        raise UserError(
+            f"{checkpoints.folder} has no checkpoint of step {step}; there are {steps}."
+        )
+    damaged: list[int] = []
+    for candidate in [step] if step is not None else reversed(steps):
+        try:
+            return candidate, checkpoints.restore(candidate, abstract), damaged
+        except DamagedCheckpoint as error:
+            print(f"mtp_jax: {error}", file=sys.stderr)
+            damaged.append(candidate)
+    raise UserError(f"{checkpoints.folder} holds no checkpoint that can be read.")
+
+
+def abstract_items(state: TrainState) -> dict[str, Any]:
+    """`jax.eval_shape` of a state as the items to restore, on the mesh that is set."""
+    return {name: abstract_tree(item) for name, item in _items(state).items()}
+
+
+def abstract_tree(tree: Any) -> Any:
+    """Shapes with shardings on the mesh that is set, from what `eval_shape` gives."""
+    mesh = jax.sharding.get_mesh()
+
+    def concrete(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = x.sharding.spec if x.sharding else jax.P()
+        sharding = jax.NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(concrete, tree)
+
+
+def state_from_items(items: dict[str, Any]) -> TrainState:
+    return TrainState(params=items["params"], **items["training"])
+
+
+def checksums(state: TrainState) -> dict[str, Any]:
+    """Checksum of every array of the items of a state, uint32 scalars."""
+    return {name: _sums(item) for name, item in _items(state).items()}
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    return {"params": fields.pop("params"), "training": fields}
+
+
+@jax.jit
+def _sums(tree: Any) -> Any:
+    """Wrap-around sum of the bit patterns of every array: the same on any mesh, and
+    changed by any flipped bit. Orbax itself notices missing bytes, not altered ones."""
+
+    def bits(x: jax.Array) -> jax.Array:
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x = jax.random.key_data(x)
+        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+        return jnp.sum(jax.lax.bitcast_convert_type(x, unsigned), dtype=jnp.uint32)
+
+    return jax.tree.map(bits, tree)
+
+
+def _plain(tree: Any) -> dict[str, int]:
+    """A tree of scalars as JSON: path to integer."""
+    leaves, _ = jax.tree.flatten_with_path(tree)
+    return {_name(path): int(x) for path, x in leaves}
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """`params/trunk/w_q`; a named tuple and the dict that Orbax made of it agree."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _refuse_mismatch(
+    folder: pathlib.Path, saved: dict[str, Any], wanted: dict[str, Any]
+) -> None:
+    """Raises UserError with the difference of two trees of arrays, if there is one."""
+
+    def shapes(tree: Any) -> dict[str, str]:
+        leaves, _ = jax.tree.flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+        return {_name(path): f"{x.dtype}{list(x.shape)}" for path, x in leaves}
+
+    there, here = shapes(saved), shapes(wanted)
+    rows = [
+        f"{name}: saved {there.get(name, 'nothing')}, wanted {here.get(name, 'nothing')}"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
+    if rows:
+        more = f"; and {len(rows) - 8} more" if len(rows) > 8 else ""
+        raise UserError(
+            f"checkpoint {folder} does not fit this model: {'; '.join(rows[:8])}{more}."
+        )
+
+
+def _retention(cfg: CheckpointConfig) -> Any:
+    policies: list[Any] = [_POLICIES.LatestN(cfg.keep_latest)]
+    if cfg.keep_every is not None:
+        policies.append(_POLICIES.EveryNSteps(cfg.keep_every))
+    if cfg.keep_best is not None:
+        best = _POLICIES.BestN(
+            get_metric_fn=lambda metrics: metrics[HELDOUT_LOSS],
+            reverse=True,
+            n=cfg.keep_best,
+            keep_checkpoints_without_metrics=False,
+        )
+        policies.append(best)
+    return _POLICIES.AnyPreservationPolicy(policies)
+
+
+@contextlib.contextmanager
+def _disk_full_is_said(folder: pathlib.Path, intact: list[int]) -> Iterator[None]:
+    """Turns "no space" in any of its shapes into one line; other errors pass."""
+    try:
+        yield
+    except Exception as error:
+        text = f"{type(error).__name__} {error} {error.__cause__}"
+        full = isinstance(error, OSError) and error.errno in _NO_ROOM
+        if not full and not any(sign in text for sign in _NO_ROOM_SIGNS):
+            raise
+        kept = f"; the checkpoint of step {intact[-1]} is intact" if intact else ""
+        raise UserError(
+            f"no room on the disk for a checkpoint in {folder}{kept}; free space and run "
+            "the same command again."
+        ) from error
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_ROOM_SIGNS = ("No space left on device", "Disk quota exceeded", "File too large")

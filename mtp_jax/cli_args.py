@@ -1,0 +1,73 @@
+"""What the command lines of the verbs share."""
+
+import argparse
+import pathlib
+from typing import NoReturn
+
+import absl.flags
+from ml_collections import config_flags
+
+from mtp_jax.config import Config, freeze
+from mtp_jax.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that takes no abbreviations and raises instead of exiting."""
+
+    def __init__(self, prog: str, description: str, epilog: str | None = None):
+        super().__init__(
+            prog=prog, description=description, epilog=epilog, allow_abbrev=False
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError with argparse's text and where help is.
+
+        Raises:
+          UserError: always.
+        """
+        raise UserError(f"{self.prog}: {message}; see {self.prog} --help.")
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def config_from(path: str, overrides: list[str]) -> Config:
+    """The frozen config of `--config=FILE[:ARGUMENT]`, edited.
+
+    Args:
+      path: FILE or FILE:ARGUMENT.
+      overrides: `--config.section.field=value`, what argparse left over.
+
+    Raises:
+      UserError: no such file, an unknown field, a wrong type, anything else left over.
+    """
+    if not pathlib.Path(path.partition(":")[0]).is_file():
+        raise UserError(f"--config={path} is not a file; configs/tiny.py is one.")
+    argv = ["mtp-jax", f"--config={path}", *overrides]
+    flags = absl.flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=flags, sys_argv=argv)
+    try:
+        rest = flags(argv)[1:]
+    except absl.flags.UnrecognizedFlagError as error:
+        raise UserError(f"unknown option --{error.flagname}; see --help.") from error
+    except (absl.flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(_what_is_wrong(path, error)) from error
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}; see --help.")
+    return freeze(flags["config"].value)
+
+
+def _what_is_wrong(path: str, error: Exception) -> str:
+    """What a config library says, without its traceback and its list of all fields."""
+    text = str(error.args[0] if error.args else error).replace("\\n", " ")
+    if "Error whilst parsing config file" in text:
+        return f"{path}: {text.strip().splitlines()[-1]}"
+    if not isinstance(error, (AttributeError, KeyError)):
+        return text
+    hint = text.partition("Did you mean ")[2].partition("?")[0]
+    name = text.strip("\\'\"").partition("'")[0].partition('"')[0].strip("\\ ")
+    return f"config has no field {name!r}" + (f"; did you mean {hint}?" if hint else ".")

@@ -1,0 +1,376 @@
+"""Every field of a run, its default and its check.
+
+The dataclasses are the one definition. A file in `configs/` edits the tree that
+`default()` returns; `freeze()` checks the tree and turns it into the dataclasses,
+which is all that the rest of the package ever sees.
+"""
+
+import dataclasses
+import types
+import typing
+from typing import Any, Literal, get_args, get_origin
+
+from ml_collections import ConfigDict, config_dict
+
+from mtp_jax.errors import UserError
+
+Dtype = Literal["float32", "bfloat16"]
+Remat = Literal["none", "full", "dots"]
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise UserError(message)
+
+
+def _require_at_least(section: str, low: float, **fields: float | None) -> None:
+    for name, value in fields.items():
+        _require(
+            value is None or value >= low,
+            f"config.{section}.{name} is {value}; it must be at least {low}.",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A Llama-style trunk and its prediction heads (arXiv:2404.19737, section 2)."""
+
+    vocab_size: int = 256
+    d_model: int = 512
+    num_layers: int = 8  # trunk and heads together, so that n does not change the size
+    n_future_tokens: int = 4  # n: heads, one layer each; 1 is an ordinary model
+    num_query_heads: int = 8
+    num_kv_heads: int = 8  # fewer than query heads: grouped-query attention
+    d_head: int = 64
+    d_ff: int = 1408
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    param_dtype: Dtype = "float32"
+    compute_dtype: Dtype = "float32"
+    remat: Remat = "full"  # what the backward pass of a trunk layer computes again
+
+    def __post_init__(self):
+        _require_at_least(
+            "model",
+            1,
+            vocab_size=self.vocab_size,
+            d_model=self.d_model,
+            num_layers=self.num_layers,
+            n_future_tokens=self.n_future_tokens,
+            num_query_heads=self.num_query_heads,
+            num_kv_heads=self.num_kv_heads,
+            d_head=self.d_head,
+            d_ff=self.d_ff,
+        )
+        _require(
+            self.n_future_tokens <= self.num_layers,
+            f"config.model.n_future_tokens is {self.n_future_tokens}, more than "
+            f"config.model.num_layers ({self.num_layers}), which counts the heads; "
+            f"give at most {self.num_layers} heads or more layers.",
+        )
+        _require(
+            self.num_query_heads % self.num_kv_heads == 0,
+            f"config.model.num_query_heads ({self.num_query_heads}) must be a multiple "
+            f"of config.model.num_kv_heads ({self.num_kv_heads}).",
+        )
+        _require(
+            self.d_head % 2 == 0,
+            f"config.model.d_head is {self.d_head}; rotary positions need an even "
+            "size.",
+        )
+        _require(
+            self.num_query_heads * self.d_head == self.d_model,
+            f"config.model.num_query_heads ({self.num_query_heads}) x "
+            f"config.model.d_head ({self.d_head}) is not config.model.d_model "
+            f"({self.d_model}).",
+        )
+        _require(
+            self.rope_theta > 0 and self.norm_eps > 0,
+            "config.model.rope_theta and config.model.norm_eps must be above 0.",
+        )
+
+    @property
+    def num_trunk_layers(self) -> int:
+        return self.num_layers - self.n_future_tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """How the heads' losses become one number."""
+
+    head_weights: tuple[float, ...] = ()  # one a head; empty: head_decay decides
+    head_decay: float = 1.0  # head i weighs head_decay^(i-1); 1 is the paper's sum
+    z_loss: float = 0.0  # weight of logsumexp^2 (PaLM, arXiv:2204.02311, section 5)
+
+    def __post_init__(self):
+        _require(
+            not self.head_weights or self.head_decay == 1.0,
+            "config.loss.head_weights and config.loss.head_decay are both given; "
+            "keep one.",
+        )
+        _require(
+            all(w >= 0 for w in self.head_weights) and self.head_decay > 0,
+            "config.loss.head_weights must be 0 or more, head_decay above 0.",
+        )
+        _require_at_least("loss", 0, z_loss=self.z_loss)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which prepared corpora, and how they become batches."""
+
+    sources: tuple[str, ...] = ("data/stdlib",)  # directories made by `prepare`
+    weights: tuple[float, ...] = ()  # share of rows of each source; empty: equal
+    seq_len: int = 1024  # positions a row trains; rows hold n_future_tokens more
+    batch_size: int = 32  # rows of a global batch, all microbatches together
+    seed: int = 0  # of the order of documents and rows
+    workers: int = 0  # reader processes; the order of batches does not depend on it
+    verify: bool = True  # compare the sha256 of every shard before the first step
+
+    def __post_init__(self):
+        _require(bool(self.sources), "config.data.sources is empty; name a corpus.")
+        _require(
+            not self.weights or len(self.weights) == len(self.sources),
+            f"config.data.weights has {len(self.weights)} values for "
+            f"{len(self.sources)} sources.",
+        )
+        _require(
+            all(w > 0 for w in self.weights), "config.data.weights must be above 0."
+        )
+        _require_at_least("data", 1, seq_len=self.seq_len, batch_size=self.batch_size)
+        _require_at_least("data", 0, workers=self.workers, seed=self.seed)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW; the defaults are the paper's (arXiv:2404.19737, table S13)."""
+
+    peak_lr: float = 3e-4
+    warmup_steps: int = 2000
+    decay_ratio: float = 0.03  # the cosine ends at decay_ratio x peak_lr
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices (parameters named w_*), not on norms
+    clip_norm: float = 1.0  # of the global gradient norm
+
+    def __post_init__(self):
+        _require_at_least(
+            "optim",
+            0,
+            peak_lr=self.peak_lr,
+            warmup_steps=self.warmup_steps,
+            decay_ratio=self.decay_ratio,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+        )
+        _require(
+            0 <= self.b1 < 1 and 0 <= self.b2 < 1,
+            "config.optim.b1 and config.optim.b2 must be in [0, 1).",
+        )
+        _require(self.clip_norm > 0, "config.optim.clip_norm must be above 0.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length of the run and what the step does."""
+
+    steps: int = 25_000
+    accumulation: int = 1  # microbatches a step
+    seed: int = 0  # of the initial parameters and of the sampled prompts
+    max_bad_steps: int = 10  # non-finite steps in a row that end the run
+    compilation_cache: str = "~/.cache/mtp_jax"  # empty: none
+
+    def __post_init__(self):
+        _require_at_least(
+            "train",
+            1,
+            steps=self.steps,
+            accumulation=self.accumulation,
+            max_bad_steps=self.max_bad_steps,
+        )
+        _require_at_least("train", 0, seed=self.seed)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis; one of them may be -1: all that are left."""
+
+    replica: int = 1  # copies of the model
+    fsdp: int = -1  # parameters and batch split
+    tensor: int = 1  # attention heads, feed-forward width and vocabulary split
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            _require(
+                size == -1 or size >= 1,
+                f"config.mesh.{name} is {size}; it must be at least 1, or -1.",
+            )
+        _require(
+            list(sizes.values()).count(-1) <= 1,
+            "config.mesh has more than one -1; only one axis can be inferred.",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save, and what to keep."""
+
+    every: int = 1000  # steps; the last step is always saved
+    keep_latest: int = 3
+    keep_every: int | None = None  # also every checkpoint of a multiple of this step
+    keep_best: int | None = None  # also the best by held-out head-1 loss
+
+    def __post_init__(self):
+        _require_at_least(
+            "checkpoint",
+            1,
+            every=self.every,
+            keep_latest=self.keep_latest,
+            keep_every=self.keep_every,
+            keep_best=self.keep_best,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Held-out evaluation and sample text during training."""
+
+    every: int | None = 1000  # steps
+    batches: int = 16  # held-out batches each time
+    sample_tokens: int = 128  # new tokens of the sample text; 0: no sample
+    sample_prompt_tokens: int = 64  # taken from a held-out document
+
+    def __post_init__(self):
+        _require_at_least(
+            "eval",
+            1,
+            every=self.every,
+            batches=self.batches,
+            sample_prompt_tokens=self.sample_prompt_tokens,
+        )
+        _require_at_least("eval", 0, sample_tokens=self.sample_tokens)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What a run writes about itself."""
+
+    every: int = 10  # steps
+    tensorboard: bool = True
+    profile_step: int | None = None  # first step of a profiler trace
+    profile_steps: int = 3  # how many steps it covers
+
+    def __post_init__(self):
+        _require_at_least(
+            "log",
+            1,
+            every=self.every,
+            profile_step=self.profile_step,
+            profile_steps=self.profile_steps,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A run."""
+
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+
+    def __post_init__(self):
+        n = self.model.n_future_tokens
+        _require(
+            len(self.loss.head_weights) in (0, n),
+            f"config.loss.head_weights has {len(self.loss.head_weights)} values for "
+            f"{n} heads (config.model.n_future_tokens).",
+        )
+        _require(
+            self.data.batch_size % self.train.accumulation == 0,
+            f"config.data.batch_size ({self.data.batch_size}) is not divisible by "
+            f"config.train.accumulation ({self.train.accumulation}).",
+        )
+
+    @property
+    def row_len(self) -> int:
+        """Tokens of a row: every position has a target for every head."""
+        return self.data.seq_len + self.model.n_future_tokens
+
+
+def default() -> ConfigDict:
+    """The default run as an editable tree; a misspelt field raises at once."""
+    return _editable(Config()).lock()
+
+
+def freeze(tree: ConfigDict | dict[str, Any]) -> Config:
+    """Checks an edited tree and turns it into the dataclasses.
+
+    Raises:
+      UserError: an unknown field, a wrong type, a value out of range, or values
+        that contradict each other; the text names the field.
+    """
+    plain = tree.to_dict() if isinstance(tree, ConfigDict) else tree
+    return _build(Config, plain, "config")
+
+
+def _editable(section: Any) -> ConfigDict:
+    """A dataclass as a ConfigDict; an optional field keeps its type while None."""
+    tree = ConfigDict()
+    hints = typing.get_type_hints(type(section))
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            tree[field.name] = _editable(value)
+        elif isinstance(hints[field.name], types.UnionType):
+            tree[field.name] = config_dict.placeholder(get_args(hints[field.name])[0])
+            tree[field.name] = value
+        else:
+            tree[field.name] = value
+    return tree
+
+
+def _build(cls: type, tree: Any, path: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} is {tree!r}; it must be a section of fields.")
+    for name in tree:
+        _require(name in hints, f"{path}.{name} is not a field. Known: {list(hints)}.")
+    values = {}
+    for name, value in tree.items():
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            values[name] = _build(typing.cast(type, hint), value, f"{path}.{name}")
+        else:
+            values[name] = _checked(hint, value, f"{path}.{name}")
+    return cls(**values)
+
+
+def _checked(hint: Any, value: Any, path: str) -> Any:
+    """`value` as `hint` says; an int is a float, a list is a tuple."""
+    if isinstance(hint, types.UnionType):
+        return None if value is None else _checked(get_args(hint)[0], value, path)
+    if get_origin(hint) is Literal:
+        allowed = get_args(hint)
+        _require(value in allowed, f"{path} is {value!r}; it must be one of {allowed}.")
+        return value
+    if get_origin(hint) is tuple:
+        items = list(value) if isinstance(value, (list, tuple)) else None
+        if items is None:
+            raise UserError(f"{path} is {value!r}; it must be a tuple.")
+        of = get_args(hint)[0]
+        return tuple(_checked(of, v, f"{path}[{i}]") for i, v in enumerate(items))
+    if hint is float and type(value) is int:
+        return float(value)
+    _require(
+        type(value) is hint, f"{path} is {value!r}; it must be of type {hint.__name__}."
+    )
+    return value

@@ -1,0 +1,58 @@
+"""Self-speculative decoding: heads 2..n draft, head 1 verifies (arXiv:1811.03115).
+
+A forward pass reads the last committed token and the n - 1 drafts after it. Head 1 says
+at each of them what really comes next; the drafts up to the first wrong one are right,
+and so is what head 1 says after them. Verifying and drafting are one forward pass
+(section 4 there). The text is that of `plain`, in fewer forward passes.
+
+Axes: N heads, M = N - 1 drafts, B batch, D model width.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.cache import forward
+from mtp_jax.decoders.state import DecodeState, at_slot, commit, last_token
+from mtp_jax.losses import most_likely
+from mtp_jax.model import LanguageModel
+
+
+def heads(n: int) -> int:
+    """All of them."""
+    return n
+
+
+def begin(
+    model: LanguageModel, state: DecodeState, heads_NBD: jax.Array
+) -> DecodeState:
+    """Commits what head 1 says at the prompt's end, and drafts with the others."""
+    said_BN = _say(model, heads_NBD)
+    none_B = jnp.zeros_like(state.length_B)
+    state = commit(state, said_BN[:, :1], none_B + 1, none_B)
+    return dataclasses.replace(state, carry=said_BN[:, 1:])
+
+
+def step(model: LanguageModel, state: DecodeState) -> DecodeState:
+    """Verifies the drafts, commits the right ones and one more, and drafts again."""
+    drafts_BM = state.carry
+    tokens_BN = jnp.concatenate([last_token(state), drafts_BM], axis=1)
+    order_1N = jnp.arange(tokens_BN.shape[1])[None]
+    positions_BN = state.length_B[:, None] - 1 + order_1N
+    heads_NBND, cache = forward(model, tokens_BN, positions_BN, state.cache)
+
+    said_BN = most_likely(model.logits(heads_NBND[0], model.unembedding()))
+    right_BM = (drafts_BM == said_BN[:, :-1]).astype(jnp.int32)
+    agreed_B = jnp.sum(jnp.cumprod(right_BM, axis=1), axis=1)
+    state = dataclasses.replace(state, cache=cache)
+    state = commit(state, said_BN, agreed_B + 1, agreed_B)
+    return dataclasses.replace(
+        state, carry=_say(model, at_slot(heads_NBND[1:], agreed_B))
+    )
+
+
+def _say(model: LanguageModel, heads_NBD: jax.Array) -> jax.Array:
+    """The most likely token of each head, int32 [B, N]."""
+    by_row_BND = jnp.swapaxes(heads_NBD, 0, 1)
+    return most_likely(model.logits(by_row_BND, model.unembedding()))

@@ -1,0 +1,94 @@
+"""The parts of a transformer layer, and stacks of modules.
+
+Axes: B batch, T time, D model width, H query heads, G key-value heads, K head width,
+F feed-forward width.
+
+Weights carry no shape suffix, because a stack adds an axis to them. Matrices are named
+`w_*`, which is also what decides weight decay.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mtp_jax.config import ModelConfig
+from mtp_jax.sharding import spec
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+def weight(
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    *,
+    fan_in: int,
+    dtype: str,
+) -> nnx.Param:
+    """A matrix of variance 1 / fan_in, truncated at two deviations, sharded by axes."""
+    init = jax.nn.initializers.truncated_normal(stddev=fan_in**-0.5)
+    return nnx.Param(init(rngs.params(), shape, dtype, out_sharding=spec(*axes)))
+
+
+def stack(make: Callable[[nnx.Rngs], M], n: int, *, rngs: nnx.Rngs) -> M:
+    """n independent copies of a module as one, its parameters stacked on axis 0."""
+    return jax.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), n))
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis (arXiv:1910.07467, equation 4).
+
+    Normalised in float32, returned in the dtype of x: [..., D] -> [..., D].
+    """
+    x32 = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    normed = (x32 * jax.lax.rsqrt(mean_square + eps)).astype(x.dtype)
+    return normed * scale.astype(x.dtype)
+
+
+def rope_angles(positions_BT: jax.Array, d_head: int, theta: float) -> jax.Array:
+    """Angle of every position and frequency, in radians, float32 [B, T, K/2].
+
+    Frequency j is theta^(-2j/K) (arXiv:2104.09864, section 3.2.2).
+    """
+    exponent = jnp.arange(0, d_head, 2, dtype=jnp.float32) / d_head
+    return positions_BT[:, :, None].astype(jnp.float32) * theta**-exponent
+
+
+def apply_rope(x_BTHK: jax.Array, angles_BTk: jax.Array) -> jax.Array:
+    """Rotates the pairs (j, j + K/2) of each head: the half-split layout of Llama in
+    Hugging Face's transformers. In float32, returned in the dtype of x."""
+    cos = jnp.cos(angles_BTk)[:, :, None, :]
+    sin = jnp.sin(angles_BTk)[:, :, None, :]
+    first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(rotated, axis=-1).astype(x_BTHK.dtype)
+
+
+class MLP(nnx.Module):
+    """Gated feed-forward layer (SwiGLU, arXiv:2002.05202, equation 6)."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        d, f, dtype = cfg.d_model, cfg.d_ff, cfg.param_dtype
+        self.w_gate = weight(rngs, (d, f), ("embed", "ff"), fan_in=d, dtype=dtype)
+        self.w_up = weight(rngs, (d, f), ("embed", "ff"), fan_in=d, dtype=dtype)
+        self.w_down = weight(rngs, (f, d), ("ff", "embed"), fan_in=f, dtype=dtype)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        inner = spec("batch", None, "ff")
+        gate_BTF = project("btd,df->btf", x_BTD, self.w_gate, inner)
+        up_BTF = project("btd,df->btf", x_BTD, self.w_up, inner)
+        outer = spec("batch", None, None)
+        return project(
+            "btf,fd->btd", jax.nn.silu(gate_BTF) * up_BTF, self.w_down, outer
+        )
+
+
+def project(
+    equation: str, x: jax.Array, w: nnx.Param, out: jax.sharding.PartitionSpec
+) -> jax.Array:
+    """einsum of activations with a weight cast to their dtype, laid out as `out`."""
+    return jnp.einsum(equation, x, w[...].astype(x.dtype), out_sharding=out)

@@ -1,0 +1,124 @@
+"""The language model: one trunk, n heads, one norm and one unembedding for all heads.
+
+Axes: B batch, T time, D model width, H query heads, G key-value heads, K head width,
+V vocabulary.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mtp_jax.config import ModelConfig
+from mtp_jax.layers import MLP, apply_rope, project, rms_norm, rope_angles, stack, weight
+from mtp_jax.sharding import spec
+
+# Takes queries [B, T, H, K], keys and values [B, T, G, K]; gives what they read
+# [B, T, H, K] and whatever the caller wants to keep of them (a cache, or nothing).
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, object]]
+
+
+class Block(nnx.Module):
+    """One pre-norm transformer layer, of the trunk or of a head."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        d, k, dtype = cfg.d_model, cfg.d_head, cfg.param_dtype
+        h, g = cfg.num_query_heads, cfg.num_kv_heads
+        by_head = ("embed", "heads", None)
+        self.norm_eps = cfg.norm_eps
+        self.norm_attention = nnx.Param(jnp.ones(d, dtype))
+        self.w_q = weight(rngs, (d, h, k), by_head, fan_in=d, dtype=dtype)
+        self.w_k = weight(rngs, (d, g, k), by_head, fan_in=d, dtype=dtype)
+        self.w_v = weight(rngs, (d, g, k), by_head, fan_in=d, dtype=dtype)
+        back = ("heads", None, "embed")
+        self.w_o = weight(rngs, (h, k, d), back, fan_in=h * k, dtype=dtype)
+        self.norm_mlp = nnx.Param(jnp.ones(d, dtype))
+        self.mlp = MLP(cfg, rngs=rngs)
+
+    def __call__(
+        self, x_BTD: jax.Array, angles_BTk: jax.Array, attend: Attend
+    ) -> tuple[jax.Array, object]:
+        """x_BTD after the layer, and what `attend` keeps."""
+        by_head = spec("batch", None, "heads", None)
+        h_BTD = rms_norm(x_BTD, self.norm_attention[...], self.norm_eps)
+        q_BTHK = apply_rope(project("btd,dhk->bthk", h_BTD, self.w_q, by_head), angles_BTk)
+        k_BTGK = apply_rope(project("btd,dgk->btgk", h_BTD, self.w_k, by_head), angles_BTk)
+        v_BTGK = project("btd,dgk->btgk", h_BTD, self.w_v, by_head)
+        read_BTHK, kept = attend(q_BTHK, k_BTGK, v_BTGK)
+        whole = spec("batch", None, None)
+        x_BTD = x_BTD + project("bthk,hkd->btd", read_BTHK, self.w_o, whole)
+        h_BTD = rms_norm(x_BTD, self.norm_mlp[...], self.norm_eps)
+        return x_BTD + self.mlp(h_BTD), kept
+
+
+class LanguageModel(nnx.Module):
+    """Parallel multi-token prediction (arXiv:2404.19737, section 2).
+
+    P(x_{t+i} | x_<=t) = softmax(unembedding(norm(head_i(trunk(x_<=t))))), i = 1..n.
+    The trunk has num_layers - n layers and every head has one, so the number of
+    parameters does not depend on n, and n = 1 is an ordinary transformer.
+    """
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        table = (cfg.vocab_size, cfg.d_model), ("vocab", "embed")
+        scale = {"fan_in": cfg.d_model, "dtype": cfg.param_dtype}
+        self.w_embedding = weight(rngs, *table, **scale)
+        if not cfg.tie_embeddings:
+            self.w_unembedding = weight(rngs, *table, **scale)
+
+        def block(rngs):
+            return Block(cfg, rngs=rngs)
+
+        self.trunk = stack(block, cfg.num_trunk_layers, rngs=rngs)
+        self.heads = stack(block, cfg.n_future_tokens, rngs=rngs)
+        self.norm = nnx.Param(jnp.ones(cfg.d_model, cfg.param_dtype))
+
+    def embed(self, tokens_BT: jax.Array) -> jax.Array:
+        """Token embeddings in the compute dtype, [B, T, D]."""
+        # Gathered over fsdp first: looking rows up in a table that is split along both
+        # axes makes XLA give up and replicate everything.
+        table_VD = jax.sharding.reshard(
+            self.w_embedding[...].astype(self.cfg.compute_dtype), spec("vocab", None)
+        )
+        return table_VD.at[tokens_BT].get(out_sharding=spec("batch", None, None))
+
+    def angles(self, positions_BT: jax.Array) -> jax.Array:
+        """Rotary angles of the positions, float32 [B, T, K/2]."""
+        return rope_angles(positions_BT, self.cfg.d_head, self.cfg.rope_theta)
+
+    def unembedding(self) -> jax.Array:
+        """The output matrix in the compute dtype, [V, D], gathered over fsdp."""
+        tied = self.cfg.tie_embeddings
+        w = self.w_embedding if tied else self.w_unembedding
+        w_VD = w[...].astype(self.cfg.compute_dtype)
+        return jax.sharding.reshard(w_VD, spec("vocab", None))
+
+    def logits(self, x_BTD: jax.Array, unembedding_VD: jax.Array) -> jax.Array:
+        """Scores of the vocabulary from a head's output, float32 [B, T, V]."""
+        return jnp.einsum(
+            "btd,vd->btv",
+            rms_norm(x_BTD, self.norm[...], self.cfg.norm_eps),
+            unembedding_VD,
+            out_sharding=spec("batch", None, "vocab"),
+            preferred_element_type=jnp.float32,
+        )
+
+
+def run_trunk(
+    model: LanguageModel, x_BTD: jax.Array, angles_BTk: jax.Array, attend: Attend
+) -> jax.Array:
+    """Trunk output [B, T, D] of embeddings x_BTD, for training and evaluation."""
+
+    def layer(x_BTD, block):
+        return block(x_BTD, angles_BTk, attend)
+
+    policy = {
+        "none": jax.checkpoint_policies.everything_saveable,
+        "full": jax.checkpoint_policies.nothing_saveable,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    }[model.cfg.remat]
+    # prevent_cse guards against undoing the rematerialization; inside a scan nothing can.
+    layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+    return jax.lax.scan(layer, x_BTD, model.trunk)[0]

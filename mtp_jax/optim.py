@@ -1,0 +1,44 @@
+"""The optimizer: schedule, clipping, AdamW with decay by name."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtp_jax.config import OptimConfig
+
+
+def learning_rate(cfg: OptimConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up, then a cosine to decay_ratio x peak at the last step.
+
+    The first step (count 0) already takes 1 / warmup_steps of the peak.
+    """
+    curve = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=cfg.peak_lr,
+        warmup_steps=cfg.warmup_steps,
+        decay_steps=max(steps, cfg.warmup_steps + 1),
+        end_value=cfg.peak_lr * cfg.decay_ratio,
+    )
+    return lambda count: curve(jnp.asarray(count) + 1)
+
+
+def is_decayed(params: Any) -> Any:
+    """True for matrices, by name: a stack gives a norm's scale two axes as well."""
+    return jax.tree.map_with_path(lambda path, _: path[-1].key.startswith("w_"), params)
+
+
+def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW (arXiv:1711.05101)."""
+    return optax.chain(
+        optax.clip_by_global_norm(cfg.clip_norm),
+        optax.adamw(
+            learning_rate(cfg, steps),
+            b1=cfg.b1,
+            b2=cfg.b2,
+            eps=cfg.eps,
+            weight_decay=cfg.weight_decay,
+            mask=is_decayed,
+        ),
+    )

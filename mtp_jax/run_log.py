@@ -1,0 +1,140 @@
+"""What a run writes about itself: files for tools, a line for people.
+
+`metrics.jsonl` has one object a logged step, `heldout.jsonl` one an evaluation,
+`run.json` says what ran on what; TensorBoard gets the same scalars.
+"""
+
+import json
+import os
+import pathlib
+import platform
+import sys
+import time
+from importlib import metadata
+from typing import Any
+
+import jax
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class RunLog:
+    """The files of a workdir; only process 0 writes."""
+
+    def __init__(self, workdir: pathlib.Path, start_step: int, tensorboard: bool):
+        """Opens them, dropping what was logged after start_step: it will come again."""
+        self._active = jax.process_index() == 0
+        self._files: dict[str, Any] = {}
+        self._tensorboard = None
+        if not self._active:
+            return
+        for name in ("metrics.jsonl", "heldout.jsonl"):
+            keep_until(workdir / name, start_step)
+            self._files[name] = open(workdir / name, "a", encoding="utf-8")
+        if tensorboard:
+            from tensorboardX import SummaryWriter  # over a second to import
+
+            self._tensorboard = SummaryWriter(
+                str(workdir / "tensorboard"), purge_step=start_step + 1
+            )
+
+    def write(self, name: str, record: dict[str, Any]) -> None:
+        """Appends a record to a file, and its numbers to TensorBoard."""
+        if not self._active:
+            return
+        self._files[name].write(json.dumps(record) + "\n")
+        self._files[name].flush()
+        if self._tensorboard is not None:
+            group = name.removesuffix(".jsonl")
+            for key, value in record.items():
+                if key != "step" and isinstance(value, (int, float)):
+                    self._tensorboard.add_scalar(f"{group}/{key}", value, record["step"])
+            self._tensorboard.flush()
+
+    def say(self, line: str) -> None:
+        """A line for people, on stdout."""
+        if self._active:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+class Stopwatch:
+    """Wall time of the steps since the last reading, and the share spent waiting."""
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets what passed, such as an evaluation between two steps."""
+        self._begin, self._waited_s, self._steps = time.perf_counter(), 0.0, 0
+
+    def waited(self, seconds: float) -> None:
+        self._waited_s += seconds
+
+    def stepped(self) -> None:
+        self._steps += 1
+
+    def read(self) -> tuple[float, float]:
+        """Seconds a step and the share of them waiting for data; begins anew."""
+        passed = time.perf_counter() - self._begin
+        result = passed / max(self._steps, 1), self._waited_s / passed
+        self.restart()
+        return result
+
+
+def keep_until(path: pathlib.Path, step: int) -> None:
+    """Drops the records after `step`, and a last line cut short by a crash."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            if line and json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            continue
+    write_atomically(path, "".join(kept))
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Writes a file that is either the old one or the new one, never a part."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    write_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+def environment(mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Versions, devices and mesh, for run.json."""
+    device = jax.devices()[0]
+    return {
+        "versions": {
+            "mtp_jax": metadata_version("mtp-jax"),
+            "python": platform.python_version(),
+            **{name: metadata_version(name) for name in _PACKAGES},
+        },
+        "device": {
+            "platform": device.platform,
+            "kind": device.device_kind,
+            "count": jax.device_count(),
+            "processes": jax.process_count(),
+        },
+        "mesh": dict(mesh.shape),
+        "command": sys.argv,
+    }
+
+
+def metadata_version(package: str) -> str | None:
+    """Version of an installed package, None if it runs from a source tree."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

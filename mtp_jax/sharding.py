@@ -1,0 +1,78 @@
+"""The mesh, and the one table from logical axes to mesh axes.
+
+The mesh is in explicit mode: the sharding of an array is part of its type, and an
+operation whose result could be laid out in several ways is told which.
+"""
+
+import dataclasses
+import math
+
+import jax
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from mtp_jax.config import Config, MeshConfig
+from mtp_jax.errors import UserError
+
+_MESH_AXES: dict[str | None, tuple[str, ...] | str | None] = {
+    None: None,
+    "batch": ("replica", "fsdp"),
+    "embed": "fsdp",  # width of weights; activations keep it whole
+    "heads": "tensor",
+    "ff": "tensor",
+    "vocab": "tensor",
+}
+
+
+def spec(*axes: str | None) -> PartitionSpec:
+    """`spec("embed", "heads", None)` is `PartitionSpec("fsdp", "tensor", None)`."""
+    return PartitionSpec(*(_MESH_AXES[axis] for axis in axes))
+
+
+def make_mesh(cfg: MeshConfig) -> Mesh:
+    """The mesh over all devices of all processes; an axis of -1 takes what is left.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    sizes = dataclasses.asdict(cfg)
+    devices = jax.device_count()
+    known = math.prod(size for size in sizes.values() if size != -1)
+    shape = tuple(devices // known if s == -1 else s for s in sizes.values())
+    if math.prod(shape) != devices:
+        raise UserError(
+            f"config.mesh {sizes} does not multiply to the {devices} devices that are "
+            "there; change an axis, or give one of them as -1."
+        )
+    return jax.make_mesh(shape, tuple(sizes), (AxisType.Explicit,) * len(shape))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Over how many shards the rows of a batch are split."""
+    return mesh.shape["replica"] * mesh.shape["fsdp"]
+
+
+def check_divisible(cfg: Config, mesh: Mesh) -> None:
+    """Refuses a config whose arrays do not split evenly over the mesh.
+
+    Raises:
+      UserError: naming the field, its size and the axes.
+    """
+    model = cfg.model
+    microbatch = cfg.data.batch_size // cfg.train.accumulation
+    splits = [
+        ("data.batch_size / train.accumulation", microbatch, "batch"),
+        ("model.d_model", model.d_model, "embed"),
+        ("model.num_query_heads", model.num_query_heads, "heads"),
+        ("model.num_kv_heads", model.num_kv_heads, "heads"),
+        ("model.d_ff", model.d_ff, "ff"),
+        ("model.vocab_size", model.vocab_size, "vocab"),
+    ]
+    for field, size, logical in splits:
+        axes = _MESH_AXES[logical]
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        shards = math.prod(mesh.shape[name] for name in names)
+        if size % shards:
+            raise UserError(
+                f"config.{field} ({size}) is not divisible by the {shards} devices of "
+                f"config.mesh.{' x '.join(names)}."
+            )

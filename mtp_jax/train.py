@@ -1,0 +1,92 @@
+"""The verb `train`: from a config and a workdir to a run, begun or continued."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import socket
+
+import jax
+
+from mtp_jax.cli_args import Parser, config_from
+from mtp_jax.config import Config, ModelConfig
+from mtp_jax.corpus import Corpus
+from mtp_jax.data import open_sources
+from mtp_jax.errors import UserError
+from mtp_jax.loop import run
+from mtp_jax.sharding import check_divisible, make_mesh
+from mtp_jax.tokenizer import save_tokenizer
+
+
+def main(argv: list[str]) -> int:
+    """Checks everything that can be checked, then trains. Changes nothing before."""
+    parser = Parser(
+        "mtp-jax train",
+        "Train a model, or go on where the workdir's newest checkpoint stands.",
+        epilog="Any field of the config: --config.section.field=value.",
+    )
+    parser.add_argument(
+        "--config", required=True, metavar="F", help="a Python file, FILE or FILE:ARGUMENT"
+    )
+    parser.add_argument("--workdir", required=True, metavar="D", help="folder of the run")
+    args, overrides = parser.parse_known_args(argv)
+    cfg = config_from(args.config, overrides)
+    _start_jax(cfg)
+    mesh = make_mesh(cfg.mesh)
+    check_divisible(cfg, mesh)
+    workdir = pathlib.Path(args.workdir)
+    _refuse_another_model(cfg.model, workdir)
+    part = (jax.process_index(), jax.process_count())
+    corpora = open_sources(cfg, part=part)
+    _prepare_workdir(workdir, corpora)
+    with jax.set_mesh(mesh):
+        run(cfg, workdir, mesh, corpora)
+    return 0
+
+
+def _start_jax(cfg: Config) -> None:
+    """The runtime of this process, alone or with the others of a pod.
+
+    jax.distributed is also what notices SIGTERM, so a process on its own joins a group
+    of one.
+    """
+    if cfg.train.compilation_cache:
+        cache = os.path.expanduser(cfg.train.compilation_cache)
+        jax.config.update("jax_compilation_cache_dir", cache)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    jax.distributed.initialize(address, num_processes=1, process_id=0)
+
+
+def _refuse_another_model(model: ModelConfig, workdir: pathlib.Path) -> None:
+    """Raises UserError if the workdir's run has another model, naming each field."""
+    path = workdir / "run.json"
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir} is a file; give a folder.")
+    if not path.exists():
+        return
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))["config"]["model"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not a run's; remove it or choose another workdir.")
+    wanted = dataclasses.asdict(model)
+    rows = [
+        f"{name} is {saved.get(name)} there and {wanted.get(name)} here"
+        for name in sorted(saved.keys() | wanted.keys())
+        if saved.get(name) != wanted.get(name)
+    ]
+    if rows:
+        raise UserError(
+            f"--workdir={workdir} holds a run of another model: {'; '.join(rows)}. "
+            "Choose another workdir, or the config of that run."
+        )
+
+
+def _prepare_workdir(workdir: pathlib.Path, corpora: list[Corpus]) -> None:
+    """Makes the folder, with the tokenizer, so that a run can be moved as a whole."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        save_tokenizer(corpora[0].tokenizer, workdir)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}.")

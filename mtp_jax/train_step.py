@@ -1,0 +1,135 @@
+"""The training state, and the one compiled step from a batch to the next state.
+
+Axes: A microbatches, B rows of a microbatch, S tokens of a row, N heads.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from mtp_jax.config import Config, ModelConfig
+from mtp_jax.losses import (
+    HeadSums,
+    head_sums,
+    head_weights,
+    objective,
+    summarize,
+    target_counts,
+)
+from mtp_jax.model import LanguageModel
+from mtp_jax.optim import learning_rate, make_optimizer
+
+Batch = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that training needs to go on: plain arrays, no Flax objects."""
+
+    step: jax.Array  # global batches consumed, int32
+    bad_steps: jax.Array  # non-finite steps in a row, skipped, int32
+    key: jax.Array  # of whatever a run draws at random besides its parameters
+    params: Any
+    opt_state: optax.OptState
+
+
+def model_builder(
+    cfg: ModelConfig,
+) -> tuple[Callable[[jax.Array], Any], Callable[[Any], LanguageModel]]:
+    """`init(key) -> params`, a nested dict, and `build(params) -> model`."""
+
+    def make(key: jax.Array) -> LanguageModel:
+        return LanguageModel(cfg, rngs=nnx.Rngs(params=key))
+
+    graphdef = nnx.graphdef(jax.eval_shape(make, jax.random.key(0)))
+    return (
+        lambda key: nnx.to_pure_dict(nnx.state(make(key))),
+        lambda params: nnx.merge(graphdef, params),
+    )
+
+
+def make_init(cfg: Config) -> Callable[[jax.Array], TrainState]:
+    """`init(key) -> state`, jitted. Needs the mesh to be set.
+
+    `jax.eval_shape(init, key)` gives the shapes and shardings of a state.
+    """
+    init_params, _ = model_builder(cfg.model)
+    optimizer = make_optimizer(cfg.optim, cfg.train.steps)
+
+    @jax.jit
+    def init(key: jax.Array) -> TrainState:
+        params_key, run_key = jax.random.split(key)
+        params = init_params(params_key)
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, zero, run_key, params, optimizer.init(params))
+
+    return init
+
+
+def make_step(
+    cfg: Config,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """`step(state, batch) -> (state, metrics)`, jitted; the state is donated.
+
+    A batch holds tokens, segments and positions, int32 [A, B, S], and hash, uint32
+    [A, B, 2]. Metrics are small arrays; reading one waits for the step.
+    """
+    _, build = model_builder(cfg.model)
+    n = cfg.model.n_future_tokens
+    optimizer = make_optimizer(cfg.optim, cfg.train.steps)
+    schedule = learning_rate(cfg.optim, cfg.train.steps)
+
+    def loss_fn(params: Any, microbatch: Batch, count_N: jax.Array):
+        sums = head_sums(build(params), microbatch)
+        weights_N = head_weights(cfg.loss, n)
+        return objective(sums, count_N, weights_N, cfg.loss.z_loss), sums
+
+    @jax.jit(donate_argnames="state")
+    def step(state: TrainState, batch: Batch):
+        count_N = jnp.sum(
+            jax.vmap(target_counts, in_axes=(0, None))(batch["segments"], n), axis=0
+        )
+
+        def add_microbatch(total, microbatch):
+            grad = jax.value_and_grad(loss_fn, has_aux=True)
+            (loss, sums), grads = grad(state.params, microbatch, count_N)
+            return jax.tree.map(jnp.add, total, (loss, sums, grads)), None
+
+        zero_sums = HeadSums(*[jnp.zeros(n)] * 4, jnp.zeros(()), jnp.zeros(n))
+        zeros = (jnp.zeros(()), zero_sums, jax.tree.map(jnp.zeros_like, state.params))
+        rows = {k: batch[k] for k in ("tokens", "segments", "positions")}
+        (loss, sums, grads), _ = jax.lax.scan(add_microbatch, zeros, rows)
+
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+
+        def unless_bad(new, old):
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        new_state = TrainState(
+            step=state.step + 1,
+            bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
+            key=state.key,
+            params=unless_bad(params, state.params),
+            opt_state=unless_bad(opt_state, state.opt_state),
+        )
+        metrics = {
+            **summarize(sums),
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": schedule(state.step),
+            "bad_steps": new_state.bad_steps,
+            "tokens": sums.count_N[0],
+            "hash": jnp.sum(batch["hash"], axis=(0, 1)),
+        }
+        return new_state, metrics
+
+    return step

@@ -1,0 +1,472 @@
+"""The verb prepare, and what Corpus says of its output."""
+
+import gzip
+import hashlib
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from mtp_jax import prepare
+from mtp_jax.corpus import Corpus, verify
+from mtp_jax.errors import UserError
+from mtp_jax.tokenizer import load_tokenizer, train_sentencepiece
+
+BOS, EOS = 0xFE, 0xFF
+
+
+def run(source, output, *options):
+    argv = [f"--input={source}", f"--output={output}", "--workers=1", *options]
+    assert prepare.main(argv) == 0
+    return Corpus.open(output)
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def texts_of(corpus, split):
+    """name -> text of a split."""
+    documents = corpus.documents(split)
+    return {
+        documents.name(i): corpus.tokenizer.decode(documents.tokens(i))
+        for i in range(len(documents))
+    }
+
+
+def all_texts(corpus):
+    return texts_of(corpus, "train") | texts_of(corpus, "heldout")
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Sixty text files of different sizes."""
+    folder = tmp_path / "src"
+    folder.mkdir()
+    for i in range(60):
+        text = f"# file {i}\n" + f"x_{i} = {i * i}\n" * (i % 7)
+        (folder / f"f{i:02d}.py").write_text(text)
+    return folder
+
+
+def test_every_file_is_one_document_between_begin_and_end(source, tmp_path):
+    corpus = run(source, tmp_path / "out")
+
+    assert all_texts(corpus) == {
+        f"src/{p.name}": p.read_text() for p in source.iterdir()
+    }
+    for split in ("train", "heldout"):
+        documents = corpus.documents(split)
+        found = [documents.tokens(i) for i in range(len(documents))]
+        assert all(t[0] == BOS and t[-1] == EOS for t in found)
+        assert documents.lengths.tolist() == [len(t) for t in found]
+        entry = corpus.manifest["splits"][split]
+        assert entry["documents"] == len(found)
+        assert (
+            entry["tokens"] == sum(map(len, found)) == entry["bytes"] + 2 * len(found)
+        )
+
+
+def test_the_files_are_flat_little_endian_arrays_with_their_sha256(source, tmp_path):
+    corpus = run(source, tmp_path / "out")
+    shard = corpus.manifest["splits"]["train"]["shards"][0]
+
+    offsets = np.fromfile(tmp_path / "out" / "train-00000.offsets", "<u8")
+    tokens = np.fromfile(tmp_path / "out" / "train-00000.tokens", "<u1")
+    names = (tmp_path / "out" / "train-00000.names").read_text().splitlines()
+
+    assert len(offsets) == len(names) + 1 == shard["documents"] + 1
+    for i, name in enumerate(names):
+        text = (source.parent / name).read_bytes()
+        assert tokens[offsets[i] : offsets[i + 1]].tobytes() == b"\xfe" + text + b"\xff"
+    for kind, recorded in shard["files"].items():
+        data = (tmp_path / "out" / f"train-00000.{kind}").read_bytes()
+        assert recorded["bytes"] == len(data)
+        assert recorded["sha256"] == hashlib.sha256(data).hexdigest()
+
+
+def test_shards_split_between_documents_only(source, tmp_path):
+    whole = run(source, tmp_path / "whole")
+    split = run(source, tmp_path / "split", "--shard_tokens=150")
+
+    assert len(split.manifest["splits"]["train"]["shards"]) > 5
+    assert all(
+        shard["tokens"] <= 150 or shard["documents"] == 1
+        for shard in split.manifest["splits"]["train"]["shards"]
+    )
+    assert texts_of(split, "train") == texts_of(whole, "train")
+    assert list(texts_of(split, "train")) == list(texts_of(whole, "train"))
+    np.testing.assert_array_equal(
+        split.documents("train").lengths, whole.documents("train").lengths
+    )
+
+
+def test_the_number_of_workers_does_not_change_a_byte(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("mtp_jax.tokenizing._TASK_PARTS", 7)
+    monkeypatch.setattr("mtp_jax.documents._BLOCK_BYTES", 500)
+    lines = "".join(json.dumps({"text": f"story {i} " * 5}) + "\n" for i in range(100))
+    (source / "stories.jsonl").write_text(lines)
+
+    options = ["--shard_tokens=900", "--train_tokenizer=300"]
+    run(source, tmp_path / "one", *options)
+    run(source, tmp_path / "three", *options, "--workers=3")
+
+    assert contents(tmp_path / "one") == contents(tmp_path / "three")
+
+
+def test_lines_of_jsonl_are_documents_named_by_line(tmp_path):
+    texts = ["first", "two\u2028lines\u2029 in\x85one", "é😀\x00", "crlf\r\n", "last"]
+    lines = [json.dumps({"body": text}, ensure_ascii=False) for text in texts]
+    lines.insert(2, "")
+    (tmp_path / "d.jsonl").write_bytes("\n".join(lines).encode())
+
+    corpus = run(
+        tmp_path / "d.jsonl", tmp_path / "o", "--text_field=body", "--heldout=0"
+    )
+
+    numbers = [1, 2, 4, 5, 6]
+    expected = {f"d.jsonl:{n}": text for n, text in zip(numbers, texts, strict=True)}
+    assert all_texts(corpus) == expected
+
+
+def test_small_blocks_of_lines_keep_line_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr("mtp_jax.documents._BLOCK_BYTES", 40)
+    lines = [json.dumps({"text": "w" * n}) for n in range(1, 30)]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines) + "\n")
+
+    corpus = run(tmp_path / "d.jsonl", tmp_path / "o", "--heldout=0")
+
+    assert all_texts(corpus) == {f"d.jsonl:{n}": "w" * n for n in range(1, 30)}
+
+
+def test_gzipped_files_give_the_same_documents(tmp_path):
+    for folder, write in (("a", bytes), ("b", gzip.compress)):
+        suffix = ".gz" if folder == "b" else ""
+        (tmp_path / folder).mkdir()
+        lines = b'{"text": "one"}\n{"text": "two"}\n'
+        (tmp_path / folder / f"l.jsonl{suffix}").write_bytes(write(lines))
+        (tmp_path / folder / f"t.txt{suffix}").write_bytes(write("tëxt".encode()))
+
+    plain, zipped = (
+        run(tmp_path / f, tmp_path / f"out-{f}", "--heldout=0") for f in "ab"
+    )
+
+    assert list(all_texts(plain).values()) == ["one", "two", "tëxt"]
+    assert list(all_texts(zipped).values()) == ["one", "two", "tëxt"]
+
+
+def test_only_known_suffixes_that_are_not_excluded_are_read(tmp_path):
+    kept = ["a.py", "b/c.md", "b/d.RST", "e.txt"]
+    left = ["x.bin", ".hidden.py", ".git/y.py", "__pycache__/z.py", "tests/t.py",
+            "b/tests/u.py", "b/v_pb2.py"]  # fmt: skip
+    for name in kept + left:
+        path = tmp_path / "src" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+
+    options = ["--exclude=tests", "--exclude=*_pb2.py", "--heldout=0"]
+    corpus = run(tmp_path / "src", tmp_path / "o", *options)
+
+    assert sorted(all_texts(corpus)) == sorted(f"src/{name}" for name in kept)
+
+
+def test_a_file_named_directly_may_have_any_suffix_and_counts_once(tmp_path):
+    (tmp_path / "notes.log").write_text("text")
+    argv = [f"--input={tmp_path / 'notes.log'}"] * 2
+
+    prepare.main([*argv, f"--output={tmp_path / 'o'}", "--heldout=0"])
+
+    assert all_texts(Corpus.open(tmp_path / "o")) == {"notes.log": "text"}
+
+
+def test_names_with_line_feeds_and_backslashes_come_back(tmp_path):
+    (tmp_path / "s").mkdir()
+    names = ["a\nb.txt", "c\\nd.txt", "e\\.txt", "f\u2028g.txt"]
+    for name in names:
+        (tmp_path / "s" / name).write_text("t")
+
+    corpus = run(tmp_path / "s", tmp_path / "o", "--heldout=0")
+
+    assert set(all_texts(corpus)) == {f"s/{name}" for name in names}
+
+
+def test_copies_of_a_document_fall_on_the_same_side(tmp_path):
+    lines = [json.dumps({"text": f"document {i % 40}"}) for i in range(120)]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines))
+
+    corpus = run(tmp_path / "d.jsonl", tmp_path / "o", "--heldout=0.3")
+
+    train, heldout = (set(texts_of(corpus, s).values()) for s in ("train", "heldout"))
+    assert not train & heldout and len(train | heldout) == 40
+    for text in train | heldout:
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        assert (text in heldout) == (int.from_bytes(digest, "little") / 2**64 < 0.3)
+
+
+def test_empty_documents_are_counted_and_skipped(tmp_path, capsys):
+    texts = ["one", "", " \n", "two"]
+    (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
+
+    corpus = run(tmp_path / "d.jsonl", tmp_path / "o", "--heldout=0")
+
+    assert corpus.manifest["skipped_empty"] == 2
+    assert list(all_texts(corpus).values()) == ["one", "two"]
+    printed = capsys.readouterr()
+    assert "2 empty documents skipped" in printed.out
+    assert (
+        "train: 2 documents, 10 tokens, 6 bytes, 0.600 bytes per token" in printed.out
+    )
+    assert printed.err == ""
+
+
+def test_a_tokenizer_is_trained_on_the_train_split_alone(source, tmp_path):
+    corpus = run(source, tmp_path / "out", "--train_tokenizer=285", "--heldout=0.3")
+
+    model = train_sentencepiece(iter(texts_of(corpus, "train").values()), 285)
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == model
+    assert corpus.manifest["tokenizer"]["vocab_size"] == 285
+    assert (tmp_path / "out" / "train-00000.tokens").stat().st_size == (
+        2 * corpus.manifest["splits"]["train"]["tokens"]
+    )
+    assert all_texts(corpus) == {
+        f"src/{p.name}": p.read_text() for p in source.iterdir()
+    }
+
+
+def test_a_given_model_is_used_and_copied(source, tmp_path):
+    model = train_sentencepiece(iter(["x = 1\n" * 50]), 265)
+    (tmp_path / "given.model").write_bytes(model)
+
+    corpus = run(source, tmp_path / "out", f"--tokenizer={tmp_path / 'given.model'}")
+
+    assert corpus.manifest["tokenizer"]["name"] == "given.model"
+    given = load_tokenizer(str(tmp_path / "given.model"))
+    assert corpus.tokenizer.fingerprint == given.fingerprint
+
+
+def test_the_manifest_has_no_path_of_the_machine(source, tmp_path, monkeypatch):
+    run(source, tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    run("./src", "relative")
+
+    assert str(tmp_path) not in (tmp_path / "out" / "manifest.json").read_text()
+    manifest = json.loads((tmp_path / "relative" / "manifest.json").read_text())
+    assert manifest["options"]["input"] == ["./src"]
+
+
+def refused(tmp_path, name, content, *options, match):
+    """Preparing this file is refused, and leaves nothing behind."""
+    (tmp_path / name).write_bytes(content)
+    before = set(tmp_path.iterdir())
+    argv = [f"--input={tmp_path / name}", f"--output={tmp_path / 'out'}", "--workers=1"]
+    with pytest.raises(UserError, match=match) as found:
+        prepare.main([*argv, *options])
+    assert "\n" not in str(found.value)
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("a.txt", b"abc\xff", r"a\.txt is not UTF-8 at byte 3 \(0xff\).*--exclude"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": ', r"a\.jsonl:2 is not JSON"),
+        ("a.jsonl", b'{"text": "a"}\n[1]\n', r"a\.jsonl:2 is not a JSON object"),
+        ("a.jsonl", b'{"body": "a"}\n', r"a\.jsonl:1 has no field 'text'; it has body"),
+        ("a.jsonl", b'{"text": 7}\n', r"a\.jsonl:1: field 'text' is not a string"),
+        ("a.jsonl", b'{"text": "\\ud800"}', r"a\.jsonl:1: character 0 .*surrogate"),
+        ("a.jsonl", b'{"text": "a"}\n\xc3\n', r"a\.jsonl:2 is not UTF-8 at byte 0"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1 is not JSON"),
+        ("a.txt.gz", b"not gzip", r"a\.txt\.gz cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n')[:-9], r"gz cannot be read"),
+        ("a.txt", b"", "corpus is empty.*1 empty"),
+    ],
+)
+def test_bad_input_is_refused_by_file_and_place(tmp_path, name, content, match):
+    refused(tmp_path, name, content, match=match)
+    refused(tmp_path, name, content, "--train_tokenizer=300", match=r".")
+
+
+def test_bad_input_in_a_worker_is_refused_the_same_way(tmp_path, monkeypatch):
+    monkeypatch.setattr("mtp_jax.documents._BLOCK_BYTES", 10)
+    monkeypatch.setattr("mtp_jax.tokenizing._TASK_PARTS", 2)
+    lines = b'{"text": "abcd"}\n' * 20 + b"oops\n"
+
+    refused(tmp_path, "a.jsonl", lines, "--workers=2", match=r"a\.jsonl:21 is not JSON")
+
+
+def test_a_split_without_documents_is_refused_unless_asked_for(tmp_path):
+    refused(tmp_path, "a.txt", b"single", "--heldout=0.000001", match="no held-out")
+    refused(tmp_path, "a.txt", b"single", "--heldout=0.999999", match="to train on")
+
+    corpus = run(tmp_path / "a.txt", tmp_path / "out", "--heldout=0")
+    assert len(corpus.documents("heldout")) == 0
+    assert corpus.documents("heldout").lengths.tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--heldout=1"], "heldout.*not a number in"),
+        (["--heldout=nan"], "heldout.*not a number in"),
+        (["--workers=0"], "workers.*above 0"),
+        (["--shard_tokens=many"], "shard_tokens.*above 0"),
+        (["--tok=bytes"], "unrecognized arguments: --tok=bytes"),
+        (["--tokenizer=no.model"], r"no\.model cannot be read"),
+        (["--tokenizer=no.model", "--train_tokenizer=300"], "exclude each other"),
+        (["--train_tokenizer=10"], "give at least"),
+        (["--train_tokenizer=9999"], "give at most"),
+        (["--exclude=a.txt"], "no file to read"),
+    ],
+)
+def test_bad_options_are_refused(tmp_path, options, match):
+    refused(tmp_path, "a.txt", b"some text", *options, match=match)
+
+
+def test_missing_options_and_missing_input_are_refused(tmp_path):
+    with pytest.raises(UserError, match="required: --output"):
+        prepare.main(["--input=x"])
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        prepare.main(["--input=nowhere", f"--output={tmp_path / 'o'}"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no file to read .*\.jsonl"):
+        prepare.main([f"--input={tmp_path / 'empty'}", f"--output={tmp_path / 'o'}"])
+
+
+def test_an_earlier_result_is_replaced_only_with_force(source, tmp_path):
+    out = tmp_path / "out"
+    run(source, out, "--shard_tokens=200")
+    before = contents(out)
+
+    with pytest.raises(UserError, match="--force"):
+        run(source, out)
+    assert contents(out) == before
+    (source / "bad.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="UTF-8"):
+        run(source, out, "--force")
+    assert contents(out) == before
+
+    (source / "bad.txt").unlink()
+    run(source, out, "--force")
+    run(source, tmp_path / "fresh")
+    assert contents(out) == contents(tmp_path / "fresh")
+    assert {p.name for p in tmp_path.iterdir()} == {"src", "out", "fresh"}
+
+
+@pytest.mark.parametrize("with_manifest", [False, True])
+def test_files_of_others_are_never_replaced(source, tmp_path, with_manifest):
+    out = tmp_path / "out"
+    if with_manifest:
+        run(source, out)
+    out.mkdir(exist_ok=True)
+    (out / "thesis.txt").write_text("years of work")
+
+    with pytest.raises(UserError, match=r"did not write \(thesis\.txt\)"):
+        run(source, out, "--force")
+    assert (out / "thesis.txt").read_text() == "years of work"
+
+
+def test_an_output_that_is_a_file_is_refused_and_an_empty_folder_taken(
+    source, tmp_path
+):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        run(source, tmp_path / "file")
+    with pytest.raises(UserError, match="cannot be written"):
+        run(source, tmp_path / "file" / "below")
+
+    (tmp_path / "folder").mkdir()
+    run(source, tmp_path / "folder")
+
+
+def test_a_directory_that_is_no_corpus_is_refused(tmp_path):
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(UserError, match=r"not a prepared corpus.*prepare --input"):
+            Corpus.open(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("{", "not JSON"),
+        ("[]", "format None"),
+        ('{"format": 99}', "format 99; this version reads format 1"),
+        ('{"format": 1}', "damaged"),
+        ('{"format": 1, "tokenizer": 3}', "damaged"),
+    ],
+)
+def test_a_manifest_that_cannot_be_used_is_refused(tmp_path, text, match):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=match):
+        Corpus.open(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "offsets", "names"])
+def test_a_flipped_byte_is_found(source, tmp_path, kind):
+    corpus = run(source, tmp_path / "out")
+    verify(corpus)
+    path = tmp_path / "out" / f"train-00000.{kind}"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+    corpus = Corpus.open(tmp_path / "out")
+    verify(corpus, ["heldout"])
+    with pytest.raises(UserError, match=rf"train-00000\.{kind} is damaged.*prepare"):
+        verify(corpus, ["train"])
+
+
+def test_processes_that_share_the_verification_check_every_file(source, tmp_path):
+    corpus = run(source, tmp_path / "out", "--shard_tokens=300")
+    damaged = sorted((tmp_path / "out").glob("*-0*"))
+    for path in damaged:
+        path.write_bytes(bytes(path.stat().st_size))
+
+    found = set()
+    for index in range(len(damaged)):  # so many processes that each has one file
+        with pytest.raises(UserError) as error:
+            verify(corpus, part=(index, len(damaged)))
+        found.add(str(error.value).split(" is damaged")[0])
+    assert len(damaged) > 6
+    assert found == {str(path) for path in damaged}
+    with pytest.raises(UserError):
+        verify(corpus, part=(1, 2))
+
+
+@pytest.mark.parametrize("kind", ["tokens", "offsets", "names"])
+def test_a_truncated_or_missing_shard_is_found_on_opening(source, tmp_path, kind):
+    run(source, tmp_path / "out")
+    path = tmp_path / "out" / f"heldout-00000.{kind}"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=rf"heldout-00000\.{kind} has \d+ bytes"):
+        Corpus.open(tmp_path / "out")
+
+    path.unlink()
+    with pytest.raises(UserError, match=rf"heldout-00000\.{kind} is missing"):
+        Corpus.open(tmp_path / "out")
+
+
+def test_another_tokenizer_in_its_place_is_found(source, tmp_path):
+    run(source, tmp_path / "out", "--train_tokenizer=285")
+    path = tmp_path / "out" / "tokenizer.model"
+    path.write_bytes(train_sentencepiece(iter(["other text"]), 280))
+    with pytest.raises(UserError, match=r"tokenizer\.model is not the tokenizer"):
+        Corpus.open(tmp_path / "out")
+
+    path.unlink()
+    with pytest.raises(UserError, match=r"tokenizer\.model cannot be read"):
+        Corpus.open(tmp_path / "out")
+
+
+def test_documents_pickle_without_their_memory_maps(source, tmp_path):
+    documents = run(source, tmp_path / "out").documents("train")
+    whole = documents.tokens(3)
+
+    again = pickle.loads(pickle.dumps(documents))
+
+    assert len(pickle.dumps(documents)) < 2000
+    np.testing.assert_array_equal(again.tokens(3), whole)
+    np.testing.assert_array_equal(again.tokens(3, 2, 5), whole[2:5])
+    assert again.name(3) == documents.name(3)
+    with pytest.raises(IndexError):
+        again.tokens(len(documents))

@@ -54,8 +54,8 @@ class Checkpoints:
           UserError: this save or the one before it found no room on the disk.
         """
         self.wait()
-        sums = jax.device_get(checksums(state))
         items = _items(state)
+        sums = {name: _plain(jax.device_get(_sums(items[name]))) for name in items}
         with _disk_full_is_said(self.folder, self.steps()):
             self._pending = self._orbax.save_checkpointables_async(
                 step,
@@ -63,7 +63,7 @@ class Checkpoints:
                 force=True,
                 overwrite=True,
                 metrics=None if heldout_loss is None else {HELDOUT_LOSS: heldout_loss},
-                custom_metadata={**metadata, "checksums": _plain(sums)},
+                custom_metadata={**metadata, "checksums": sums},
             )
 
     def wait(self) -> None:
@@ -191,11 +191,6 @@ def state_from_items(items: dict[str, Any]) -> TrainState:
     return TrainState(params=items["params"], **items["training"])
 
 
-def checksums(state: TrainState) -> dict[str, Any]:
-    """Checksum of every array of the items of a state, uint32 scalars."""
-    return {name: _sums(item) for name, item in _items(state).items()}
-
-
 def _items(state: TrainState) -> dict[str, Any]:
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
     return {"params": fields.pop("params"), "training": fields}
@@ -231,9 +226,14 @@ def _refuse_mismatch(
 ) -> None:
     """Raises UserError with the difference of two trees of arrays, if there is one."""
 
+    def told(x: Any) -> str:
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x = jax.eval_shape(jax.random.key_data, x)  # what is on disk
+        return f"{x.dtype}{list(x.shape)}"
+
     def shapes(tree: Any) -> dict[str, str]:
         leaves, _ = jax.tree.flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-        return {_name(path): f"{x.dtype}{list(x.shape)}" for path, x in leaves}
+        return {_name(path): told(x) for path, x in leaves}
 
     there, here = shapes(saved), shapes(wanted)
     rows = [

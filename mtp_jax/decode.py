@@ -15,10 +15,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from mtp_jax.cache import forward, make_cache
+from mtp_jax.cache import make_cache, run_heads_at, run_trunk
 from mtp_jax.config import ModelConfig
 from mtp_jax.decoders import DECODERS
-from mtp_jax.decoders.state import Decoder, DecodeState, at_slot
+from mtp_jax.decoders.state import Decoder, DecodeState
 from mtp_jax.errors import UserError
 from mtp_jax.sharding import batch_shards, spec
 from mtp_jax.tokenizer import Tokenizer
@@ -113,9 +113,7 @@ class Generator:
         drafts = DECODERS[decoder].heads(heads) - 1
         results = [self._result(host, b, stop, drafts) for b in range(len(rows))]
         made = sum(r.tokens_per_forward * r.forwards for r in results)
-        return [
-            dataclasses.replace(r, tokens_per_s=made / elapsed_s) for r in results
-        ]
+        return [dataclasses.replace(r, tokens_per_s=made / elapsed_s) for r in results]
 
     def _check(
         self, max_new_tokens: int, decoder: str, heads: int | None, stop: Sequence[str]
@@ -172,9 +170,7 @@ class Generator:
         """The model with its first n heads only, which is a model too."""
         if n not in self._first_heads:
             layers = self.cfg.num_trunk_layers + n
-            cfg = dataclasses.replace(
-                self.cfg, num_layers=layers, n_future_tokens=n
-            )
+            cfg = dataclasses.replace(self.cfg, num_layers=layers, n_future_tokens=n)
             some = jax.tree.map(lambda w: w[:n], self._params["heads"])
             params = self._params
             if n < self.cfg.n_future_tokens:
@@ -318,16 +314,20 @@ def _read_prompt(model, tokens_BP, length_B, cache):
     """
     b, p = tokens_BP.shape
     w = min(p, _PIECE)
+    n, d, dtype = model.cfg.n_future_tokens, model.cfg.d_model, model.cfg.compute_dtype
 
     def piece(carry, start):
         heads_NBD, cache = carry
         tokens_BW = jax.lax.dynamic_slice_in_dim(tokens_BP, start, w, axis=1)
         positions_BW = start + jnp.arange(w)[None] + jnp.zeros_like(tokens_BW)
-        heads_NBWD, cache = forward(model, tokens_BW, positions_BW, cache)
-        heads_NBD += at_slot(heads_NBWD, length_B - 1 - start)
-        return (heads_NBD, cache), None
+        trunk_BWD, cache = run_trunk(model, tokens_BW, positions_BW, cache)
+        slot_B = length_B - 1 - start
+        here_NBD, cache = run_heads_at(
+            model, range(n), trunk_BWD, positions_BW, slot_B, cache
+        )
+        is_here_1B1 = ((slot_B >= 0) & (slot_B < w))[None, :, None]
+        return (jnp.where(is_here_1B1, here_NBD, heads_NBD), cache), None
 
-    n, d, dtype = model.cfg.n_future_tokens, model.cfg.d_model, model.cfg.compute_dtype
     nothing_NBD = jnp.zeros((n, b, d), dtype, out_sharding=spec(None, "batch", None))
     starts = jnp.arange(0, p, w)
     (heads_NBD, cache), _ = jax.lax.scan(piece, (nothing_NBD, cache), starts)

@@ -127,8 +127,8 @@ def evaluate(
     for source in sources:
         if source.tokenizer.fingerprint != restored.tokenizer.fingerprint:
             raise UserError(f"{source.directory} was made with another tokenizer.")
-    evaluator = make_evaluator(cfg.model, restored.tokenizer)
     with jax.set_mesh(restored.mesh):
+        evaluator = make_evaluator(cfg.model, restored.tokenizer)
         batches = placed_heldout(cfg, sources, restored.mesh, max_batches)
         figures = measure(evaluator, restored.params, batches)
     return {

@@ -72,6 +72,40 @@ def make_init(cfg: Config) -> Callable[[jax.Array], TrainState]:
     return init
 
 
+def make_gradients(
+    cfg: Config,
+) -> Callable[[Any, Batch], tuple[jax.Array, HeadSums, Any]]:
+    """`gradients(params, batch) -> (loss, sums, grads)` of a global batch, not jitted.
+
+    A batch holds tokens, segments and positions, int32 [A, B, S]. The microbatches run
+    one after another, and what they give is added up.
+    """
+    _, build = model_builder(cfg.model)
+    n = cfg.model.n_future_tokens
+
+    def loss_fn(params: Any, microbatch: Batch, count_N: jax.Array):
+        sums = head_sums(build(params), microbatch)
+        weights_N = head_weights(cfg.loss, n)
+        return objective(sums, count_N, weights_N, cfg.loss.z_loss), sums
+
+    def gradients(params: Any, batch: Batch):
+        count_N = jnp.sum(
+            jax.vmap(target_counts, in_axes=(0, None))(batch["segments"], n), axis=0
+        )
+
+        def add_microbatch(total, microbatch):
+            grad = jax.value_and_grad(loss_fn, has_aux=True)
+            (loss, sums), grads = grad(params, microbatch, count_N)
+            return jax.tree.map(jnp.add, total, (loss, sums, grads)), None
+
+        zero_sums = HeadSums(*[jnp.zeros(n)] * 4, jnp.zeros(()), jnp.zeros(n))
+        zeros = (jnp.zeros(()), zero_sums, jax.tree.map(jnp.zeros_like, params))
+        rows = {k: batch[k] for k in ("tokens", "segments", "positions")}
+        return jax.lax.scan(add_microbatch, zeros, rows)[0]
+
+    return gradients
+
+
 def make_step(
     cfg: Config,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
@@ -80,32 +114,13 @@ def make_step(
     A batch holds tokens, segments and positions, int32 [A, B, S], and hash, uint32
     [A, B, 2]. Metrics are small arrays; reading one waits for the step.
     """
-    _, build = model_builder(cfg.model)
-    n = cfg.model.n_future_tokens
+    gradients = make_gradients(cfg)
     optimizer = make_optimizer(cfg.optim, cfg.train.steps)
     schedule = learning_rate(cfg.optim, cfg.train.steps)
 
-    def loss_fn(params: Any, microbatch: Batch, count_N: jax.Array):
-        sums = head_sums(build(params), microbatch)
-        weights_N = head_weights(cfg.loss, n)
-        return objective(sums, count_N, weights_N, cfg.loss.z_loss), sums
-
     @jax.jit(donate_argnames="state")
     def step(state: TrainState, batch: Batch):
-        count_N = jnp.sum(
-            jax.vmap(target_counts, in_axes=(0, None))(batch["segments"], n), axis=0
-        )
-
-        def add_microbatch(total, microbatch):
-            grad = jax.value_and_grad(loss_fn, has_aux=True)
-            (loss, sums), grads = grad(state.params, microbatch, count_N)
-            return jax.tree.map(jnp.add, total, (loss, sums, grads)), None
-
-        zero_sums = HeadSums(*[jnp.zeros(n)] * 4, jnp.zeros(()), jnp.zeros(n))
-        zeros = (jnp.zeros(()), zero_sums, jax.tree.map(jnp.zeros_like, state.params))
-        rows = {k: batch[k] for k in ("tokens", "segments", "positions")}
-        (loss, sums, grads), _ = jax.lax.scan(add_microbatch, zeros, rows)
-
+        loss, sums, grads = gradients(state.params, batch)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

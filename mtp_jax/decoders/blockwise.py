@@ -13,8 +13,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.cache import forward
-from mtp_jax.decoders.state import DecodeState, at_slot, commit, last_token
+from mtp_jax.cache import run_head, run_heads_at, run_trunk
+from mtp_jax.decoders.state import DecodeState, commit, last_token
 from mtp_jax.losses import most_likely
 from mtp_jax.model import LanguageModel
 
@@ -40,16 +40,18 @@ def step(model: LanguageModel, state: DecodeState) -> DecodeState:
     tokens_BN = jnp.concatenate([last_token(state), drafts_BM], axis=1)
     order_1N = jnp.arange(tokens_BN.shape[1])[None]
     positions_BN = state.length_B[:, None] - 1 + order_1N
-    heads_NBND, cache = forward(model, tokens_BN, positions_BN, state.cache)
-
-    said_BN = most_likely(model.logits(heads_NBND[0], model.unembedding()))
+    trunk_BND, cache = run_trunk(model, tokens_BN, positions_BN, state.cache)
+    head_BND, cache = run_head(model, 0, trunk_BND, positions_BN, cache)
+    said_BN = most_likely(model.logits(head_BND, model.unembedding()))
     right_BM = (drafts_BM == said_BN[:, :-1]).astype(jnp.int32)
     agreed_B = jnp.sum(jnp.cumprod(right_BM, axis=1), axis=1)
-    state = dataclasses.replace(state, cache=cache)
-    state = commit(state, said_BN, agreed_B + 1, agreed_B)
-    return dataclasses.replace(
-        state, carry=_say(model, at_slot(heads_NBND[1:], agreed_B))
+
+    drafting = range(1, tokens_BN.shape[1])
+    heads_MBD, cache = run_heads_at(
+        model, drafting, trunk_BND, positions_BN, agreed_B, cache
     )
+    state = dataclasses.replace(state, cache=cache, carry=_say(model, heads_MBD))
+    return commit(state, said_BN, agreed_B + 1, agreed_B)
 
 
 def _say(model: LanguageModel, heads_NBD: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.cache import forward
+from mtp_jax.cache import run_head, run_trunk
 from mtp_jax.decoders.state import DecodeState, commit, last_token
 from mtp_jax.losses import most_likely
 from mtp_jax.model import LanguageModel
@@ -24,14 +24,18 @@ def begin(
     model: LanguageModel, state: DecodeState, heads_NBD: jax.Array
 ) -> DecodeState:
     """Commits what head 1 says at the prompt's end."""
-    said_B1 = most_likely(model.logits(heads_NBD[0][:, None], model.unembedding()))
-    none_B = jnp.zeros_like(state.length_B)
-    return commit(state, said_B1, none_B + 1, none_B)
+    return _commit(model, state, heads_NBD[0][:, None])
 
 
 def step(model: LanguageModel, state: DecodeState) -> DecodeState:
     """Reads the last committed token and commits the next."""
-    positions_B1 = state.length_B[:, None] - 1
-    heads_NB1D, cache = forward(model, last_token(state), positions_B1, state.cache)
-    state = dataclasses.replace(state, cache=cache)
-    return begin(model, state, heads_NB1D[:, :, 0])
+    position_B1 = state.length_B[:, None] - 1
+    trunk_B1D, cache = run_trunk(model, last_token(state), position_B1, state.cache)
+    head_B1D, cache = run_head(model, 0, trunk_B1D, position_B1, cache)
+    return _commit(model, dataclasses.replace(state, cache=cache), head_B1D)
+
+
+def _commit(model: LanguageModel, state: DecodeState, head_B1D: jax.Array):
+    said_B1 = most_likely(model.logits(head_B1D, model.unembedding()))
+    no_drafts_B = jnp.zeros_like(state.length_B)
+    return commit(state, said_B1, no_drafts_B + 1, no_drafts_B)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.cache import Cache
+from mtp_jax.cache import Cache, at_slot
 from mtp_jax.model import LanguageModel
 
 
@@ -92,17 +92,4 @@ def commit(
 
 def last_token(state: DecodeState) -> jax.Array:
     """The last committed token of each text, int32 [B, 1]."""
-    order_1S = jnp.arange(state.tokens_BS.shape[1])[None]
-    is_last_BS = order_1S == state.length_B[:, None] - 1
-    return jnp.sum(jnp.where(is_last_BS, state.tokens_BS, 0), axis=1, keepdims=True)
-
-
-def at_slot(heads_NBWD: jax.Array, slot_B: jax.Array) -> jax.Array:
-    """What the heads say at one of the W tokens of each sequence, [N, B, D].
-
-    By comparison, not by a gather or a product: exact, and split as its input is. Zero
-    where the slot is not one of the W.
-    """
-    order_1W = jnp.arange(heads_NBWD.shape[2])[None]
-    is_slot_BW = order_1W == slot_B[:, None]
-    return jnp.sum(jnp.where(is_slot_BW[None, :, :, None], heads_NBWD, 0), axis=2)
+    return at_slot(state.tokens_BS, state.length_B - 1)[:, None]

@@ -6,9 +6,10 @@ import sys
 
 from mtp_jax.errors import RunFailed, UserError
 
-_USAGE = """usage: mtp-jax VERB [options]
+_USAGE = """\
+usage: mtp-jax VERB [options]
 
-Multi-token prediction: train a language model with n heads, and let it draft for itself.
+Multi-token prediction: train a model with n heads, and let it draft for itself.
 
   prepare   text, JSONL or code into a tokenized corpus
   train     train a model; the same command again continues the run
@@ -22,8 +23,8 @@ _VERBS = ("prepare", "train", "evaluate", "generate")
 
 def main() -> int:
     """Runs a verb; the exit code is 0, 1 for a run that failed, 2 for bad input."""
-    # XLA runs the collectives of all local CPU devices on one pool of as many threads as
-    # there are cores; with more devices than threads they wait for each other for ever.
+    # XLA runs the collectives of all local CPU devices on one pool of threads, one a
+    # core; with more devices than threads they wait for each other for ever.
     os.environ.setdefault("NPROC", str(max(16, os.cpu_count() or 1)))
     verb, argv = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     if verb in ("-h", "--help"):

@@ -232,12 +232,14 @@ def _refuse_mismatch(
         return f"{x.dtype}{list(x.shape)}"
 
     def shapes(tree: Any) -> dict[str, str]:
-        leaves, _ = jax.tree.flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+        leaves, _ = jax.tree.flatten_with_path(
+            tree, is_leaf=lambda x: hasattr(x, "shape")
+        )
         return {_name(path): told(x) for path, x in leaves}
 
     there, here = shapes(saved), shapes(wanted)
     rows = [
-        f"{name}: saved {there.get(name, 'nothing')}, wanted {here.get(name, 'nothing')}"
+        f"{name} is {there.get(name, 'not')} there, {here.get(name, 'not')} here"
         for name in sorted(there.keys() | here.keys())
         if there.get(name) != here.get(name)
     ]
@@ -275,8 +277,8 @@ def _disk_full_is_said(folder: pathlib.Path, intact: list[int]) -> Iterator[None
             raise
         kept = f"; the checkpoint of step {intact[-1]} is intact" if intact else ""
         raise UserError(
-            f"no room on the disk for a checkpoint in {folder}{kept}; free space and run "
-            "the same command again."
+            f"no room on the disk for a checkpoint in {folder}{kept}; free space and "
+            "run the same command again."
         ) from error
 
 

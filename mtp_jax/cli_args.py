@@ -70,4 +70,6 @@ def _what_is_wrong(path: str, error: Exception) -> str:
         return text
     hint = text.partition("Did you mean ")[2].partition("?")[0]
     name = text.strip("\\'\"").partition("'")[0].partition('"')[0].strip("\\ ")
-    return f"config has no field {name!r}" + (f"; did you mean {hint}?" if hint else ".")
+    return f"config has no field {name!r}" + (
+        f"; did you mean {hint}?" if hint else "."
+    )

@@ -1,30 +1,26 @@
 """Text from a model: prompts in, continuations out, in batches on any mesh.
 
-Axes: B batch, P prompt, S slots, N heads, D model width, W tokens of a piece of prompt.
+Axes: B batch, P prompt, S slots, T new tokens.
 """
 
 import dataclasses
-import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from mtp_jax.cache import make_cache, run_heads_at, run_trunk
 from mtp_jax.config import ModelConfig
+from mtp_jax.decode_program import Program, compile_program
 from mtp_jax.decoders import DECODERS
-from mtp_jax.decoders.state import Decoder, DecodeState
+from mtp_jax.decoders.state import DecodeState
 from mtp_jax.errors import UserError
 from mtp_jax.sharding import batch_shards, spec
 from mtp_jax.tokenizer import Tokenizer
-from mtp_jax.train_step import model_builder
 
-_PIECE = 256  # tokens of a prompt read at once: bounds the memory of long prompts
 _SLOTS = 64  # slots come in multiples of it, so that near lengths share a program
 _LOOK = 16  # forward passes between two looks for stop strings
 
@@ -49,15 +45,6 @@ class Generation:
     finish: str  # "length", "eos" or "stop"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Program:
-    """Compiled for one decoder, number of heads and shape."""
-
-    begin: Callable[..., DecodeState]
-    advance: Callable[..., DecodeState]
-    params: Any
-
-
 class Generator:
     """A model ready to write; keeps what it compiled for calls of equal shapes."""
 
@@ -74,7 +61,7 @@ class Generator:
                 lambda w: w.astype(model_cfg.compute_dtype), params
             )
         self._first_heads: dict[int, tuple[ModelConfig, Any]] = {}
-        self._programs: dict[tuple[str, int, int, int, int], _Program] = {}
+        self._programs: dict[tuple[str, int, int, int, int], Program] = {}
 
     def generate(
         self,
@@ -142,7 +129,7 @@ class Generator:
 
     def _prepare(
         self, rows: list[np.ndarray], max_new_tokens: int, decoder: str, heads: int
-    ) -> tuple[_Program, list[jax.Array]]:
+    ) -> tuple[Program, list[jax.Array]]:
         """The program, and its tokens_BP, length_B, limit_B and done_B."""
         shards = batch_shards(self.mesh)
         b = -(-len(rows) // shards) * shards
@@ -161,7 +148,7 @@ class Generator:
         key = decoder, used, b, p, max(p, s)
         if key not in self._programs:
             cfg, params = self._with_heads(used)
-            self._programs[key] = _compile(
+            self._programs[key] = compile_program(
                 cfg, params, DECODERS[decoder], self.tokenizer.eos_id, key[-1], batch
             )
         return self._programs[key], batch
@@ -183,7 +170,7 @@ class Generator:
         return jax.device_put(x, NamedSharding(self.mesh, spec(*axes)))
 
     def _decode(
-        self, program: _Program, batch: list[jax.Array], rows: int, stop: Sequence[str]
+        self, program: Program, batch: list[jax.Array], rows: int, stop: Sequence[str]
     ) -> dict[str, np.ndarray]:
         """Runs to the end; the arrays of the final state but its cache."""
         state = program.begin(program.params, *batch)
@@ -252,86 +239,6 @@ class Generator:
             tokens_per_s=0.0,
             finish=finish,
         )
-
-
-def _compile(
-    cfg: ModelConfig,
-    params: Any,
-    decoder: Decoder,
-    eos_id: int,
-    slots: int,
-    batch: list[jax.Array],
-) -> _Program:
-    """Ahead of time, so that no compilation is ever measured."""
-    _, build = model_builder(cfg)
-
-    @jax.jit
-    def begin(params, tokens_BP, length_B, limit_B, done_B):
-        model = build(params)
-        b, p = tokens_BP.shape
-        cache = make_cache(cfg, b, slots)
-        heads_NBD, cache = _read_prompt(model, tokens_BP, length_B, cache)
-        tokens_BS = jnp.pad(tokens_BP, ((0, 0), (0, slots - p)))
-        zeros_BS = jnp.zeros_like(tokens_BS)
-        state = DecodeState(
-            tokens_BS=tokens_BS,
-            forward_BS=zeros_BS,
-            agreed_BS=zeros_BS,
-            length_B=length_B,
-            limit_B=limit_B,
-            done_B=done_B,
-            forward=jnp.zeros((), jnp.int32),
-            cache=cache,
-            carry=None,
-            eos_id=eos_id,
-        )
-        return decoder.begin(model, state, heads_NBD)
-
-    @jax.jit(donate_argnames="state")
-    def advance(params, state, forwards):
-        step = functools.partial(decoder.step, build(params))
-        end = state.forward + forwards
-
-        def unfinished(state):
-            return (state.forward < end) & ~jnp.all(state.done_B)
-
-        return jax.lax.while_loop(unfinished, step, state)
-
-    first = begin.lower(params, *batch)
-    state = jax.tree.map(_abstract, first.out_info)
-    loop = advance.lower(params, state, jax.ShapeDtypeStruct((), jnp.int32))
-    return _Program(first.compile(), loop.compile(), params)
-
-
-def _abstract(x):
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-
-
-def _read_prompt(model, tokens_BP, length_B, cache):
-    """What the heads say at the end of each prompt, [N, B, D], and the cache.
-
-    Piece by piece: what is alive for every token of a prompt is the cache alone.
-    """
-    b, p = tokens_BP.shape
-    w = min(p, _PIECE)
-    n, d, dtype = model.cfg.n_future_tokens, model.cfg.d_model, model.cfg.compute_dtype
-
-    def piece(carry, start):
-        heads_NBD, cache = carry
-        tokens_BW = jax.lax.dynamic_slice_in_dim(tokens_BP, start, w, axis=1)
-        positions_BW = start + jnp.arange(w)[None] + jnp.zeros_like(tokens_BW)
-        trunk_BWD, cache = run_trunk(model, tokens_BW, positions_BW, cache)
-        slot_B = length_B - 1 - start
-        here_NBD, cache = run_heads_at(
-            model, range(n), trunk_BWD, positions_BW, slot_B, cache
-        )
-        is_here_1B1 = ((slot_B >= 0) & (slot_B < w))[None, :, None]
-        return (jnp.where(is_here_1B1, here_NBD, heads_NBD), cache), None
-
-    nothing_NBD = jnp.zeros((n, b, d), dtype, out_sharding=spec(None, "batch", None))
-    starts = jnp.arange(0, p, w)
-    (heads_NBD, cache), _ = jax.lax.scan(piece, (nothing_NBD, cache), starts)
-    return heads_NBD, cache
 
 
 def _fetch(state: DecodeState) -> dict[str, np.ndarray]:

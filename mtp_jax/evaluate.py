@@ -58,11 +58,11 @@ def measure(
 ) -> dict[str, Any]:
     """Figures over batches, as they stand in eval.json.
 
-    Sums are added up in float64 on the host. `bits_per_byte` counts every target of head
-    1, end-of-text included, over the bytes of the text. `accept` is teacher-forced:
-    `length` is the mean length of the prefix on which heads 2..n agree with what head 1
-    will say, plus 1; `by_head[i]` the share of positions at which that prefix reaches
-    head i + 2.
+    Sums are added up in float64 on the host. `bits_per_byte` counts every target of
+    head 1, end-of-text included, over the bytes of the text. `accept` is
+    teacher-forced: `length` is the mean length of the prefix on which heads 2..n agree
+    with what head 1 will say, plus 1; `by_head[i]` the share of positions at which that
+    prefix reaches head i + 2.
     """
     total, text_bytes = None, 0
     for batch in batches:
@@ -98,7 +98,9 @@ def main(argv: list[str]) -> int:
     """Runs the verb; writes eval.json into the workdir and prints a table."""
     parser = Parser("mtp-jax evaluate", "Measure a trained model on held-out text.")
     parser.add_argument("--workdir", required=True, help="folder of a run")
-    parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
+    parser.add_argument(
+        "--step", type=int, help="which checkpoint; default: the newest"
+    )
     parser.add_argument("--heads", type=int, help="keep only the first heads")
     parser.add_argument(
         "--data", action="append", help="another prepared corpus; may be repeated"

@@ -66,8 +66,10 @@ def place_rows(
 
     def place(x: np.ndarray) -> jax.Array:
         shape = (*here_AM.shape, *x.shape[1:])
-        return jax.make_array_from_callback(
-            shape, sharding, lambda index: x[here_AM[index[:2]]]
-        )
+
+        def local(index: tuple[slice, ...] | None) -> np.ndarray:
+            return x[here_AM[index[:2]]] if index else x[here_AM]
+
+        return jax.make_array_from_callback(shape, sharding, local)
 
     return {name: place(x) for name, x in batch.items()}

@@ -3,8 +3,6 @@
 Axes: D model width, T row length, V vocabulary.
 """
 
-import math
-
 import jax
 
 from mtp_jax.config import Config, ModelConfig
@@ -36,8 +34,8 @@ def layer_params(cfg: ModelConfig) -> int:
 def train_flops_per_token(cfg: Config) -> float:
     """FLOPs of the forward and backward pass for one position of a row.
 
-    6 a matrix entry (2 forward, 4 backward; arXiv:2001.08361, section 2.1), counting the
-    unembedding once for every head, plus 12 T D / 2 a layer for causal attention.
+    6 a matrix entry (2 forward, 4 backward; arXiv:2001.08361, section 2.1), counting
+    the unembedding once for every head, plus 12 T D / 2 a layer for causal attention.
     Rematerialization is not counted: it is not useful work.
     """
     model = cfg.model
@@ -60,5 +58,6 @@ def mfu(cfg: Config, step_s: float) -> float | None:
     peak = peak_flops(jax.devices()[0])
     if peak is None:
         return None
-    flops = train_flops_per_token(cfg) * math.prod((cfg.data.batch_size, cfg.data.seq_len))
+    positions = cfg.data.batch_size * cfg.data.seq_len
+    flops = train_flops_per_token(cfg) * positions
     return flops / (step_s * peak * jax.device_count())

@@ -46,7 +46,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
     normed = (x32 * jax.lax.rsqrt(mean_square + eps)).astype(x.dtype)
-    return normed * scale.astype(x.dtype)
+    return normed * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + scale.shape)
 
 
 def rope_angles(positions_BT: jax.Array, d_head: int, theta: float) -> jax.Array:
@@ -54,8 +54,9 @@ def rope_angles(positions_BT: jax.Array, d_head: int, theta: float) -> jax.Array
 
     Frequency j is theta^(-2j/K) (arXiv:2104.09864, section 3.2.2).
     """
-    exponent = jnp.arange(0, d_head, 2, dtype=jnp.float32) / d_head
-    return positions_BT[:, :, None].astype(jnp.float32) * theta**-exponent
+    exponent_k = jnp.arange(0, d_head, 2, dtype=jnp.float32) / d_head
+    frequency_11k = theta ** -exponent_k[None, None]
+    return positions_BT[:, :, None].astype(jnp.float32) * frequency_11k
 
 
 def apply_rope(x_BTHK: jax.Array, angles_BTk: jax.Array) -> jax.Array:

@@ -23,8 +23,7 @@ from mtp_jax.decode import Generator
 from mtp_jax.errors import RunFailed
 from mtp_jax.evaluate import make_evaluator, measure, placed_heldout
 from mtp_jax.feed import batch_sharding, place_rows, rows_of_process
-from mtp_jax.flops import mfu
-from mtp_jax.packing import format_hash
+from mtp_jax.records import heldout_line, heldout_record, step_line, step_record
 from mtp_jax.run_log import RunLog, Stopwatch, environment, write_json
 from mtp_jax.train_step import TrainState, make_init, make_step
 
@@ -71,8 +70,8 @@ def _opening(cfg: Config, state: TrainState, start: int, workdir: pathlib.Path) 
     model = cfg.model
     begun = f"continues after step {start}" if start else "begins"
     return (
-        f"{workdir} {begun}: {size / 1e6:.2f} M parameters, {model.num_trunk_layers} trunk "
-        f"layers, {model.n_future_tokens} heads, {jax.device_count()} devices, "
+        f"{workdir} {begun}: {size / 1e6:.2f} M parameters, {model.num_trunk_layers} "
+        f"trunk layers, {model.n_future_tokens} heads, {jax.device_count()} devices, "
         f"{cfg.data.batch_size} x {cfg.data.seq_len} positions a step"
     )
 
@@ -118,7 +117,9 @@ class _Run:
             if evaluating or saving:
                 self.look_at(*earlier)
                 earlier = None
-                loss = self.evaluate(state, done) if evaluating and not stopping else None
+                loss = (
+                    self.evaluate(state, done) if evaluating and not stopping else None
+                )
                 if saving:
                     self.checkpoints.save(done, state, self.metadata(done), loss)
                 self.watch.restart()
@@ -148,35 +149,9 @@ class _Run:
     def write(self, step: int, metrics: dict[str, np.ndarray]) -> None:
         """One record of metrics.jsonl and one line for people."""
         step_s, waited = self.watch.read()
-        positions = self.cfg.data.batch_size * self.cfg.data.seq_len
-        losses, accuracies = metrics["loss_N"].tolist(), metrics["accuracy_N"].tolist()
-        record: dict[str, Any] = {
-            "step": step,
-            "batch_hash": format_hash(metrics["hash"]),
-            "loss": float(metrics["loss"]),
-            **{f"loss/head_{i}": x for i, x in enumerate(losses, 1)},
-            **{f"accuracy/head_{i}": x for i, x in enumerate(accuracies, 1)},
-            "accept/length": float(metrics["accept_length"]),
-            "grad_norm": float(metrics["grad_norm"]),
-            "lr": float(metrics["lr"]),
-            "bad_steps": int(metrics["bad_steps"]),
-            "tokens_per_s": positions / step_s,
-            "step_s": step_s,
-            "data_wait_share": waited,
-        }
-        utilization = mfu(self.cfg, step_s)
-        if utilization is not None:
-            record["mfu"] = utilization
+        record = step_record(self.cfg, step, metrics, step_s, waited)
         self.log.write("metrics.jsonl", record)
-        left_s = (self.cfg.train.steps - step) * step_s
-        heads = " ".join(f"{x:.3f}" for x in losses)
-        self.log.say(
-            f"step {step}/{self.cfg.train.steps}  loss by head {heads}  "
-            f"accept {record['accept/length']:.2f}  grad {record['grad_norm']:.2f}  "
-            f"lr {record['lr']:.1e}  {record['tokens_per_s']:,.0f} tok/s  "
-            f"data wait {waited:.0%}  {left_s // 60:.0f}m{left_s % 60:02.0f}s left"
-            + (f"  NOT FINITE, skipped ({record['bad_steps']} in a row)" * bool(record["bad_steps"]))
-        )
+        self.log.say(step_line(self.cfg, record))
 
     def evaluate(self, state: TrainState, step: int) -> float:
         """Held-out figures and a sample text; returns the loss of head 1."""
@@ -184,24 +159,13 @@ class _Run:
             self.cfg, self.corpora, self.mesh, limit=self.cfg.eval.batches
         )
         figures = measure(self.evaluator, state.params, batches)
-        heads = figures["heads"]
-        record = {
-            "step": step,
-            **{f"loss/head_{h['offset']}": h["loss"] for h in heads},
-            **{f"accuracy/head_{h['offset']}": h["accuracy"] for h in heads},
-            "bits_per_byte": figures["bits_per_byte"],
-            "accept/length": figures["accept"]["length"],
-        }
-        self.log.say(
-            f"held out at step {step}: {figures['bits_per_byte']:.4f} bits per byte, loss by "
-            f"head {' '.join(format(h['loss'], '.3f') for h in heads)}, accept "
-            f"{figures['accept']['length']:.2f}"
-        )
+        record = heldout_record(step, figures)
+        self.log.say(heldout_line(figures, step))
         if self.cfg.eval.sample_tokens:
             record["prompt"], record["sample"] = self.sample(state, step)
             self.log.say(f"sample: {record['prompt']!r} -> {record['sample']!r}")
         self.log.write("heldout.jsonl", record)
-        return heads[0]["loss"]
+        return record["loss/head_1"]
 
     def sample(self, state: TrainState, step: int) -> tuple[str, str]:
         """A held-out prompt, drawn by the run's key, and how the model goes on."""

@@ -24,11 +24,17 @@ class HeadSums:
     z_N: jax.Array  # squared log-partition
     correct_N: jax.Array  # targets that were the most likely token
     windows: jax.Array  # positions from which all n tokens lie in one document
-    accepted_N: jax.Array  # windows whose tokens up to head i head 1 would say too
+    accepted_N: jax.Array  # windows of which head 1 would say the drafts up to head i
+
+
+def no_sums(n: int) -> HeadSums:
+    """The sums over no target at all, to begin with."""
+    zero_N, zero = jnp.zeros(n), jnp.zeros(())
+    return HeadSums(zero_N, zero_N, zero_N, zero_N, windows=zero, accepted_N=zero_N)
 
 
 def head_weights(cfg: LossConfig, n: int) -> jax.Array:
-    """Weight of each head's mean loss, float32 [N]; uniform is the paper's plain sum."""
+    """Weight of each head's mean loss, float32 [N]; all 1 is the paper's sum."""
     if cfg.head_weights:
         return jnp.array(cfg.head_weights, jnp.float32)
     return cfg.head_decay ** jnp.arange(n, dtype=jnp.float32)
@@ -40,7 +46,7 @@ def future_targets(
     """What head i must predict at position t: token t + i, if in the same document.
 
     Args:
-      tokens_BS: token ids; S = T + n, so that every position has a target for each head.
+      tokens_BS: token ids; S = T + n, so that each head has a target everywhere.
       segments_BS: document number of each token; 0 is padding.
       n: how many tokens ahead are predicted.
 
@@ -131,8 +137,8 @@ def pick(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
 def _acceptance(said_NBT: jax.Array, valid_NBT: jax.Array) -> dict[str, jax.Array]:
     """How far heads 2..n, at t, agree with what head 1 says once it gets there.
 
-    Teacher-forced: head 1 reads the true text. Token t + i is drafted by head i at t and
-    spoken by head 1 at t + i - 1, so a position counts only if all n - 1 of those lie
+    Teacher-forced: head 1 reads the true text. Token t + i is drafted by head i at t
+    and spoken by head 1 at t + i - 1, so a position counts only if all n - 1 of those lie
     in the row and in its document.
     """
     n, _, t = said_NBT.shape

@@ -11,7 +11,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtp_jax.config import ModelConfig
-from mtp_jax.layers import MLP, apply_rope, project, rms_norm, rope_angles, stack, weight
+from mtp_jax.layers import (
+    MLP,
+    apply_rope,
+    project,
+    rms_norm,
+    rope_angles,
+    stack,
+    weight,
+)
 from mtp_jax.sharding import spec
 
 # Takes queries [B, T, H, K], keys and values [B, T, G, K]; gives what they read
@@ -42,8 +50,12 @@ class Block(nnx.Module):
         """x_BTD after the layer, and what `attend` keeps."""
         by_head = spec("batch", None, "heads", None)
         h_BTD = rms_norm(x_BTD, self.norm_attention[...], self.norm_eps)
-        q_BTHK = apply_rope(project("btd,dhk->bthk", h_BTD, self.w_q, by_head), angles_BTk)
-        k_BTGK = apply_rope(project("btd,dgk->btgk", h_BTD, self.w_k, by_head), angles_BTk)
+        q_BTHK = apply_rope(
+            project("btd,dhk->bthk", h_BTD, self.w_q, by_head), angles_BTk
+        )
+        k_BTGK = apply_rope(
+            project("btd,dgk->btgk", h_BTD, self.w_k, by_head), angles_BTk
+        )
         v_BTGK = project("btd,dgk->btgk", h_BTD, self.w_v, by_head)
         read_BTHK, kept = attend(q_BTHK, k_BTGK, v_BTGK)
         whole = spec("batch", None, None)
@@ -62,11 +74,14 @@ class LanguageModel(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
-        table = (cfg.vocab_size, cfg.d_model), ("vocab", "embed")
-        scale = {"fan_in": cfg.d_model, "dtype": cfg.param_dtype}
-        self.w_embedding = weight(rngs, *table, **scale)
+
+        def table() -> nnx.Param:
+            shape, axes = (cfg.vocab_size, cfg.d_model), ("vocab", "embed")
+            return weight(rngs, shape, axes, fan_in=cfg.d_model, dtype=cfg.param_dtype)
+
+        self.w_embedding = table()
         if not cfg.tie_embeddings:
-            self.w_unembedding = weight(rngs, *table, **scale)
+            self.w_unembedding = table()
 
         def block(rngs):
             return Block(cfg, rngs=rngs)
@@ -119,6 +134,6 @@ def run_trunk(
         "full": jax.checkpoint_policies.nothing_saveable,
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     }[model.cfg.remat]
-    # prevent_cse guards against undoing the rematerialization; inside a scan nothing can.
+    # prevent_cse keeps the compiler from undoing it; inside a scan it cannot anyway.
     layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
     return jax.lax.scan(layer, x_BTD, model.trunk)[0]

@@ -52,7 +52,9 @@ def restore_model(
     config = freeze(metadata["config"])
     n = config.model.n_future_tokens
     if heads is not None and not 1 <= heads <= n:
-        raise UserError(f"--heads={heads}: the model in {workdir} has {n}; give 1 to {n}.")
+        raise UserError(
+            f"--heads={heads}: the model in {workdir} has {n}; give 1 to {n}."
+        )
     tokenizer = tokenizer_from_dir(folder, metadata["tokenizer"]["kind"])
     if tokenizer.fingerprint != metadata["tokenizer"]["fingerprint"]:
         raise UserError(f"the tokenizer in {workdir} is not the one of the checkpoint.")
@@ -63,7 +65,10 @@ def restore_model(
         step, items, _ = restore_newest(checkpoints, {"params": abstract}, step)
         params = items["params"]
         if heads is not None:
-            params = {**params, "heads": jax.tree.map(lambda x: x[:heads], params["heads"])}
+            params = {
+                **params,
+                "heads": jax.tree.map(lambda x: x[:heads], params["heads"]),
+            }
             config = with_heads(config, heads)
     checkpoints.close()
     return Restored(config, params, mesh, step, tokenizer)
@@ -72,9 +77,7 @@ def restore_model(
 def with_heads(config: Config, heads: int) -> Config:
     """The config of a model that keeps the trunk and the first heads."""
     layers = config.model.num_trunk_layers + heads
-    model = dataclasses.replace(
-        config.model, num_layers=layers, n_future_tokens=heads
-    )
+    model = dataclasses.replace(config.model, num_layers=layers, n_future_tokens=heads)
     loss = dataclasses.replace(
         config.loss, head_weights=config.loss.head_weights[:heads]
     )

@@ -30,7 +30,7 @@ class RunLog:
             return
         for name in ("metrics.jsonl", "heldout.jsonl"):
             keep_until(workdir / name, start_step)
-            self._files[name] = open(workdir / name, "a", encoding="utf-8")
+            self._files[name] = (workdir / name).open("a", encoding="utf-8")
         if tensorboard:
             from tensorboardX import SummaryWriter  # over a second to import
 
@@ -48,7 +48,9 @@ class RunLog:
             group = name.removesuffix(".jsonl")
             for key, value in record.items():
                 if key != "step" and isinstance(value, (int, float)):
-                    self._tensorboard.add_scalar(f"{group}/{key}", value, record["step"])
+                    self._tensorboard.add_scalar(
+                        f"{group}/{key}", value, record["step"]
+                    )
             self._tensorboard.flush()
 
     def say(self, line: str) -> None:

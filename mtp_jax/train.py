@@ -26,9 +26,14 @@ def main(argv: list[str]) -> int:
         epilog="Any field of the config: --config.section.field=value.",
     )
     parser.add_argument(
-        "--config", required=True, metavar="F", help="a Python file, FILE or FILE:ARGUMENT"
+        "--config",
+        required=True,
+        metavar="F",
+        help="a Python file, FILE or FILE:ARGUMENT",
     )
-    parser.add_argument("--workdir", required=True, metavar="D", help="folder of the run")
+    parser.add_argument(
+        "--workdir", required=True, metavar="D", help="folder of the run"
+    )
     args, overrides = parser.parse_known_args(argv)
     cfg = config_from(args.config, overrides)
     _start_jax(cfg)
@@ -68,8 +73,8 @@ def _refuse_another_model(model: ModelConfig, workdir: pathlib.Path) -> None:
         return
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))["config"]["model"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is not a run's; remove it or choose another workdir.")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a run's; choose another workdir.") from error
     wanted = dataclasses.asdict(model)
     rows = [
         f"{name} is {saved.get(name)} there and {wanted.get(name)} here"
@@ -89,4 +94,5 @@ def _prepare_workdir(workdir: pathlib.Path, corpora: list[Corpus]) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         save_tokenizer(corpora[0].tokenizer, workdir)
     except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}.")
+        said = f"--workdir={workdir} cannot be written: {error.strerror}."
+        raise UserError(said) from error

@@ -17,6 +17,7 @@ from mtp_jax.losses import (
     HeadSums,
     head_sums,
     head_weights,
+    no_sums,
     objective,
     summarize,
     target_counts,
@@ -98,8 +99,7 @@ def make_gradients(
             (loss, sums), grads = grad(params, microbatch, count_N)
             return jax.tree.map(jnp.add, total, (loss, sums, grads)), None
 
-        zero_sums = HeadSums(*[jnp.zeros(n)] * 4, jnp.zeros(()), jnp.zeros(n))
-        zeros = (jnp.zeros(()), zero_sums, jax.tree.map(jnp.zeros_like, params))
+        zeros = (jnp.zeros(()), no_sums(n), jax.tree.map(jnp.zeros_like, params))
         rows = {k: batch[k] for k in ("tokens", "segments", "positions")}
         return jax.lax.scan(add_microbatch, zeros, rows)[0]
 

@@ -11,7 +11,9 @@ def all_logits(cfg, params, tokens_BT, segments_BT, positions_BT, xp=np):
     """Logits of every head at every position, [N, B, T, V]."""
     x_BTD = params["w_embedding"][tokens_BT]
     for i in range(cfg.num_layers - cfg.n_future_tokens):
-        x_BTD = layer(cfg, entry(params["trunk"], i), x_BTD, segments_BT, positions_BT, xp)
+        x_BTD = layer(
+            cfg, entry(params["trunk"], i), x_BTD, segments_BT, positions_BT, xp
+        )
     name = "w_embedding" if cfg.tie_embeddings else "w_unembedding"
     logits = []
     for i in range(cfg.n_future_tokens):
@@ -30,7 +32,11 @@ def layer(cfg, p, x_BTD, segments_BT, positions_BT, xp):
     group = cfg.num_query_heads // cfg.num_kv_heads
     read_BTD = 0.0
     for h in range(cfg.num_query_heads):
-        q_BTK, k_BTK, v_BTK = q_BTHK[:, :, h], k_BTGK[:, :, h // group], v_BTGK[:, :, h // group]
+        q_BTK, k_BTK, v_BTK = (
+            q_BTHK[:, :, h],
+            k_BTGK[:, :, h // group],
+            v_BTGK[:, :, h // group],
+        )
         score_BTT = xp.einsum("bqk,bsk->bqs", q_BTK, k_BTK) / np.sqrt(cfg.d_head)
         seen_BTT = np.tril(segments_BT[:, :, None] == segments_BT[:, None, :])
         score_BTT = xp.where(seen_BTT, score_BTT, -1e30)
@@ -96,7 +102,9 @@ def loss(cfg, params, batch, weights, z_loss=0.0, xp=np):
     for i in range(n):
         per_target = -log_p_NBT[i] + z_loss * log_z_NBT1[i, ..., 0] ** 2
         count = max(int(valid_NBT[i].sum()), 1)
-        total = total + weights[i] * xp.sum(xp.where(valid_NBT[i], per_target, 0.0)) / count
+        total = (
+            total + weights[i] * xp.sum(xp.where(valid_NBT[i], per_target, 0.0)) / count
+        )
     return total
 
 

@@ -1,0 +1,27 @@
+"""The default run: bytes of the Python standard library, minutes on two CPU cores.
+
+make quickstart
+"""
+
+from mtp_jax.config import default
+
+
+def get_config():
+    c = default()
+    c.model.update(
+        vocab_size=256,
+        d_model=96,
+        num_layers=6,
+        n_future_tokens=4,
+        num_query_heads=3,
+        num_kv_heads=1,
+        d_head=32,
+        d_ff=256,
+    )
+    c.data.update(sources=("data/stdlib",), seq_len=256, batch_size=4)
+    c.optim.update(peak_lr=6e-3, warmup_steps=100)
+    c.train.steps = 2800
+    c.checkpoint.update(every=700, keep_latest=2)
+    c.eval.update(every=700, batches=64, sample_tokens=96)
+    c.log.every = 50
+    return c

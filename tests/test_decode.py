@@ -1,0 +1,335 @@
+"""Decoding against slow references that share none of its code."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+
+from mtp_jax.attention import causal_attention
+from mtp_jax.cache import make_cache, run_head, run_trunk
+from mtp_jax.config import MeshConfig, ModelConfig
+from mtp_jax.decode import Generator
+from mtp_jax.errors import UserError
+from mtp_jax.heads import scan_heads
+from mtp_jax.model import run_trunk as run_whole_trunk
+from mtp_jax.sharding import make_mesh, spec
+from mtp_jax.train_step import model_builder
+
+NEW = 24
+VOCAB = 16
+LENGTHS = (0, 1, 3, 4, 7, 9, 2, 6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Letters:
+    """A tokenizer of VOCAB letters; the first of them begins a text."""
+
+    eos_id: int
+    bos_id: int = 0
+
+    def encode(self, text):
+        return np.array([ord(c) - ord("a") for c in text], np.int32)
+
+    def decode(self, ids):
+        special = (self.bos_id, self.eos_id)
+        return "".join(chr(ord("a") + int(i)) for i in ids if i not in special)
+
+
+def one_device():
+    axes, kind = ("replica", "fsdp", "tensor"), (AxisType.Explicit,) * 3
+    return jax.make_mesh((1, 1, 1), axes, kind, devices=jax.devices()[:1])
+
+
+def tiny(n, layers, **changes):
+    return ModelConfig(
+        **{
+            "vocab_size": VOCAB,
+            "d_model": 16,
+            "num_layers": layers,
+            "n_future_tokens": n,
+            "num_query_heads": 4,
+            "num_kv_heads": 2,
+            "d_head": 4,
+            "d_ff": 32,
+            **changes,
+        }
+    )
+
+
+def on_mesh(rows):
+    sharding = NamedSharding(jax.sharding.get_mesh(), spec("batch", None))
+    return jax.device_put(np.asarray(rows, np.int32), sharding)
+
+
+def init(cfg, mesh, seed=0):
+    with jax.set_mesh(mesh):
+        return jax.jit(model_builder(cfg)[0])(jax.random.key(seed))
+
+
+def reference(cfg, params):
+    """What each head says at each position, by the training path, [N, B, T]."""
+    _, build = model_builder(cfg)
+    xs = jnp.arange(cfg.n_future_tokens)
+
+    @jax.jit
+    def said(params, tokens_BT):
+        model = build(params)
+        angles = model.angles(jnp.arange(tokens_BT.shape[1])[None] + 0 * tokens_BT)
+
+        def attend(q, k, v):
+            return causal_attention(q, k, v, 0 * tokens_BT), None
+
+        trunk = run_whole_trunk(model, model.embed(tokens_BT), angles, attend)
+        unembedding = model.unembedding()
+
+        def use(head_BTD, _):
+            return jnp.argmax(model.logits(head_BTD, unembedding), axis=-1)
+
+        return scan_heads(model, trunk, angles, attend, use, xs)
+
+    def call(rows):
+        tokens_BT = np.zeros((len(rows), 48), np.int32)
+        for i, row in enumerate(rows):
+            tokens_BT[i, : len(row)] = row
+        return np.asarray(said(params, on_mesh(tokens_BT)))
+
+    return call
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model, prompts, and what decoding them has to give."""
+
+    cfg: ModelConfig
+    prompts: list[np.ndarray]
+    generator: Generator
+    texts: list[list[int]]  # NEW + n greedy tokens of each prompt; end of text ignored
+    drafts: list[
+        list[list[int]]
+    ]  # what heads 2..n say with the first j new tokens read
+    eos_id: int
+
+
+@functools.cache
+def case(n, layers, seed=0, **changes):
+    cfg, mesh = tiny(n, layers, **changes), one_device()
+    params = init(cfg, mesh, seed)
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(1, VOCAB, k).astype(np.int32) for k in LENGTHS]
+    rows = [[0, *map(int, p)] for p in prompts]
+    texts, drafts = [[] for _ in rows], [[] for _ in rows]
+    with jax.set_mesh(mesh):
+        said = reference(cfg, params)
+        for _ in range(NEW + n):
+            said_NBT = said(rows)
+            for b, row in enumerate(rows):
+                here_N = said_NBT[:, b, len(row) - 1].tolist()
+                drafts[b].append(here_N[1:])
+                texts[b].append(here_N[0])
+                row.append(here_N[0])
+
+    def balance(token):  # texts that this end of text would cut and would not cut
+        cut = sum(token in text[2 : NEW - 2] for text in texts)
+        return min(cut, len(texts) - cut)
+
+    eos_id = max(range(1, VOCAB), key=balance)
+    generator = Generator(cfg, params, Letters(eos_id), mesh)
+    return Case(cfg, prompts, generator, texts, drafts, eos_id)
+
+
+def expected(text, eos_id, limit=NEW):
+    """Tokens without end of text, and how they end."""
+    text = text[:limit]
+    if eos_id in text:
+        return text[: text.index(eos_id)], "eos"
+    return text, "length"
+
+
+def slow_blockwise(text, drafts, made):
+    """Forward passes, and right drafts of each but the first, for `made` tokens."""
+    done, agreed = 1, []
+    while done < made:
+        right = 0
+        # The heads drafted when the last committed token was not read yet.
+        for draft, token in zip(drafts[done - 1], text[done:], strict=False):
+            if draft != token:
+                break
+            right += 1
+        agreed.append(right)
+        done += right + 1
+    return 1 + len(agreed), agreed
+
+
+CASES = [(1, 2), (2, 3), (4, 5), (4, 4)]
+
+
+@pytest.mark.parametrize("n,layers", CASES)
+@pytest.mark.parametrize("decoder", ["plain", "blockwise"])
+def test_decoders_say_what_the_training_path_says(n, layers, decoder):
+    c = case(n, layers)
+    results = c.generator.generate(c.prompts, max_new_tokens=NEW, decoder=decoder)
+    for result, text in zip(results, c.texts, strict=True):
+        assert (result.tokens, result.finish) == expected(text, c.eos_id)
+        assert result.text == Letters(c.eos_id).decode(result.tokens)
+
+
+def test_the_cases_end_in_both_ways_and_accept_every_number_of_drafts():
+    c = case(4, 5)
+    assert {expected(text, c.eos_id)[1] for text in c.texts} == {"eos", "length"}
+    counts = [
+        slow_blockwise(t, d, NEW)[1] for t, d in zip(c.texts, c.drafts, strict=True)
+    ]
+    assert {a for count in counts for a in count} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("n,layers", CASES)
+def test_counts_are_those_of_a_slow_blockwise_decoder(n, layers):
+    c = case(n, layers)
+    results = c.generator.generate(c.prompts, max_new_tokens=NEW)
+    for result, text, drafts in zip(results, c.texts, c.drafts, strict=True):
+        made = len(result.tokens) + (result.finish == "eos")
+        forwards, agreed = slow_blockwise(text, drafts, made)
+        assert result.forwards == forwards
+        assert result.tokens_per_forward == made / forwards
+        shares = [np.mean([a > i for a in agreed] or [0]) for i in range(n - 1)]
+        np.testing.assert_allclose(result.accepted_by_head, shares)
+
+
+def test_plain_makes_one_token_a_forward_pass_however_a_text_ends():
+    c = case(4, 5)
+    for result in c.generator.generate(
+        c.prompts, max_new_tokens=NEW, decoder="plain", stop=("dd", "k")
+    ):
+        assert result.tokens_per_forward == 1.0
+        assert result.accepted_by_head == []
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5, NEW])
+def test_no_decoder_goes_past_the_limit(limit):
+    c = case(4, 5)
+    for decoder in ("plain", "blockwise"):
+        results = c.generator.generate(c.prompts, max_new_tokens=limit, decoder=decoder)
+        for result, text in zip(results, c.texts, strict=True):
+            assert (result.tokens, result.finish) == expected(text, c.eos_id, limit)
+
+
+def test_fewer_heads_draft_less_and_say_the_same():
+    c = case(4, 5)
+    results = c.generator.generate(c.prompts, max_new_tokens=NEW, heads=2)
+    for result, text, drafts in zip(results, c.texts, c.drafts, strict=True):
+        assert (result.tokens, result.finish) == expected(text, c.eos_id)
+        assert len(result.accepted_by_head) == 1
+        made = len(result.tokens) + (result.finish == "eos")
+        first = [d[:1] for d in drafts]
+        assert result.forwards == slow_blockwise(text, first, made)[0]
+
+
+@pytest.mark.parametrize("decoder", ["plain", "blockwise"])
+def test_a_text_ends_before_the_first_stop_string(decoder):
+    c = case(4, 5)
+    letters = Letters(c.eos_id)
+    whole = [letters.decode(expected(t, c.eos_id)[0]) for t in c.texts]
+    stops = (whole[0][5:7], whole[3][10:13], whole[-1][3:5])
+    results = c.generator.generate(
+        c.prompts, max_new_tokens=NEW, decoder=decoder, stop=[s for s in stops if s]
+    )
+    stopped = 0
+    for result, text, tokens, drafts in zip(
+        results, whole, c.texts, c.drafts, strict=True
+    ):
+        # Of the stop strings in the text, the one that is complete first.
+        ends = {text.find(s) + len(s): s for s in stops if s and s in text}
+        if not ends:
+            assert (result.text, result.finish == "stop") == (text, False)
+            continue
+        end = min(ends)
+        stopped += 1
+        assert result.finish == "stop"
+        assert result.text == text[: text.find(ends[end])]
+        assert letters.decode(result.tokens) == result.text
+        if decoder == "blockwise":
+            assert result.forwards == slow_blockwise(tokens, drafts, end)[0]
+        assert result.tokens_per_forward == end / result.forwards
+    assert stopped >= 2
+
+
+@pytest.mark.parametrize(
+    "mesh_cfg",
+    [MeshConfig(fsdp=8), MeshConfig(fsdp=4, tensor=2)],
+    ids=["fsdp8", "fsdp4-tensor2"],
+)
+def test_the_mesh_does_not_change_the_text(mesh_cfg):
+    c, mesh = case(4, 5), make_mesh(mesh_cfg)
+    generator = Generator(c.cfg, init(c.cfg, mesh), Letters(c.eos_id), mesh)
+    # Five prompts: rows have to be added for the batch to fill the mesh.
+    results = generator.generate(c.prompts[:5], max_new_tokens=NEW)
+    one = c.generator.generate(c.prompts[:5], max_new_tokens=NEW)
+    assert [r.tokens for r in results] == [r.tokens for r in one]
+    assert [r.forwards for r in results] == [r.forwards for r in one]
+
+
+def test_bfloat16_and_tied_embeddings():
+    cfg = tiny(2, 3, compute_dtype="bfloat16", tie_embeddings=True)
+    mesh = one_device()
+    generator = Generator(cfg, init(cfg, mesh), Letters(1), mesh)
+    results = generator.generate(["bcd", "e"], max_new_tokens=8)
+    assert all(r.finish == "eos" or len(r.tokens) == 8 for r in results)
+
+
+def test_long_prompts_are_read_in_pieces(monkeypatch):
+    c = case(2, 3)
+    monkeypatch.setattr("mtp_jax.decode_program._PIECE", 4)
+    generator = Generator(c.cfg, c.generator._params, Letters(c.eos_id), one_device())
+    results = generator.generate(c.prompts, max_new_tokens=NEW)
+    assert [r.tokens for r in results] == [
+        expected(text, c.eos_id)[0] for text in c.texts
+    ]
+
+
+def test_equal_shapes_share_what_was_compiled():
+    c = case(2, 3)
+    c.generator.generate(c.prompts, max_new_tokens=NEW)
+    programs = dict(c.generator._programs)
+    c.generator.generate(c.prompts[::-1], max_new_tokens=NEW - 3, stop=("zz",))
+    assert c.generator._programs == programs
+
+
+def test_the_cache_drops_what_has_no_slot():
+    c, slots = case(2, 3), 4
+    with jax.set_mesh(c.generator.mesh):
+        model = model_builder(c.cfg)[1](c.generator._params)
+        cache = make_cache(c.cfg, 1, slots)
+        tokens = on_mesh([[1, 2, 3, 4]])
+        inside = on_mesh([[0, 1, 2, 3]])
+        trunk, before = run_trunk(model, tokens, inside, cache)
+        _, before = run_head(model, 0, trunk, inside, before)
+        _, after = run_trunk(model, tokens, inside + slots, before)
+    np.testing.assert_array_equal(before.k_LBGSK, after.k_LBGSK)
+    assert np.all(np.any(np.asarray(before.k_LBGSK)[:2] != 0, axis=-1))
+    assert not np.any(np.asarray(before.k_LBGSK)[2])  # head 2 did not run
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"heads": 3}, "heads 1 to 2"),
+        ({"heads": 0}, "heads 1 to 2"),
+        ({"decoder": "magic"}, "plain"),
+        ({"stop": [""]}, "stop string is empty"),
+        ({"prompts": [np.array([VOCAB])]}, "knows 0 to 15"),
+    ],
+)
+def test_bad_arguments_are_refused(changes, message):
+    c = case(2, 3)
+    arguments = {"prompts": ["b"], "max_new_tokens": 2, **changes}
+    with pytest.raises(UserError, match=message):
+        c.generator.generate(arguments.pop("prompts"), **arguments)
+
+
+def test_no_prompts_give_no_texts():
+    assert case(2, 3).generator.generate([], max_new_tokens=2) == []

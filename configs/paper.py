@@ -45,8 +45,8 @@ def get_config(argument: str = "0.3b-n4"):
     name, separator, n = argument.rpartition("-n")
     if name not in SHAPES or not separator or not n.isdecimal():
         raise UserError(
-            f"configs/paper.py:{argument} is not SHAPE-nN such as 7b-n4; the shapes are "
-            f"{', '.join(SHAPES)}."
+            f"configs/paper.py:{argument} is not SHAPE-nN such as 7b-n4; the shapes "
+            f"are {', '.join(SHAPES)}."
         )
     d_model, num_layers, num_heads = SHAPES[name]
     batch, steps, warmup_steps, peak_lr, seq_len, decay_ratio = RECIPES[name]

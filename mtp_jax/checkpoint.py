@@ -9,10 +9,12 @@ import contextlib
 import dataclasses
 import errno
 import pathlib
+import shutil
 import sys
 from collections.abc import Iterator
 from typing import Any
 
+import absl.logging
 import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
@@ -30,7 +32,13 @@ class Checkpoints:
 
     def __init__(self, workdir: pathlib.Path, cfg: CheckpointConfig | None = None):
         """Opens them; without cfg nothing is ever deleted (reading)."""
+        # Orbax logs the traceback of a failed save in every thread it passes through, and
+        # then raises it all the same.
+        absl.logging.set_verbosity(absl.logging.FATAL)
         self.folder = workdir / "checkpoints"
+        if cfg is not None and jax.process_index() == 0:
+            for part in self.folder.glob("*.orbax-checkpoint-tmp"):
+                shutil.rmtree(part)  # a save that a crash cut short
         self._orbax = ocp.training.Checkpointer(
             self.folder.absolute(),
             preservation_policy=None if cfg is None else _retention(cfg),
@@ -252,9 +260,9 @@ def _refuse_mismatch(
 
 def _retention(cfg: CheckpointConfig) -> Any:
     policies: list[Any] = [_POLICIES.LatestN(cfg.keep_latest)]
-    if cfg.keep_every is not None:
+    if cfg.keep_every:
         policies.append(_POLICIES.EveryNSteps(cfg.keep_every))
-    if cfg.keep_best is not None:
+    if cfg.keep_best:
         best = _POLICIES.BestN(
             get_metric_fn=lambda metrics: metrics[HELDOUT_LOSS],
             reverse=True,

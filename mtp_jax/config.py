@@ -6,11 +6,10 @@ which is all that the rest of the package ever sees.
 """
 
 import dataclasses
-import types
 import typing
 from typing import Any, Literal, get_args, get_origin
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 from mtp_jax.errors import UserError
 
@@ -23,10 +22,10 @@ def _require(ok: bool, message: str) -> None:
         raise UserError(message)
 
 
-def _require_at_least(section: str, low: float, **fields: float | None) -> None:
+def _require_at_least(section: str, low: float, **fields: float) -> None:
     for name, value in fields.items():
         _require(
-            value is None or value >= low,
+            value >= low,
             f"config.{section}.{name} is {value}; it must be at least {low}.",
         )
 
@@ -220,17 +219,14 @@ class CheckpointConfig:
 
     every: int = 1000  # steps; the last step is always saved
     keep_latest: int = 3
-    keep_every: int | None = None  # also every checkpoint of a multiple of this step
-    keep_best: int | None = None  # also the best by held-out head-1 loss
+    keep_every: int = 0  # also those of every multiple of this step; 0: none
+    keep_best: int = 0  # also so many with the lowest held-out loss of head 1
 
     def __post_init__(self):
+        kept = {"keep_every": self.keep_every, "keep_best": self.keep_best}
+        _require_at_least("checkpoint", 0, **kept)
         _require_at_least(
-            "checkpoint",
-            1,
-            every=self.every,
-            keep_latest=self.keep_latest,
-            keep_every=self.keep_every,
-            keep_best=self.keep_best,
+            "checkpoint", 1, every=self.every, keep_latest=self.keep_latest
         )
 
 
@@ -238,20 +234,15 @@ class CheckpointConfig:
 class EvalConfig:
     """Held-out evaluation and sample text during training."""
 
-    every: int | None = 1000  # steps
+    every: int = 1000  # steps; 0: never
     batches: int = 16  # held-out batches each time
     sample_tokens: int = 128  # new tokens of the sample text; 0: no sample
     sample_prompt_tokens: int = 64  # taken from a held-out document
 
     def __post_init__(self):
-        _require_at_least(
-            "eval",
-            1,
-            every=self.every,
-            batches=self.batches,
-            sample_prompt_tokens=self.sample_prompt_tokens,
-        )
-        _require_at_least("eval", 0, sample_tokens=self.sample_tokens)
+        prompt = self.sample_prompt_tokens
+        _require_at_least("eval", 1, batches=self.batches, sample_prompt_tokens=prompt)
+        _require_at_least("eval", 0, every=self.every, sample_tokens=self.sample_tokens)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -260,17 +251,12 @@ class LogConfig:
 
     every: int = 10  # steps
     tensorboard: bool = True
-    profile_step: int | None = None  # first step of a profiler trace
+    profile_step: int = 0  # first step of a profiler trace; 0: no trace
     profile_steps: int = 3  # how many steps it covers
 
     def __post_init__(self):
-        _require_at_least(
-            "log",
-            1,
-            every=self.every,
-            profile_step=self.profile_step,
-            profile_steps=self.profile_steps,
-        )
+        _require_at_least("log", 1, every=self.every, profile_steps=self.profile_steps)
+        _require_at_least("log", 0, profile_step=self.profile_step)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -308,7 +294,7 @@ class Config:
 
 def default() -> ConfigDict:
     """The default run as an editable tree; a misspelt field raises at once."""
-    return _editable(Config()).lock()
+    return ConfigDict(dataclasses.asdict(Config())).lock()
 
 
 def freeze(tree: ConfigDict | dict[str, Any]) -> Config:
@@ -320,22 +306,6 @@ def freeze(tree: ConfigDict | dict[str, Any]) -> Config:
     """
     plain = tree.to_dict() if isinstance(tree, ConfigDict) else tree
     return _build(Config, plain, "config")
-
-
-def _editable(section: Any) -> ConfigDict:
-    """A dataclass as a ConfigDict; an optional field keeps its type while None."""
-    tree = ConfigDict()
-    hints = typing.get_type_hints(type(section))
-    for field in dataclasses.fields(section):
-        value = getattr(section, field.name)
-        if dataclasses.is_dataclass(value):
-            tree[field.name] = _editable(value)
-        elif isinstance(hints[field.name], types.UnionType):
-            tree[field.name] = config_dict.placeholder(get_args(hints[field.name])[0])
-            tree[field.name] = value
-        else:
-            tree[field.name] = value
-    return tree
 
 
 def _build(cls: type, tree: Any, path: str) -> Any:
@@ -356,8 +326,6 @@ def _build(cls: type, tree: Any, path: str) -> Any:
 
 def _checked(hint: Any, value: Any, path: str) -> Any:
     """`value` as `hint` says; an int is a float, a list is a tuple."""
-    if isinstance(hint, types.UnionType):
-        return None if value is None else _checked(get_args(hint)[0], value, path)
     if get_origin(hint) is Literal:
         allowed = get_args(hint)
         _require(value in allowed, f"{path} is {value!r}; it must be one of {allowed}.")

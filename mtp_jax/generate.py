@@ -45,6 +45,7 @@ def main(argv: list[str]) -> int:
     settings = {
         "max_new_tokens": args.max_new_tokens,
         "stop": [_unescape(text) for text in args.stop],
+        "heads": heads,
     }
     if args.compare:
         return _compare(generator, list(decoders.DECODERS), prompts, settings)

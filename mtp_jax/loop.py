@@ -1,5 +1,6 @@
 """The training loop: next batch, step, log, evaluate, save, stop."""
 
+import contextlib
 import dataclasses
 import pathlib
 import time
@@ -48,9 +49,13 @@ def run(
             )
         log.say(_opening(cfg, state, start, workdir))
         _Run(cfg, workdir, mesh, corpora, checkpoints, log).go(state, start)
+        checkpoints.close()
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first error is the one to tell
+            checkpoints.close()
+        raise
     finally:
         log.close()
-        checkpoints.close()
 
 
 def _restore_or_init(cfg: Config, checkpoints: Checkpoints) -> tuple[TrainState, int]:
@@ -112,7 +117,7 @@ class _Run:
             if done == start + 1:
                 self.watch.restart()  # that one was compiled first
             stopping = _preempted(done)
-            evaluating = cfg.eval.every is not None and done % cfg.eval.every == 0
+            evaluating = cfg.eval.every > 0 and done % cfg.eval.every == 0
             saving = done % cfg.checkpoint.every == 0 or done == last or stopping
             if evaluating or saving:
                 self.look_at(*earlier)
@@ -139,8 +144,8 @@ class _Run:
         self.watch.stepped()
         if bad >= self.cfg.train.max_bad_steps:
             raise RunFailed(
-                f"the loss or its gradient was not finite for {bad} steps in a row up to "
-                f"step {step}; they were skipped and not saved. Try a lower "
+                f"the loss or its gradient was not finite for {bad} steps in a row up "
+                f"to step {step}; they were skipped and not saved. Try a lower "
                 "config.optim.peak_lr, or look at the data of those steps."
             )
         if step % self.cfg.log.every == 0 or bad:
@@ -197,7 +202,7 @@ class _Run:
     def profile(self, done: int) -> None:
         """Begins or ends the profiler trace before the step after `done`."""
         first = self.cfg.log.profile_step
-        if first is None:
+        if not first:
             return
         if done + 1 == first:
             jax.profiler.start_trace(str(self.workdir / "profile"))
@@ -216,5 +221,5 @@ class _Run:
 
 
 def _preempted(step: int) -> bool:
-    """Whether a host was told to stop (SIGTERM); all hosts learn it at the same step."""
+    """Whether a host was told to stop (SIGTERM); all learn it at the same step."""
     return multihost_utils.reached_preemption_sync_point(step)

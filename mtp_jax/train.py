@@ -58,6 +58,7 @@ def _start_jax(cfg: Config) -> None:
     if cfg.train.compilation_cache:
         cache = os.path.expanduser(cfg.train.compilation_cache)
         jax.config.update("jax_compilation_cache_dir", cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"

@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.cache import run_head, run_heads_at, run_trunk
-from mtp_jax.decoders.state import DecodeState, commit, last_token
-from mtp_jax.losses import most_likely
+from mtp_jax.decoders.state import DecodeState, commit, last_token, say
 from mtp_jax.model import LanguageModel
 
 
@@ -28,7 +27,7 @@ def begin(
     model: LanguageModel, state: DecodeState, heads_NBD: jax.Array
 ) -> DecodeState:
     """Commits what head 1 says at the prompt's end, and drafts with the others."""
-    said_BN = _say(model, heads_NBD)
+    said_BN = say(model, jnp.swapaxes(heads_NBD, 0, 1))
     none_B = jnp.zeros_like(state.length_B)
     state = commit(state, said_BN[:, :1], none_B + 1, none_B)
     return dataclasses.replace(state, carry=said_BN[:, 1:])
@@ -42,7 +41,7 @@ def step(model: LanguageModel, state: DecodeState) -> DecodeState:
     positions_BN = state.length_B[:, None] - 1 + order_1N
     trunk_BND, cache = run_trunk(model, tokens_BN, positions_BN, state.cache)
     head_BND, cache = run_head(model, 0, trunk_BND, positions_BN, cache)
-    said_BN = most_likely(model.logits(head_BND, model.unembedding()))
+    said_BN = say(model, head_BND)
     right_BM = (drafts_BM == said_BN[:, :-1]).astype(jnp.int32)
     agreed_B = jnp.sum(jnp.cumprod(right_BM, axis=1), axis=1)
 
@@ -50,11 +49,6 @@ def step(model: LanguageModel, state: DecodeState) -> DecodeState:
     heads_MBD, cache = run_heads_at(
         model, drafting, trunk_BND, positions_BN, agreed_B, cache
     )
-    state = dataclasses.replace(state, cache=cache, carry=_say(model, heads_MBD))
+    drafts_BM = say(model, jnp.swapaxes(heads_MBD, 0, 1))
+    state = dataclasses.replace(state, cache=cache, carry=drafts_BM)
     return commit(state, said_BN, agreed_B + 1, agreed_B)
-
-
-def _say(model: LanguageModel, heads_NBD: jax.Array) -> jax.Array:
-    """The most likely token of each head, int32 [B, N]."""
-    by_row_BND = jnp.swapaxes(heads_NBD, 0, 1)
-    return most_likely(model.logits(by_row_BND, model.unembedding()))

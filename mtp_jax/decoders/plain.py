@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.cache import run_head, run_trunk
-from mtp_jax.decoders.state import DecodeState, commit, last_token
-from mtp_jax.losses import most_likely
+from mtp_jax.decoders.state import DecodeState, commit, last_token, say
 from mtp_jax.model import LanguageModel
 
 
@@ -35,7 +34,8 @@ def step(model: LanguageModel, state: DecodeState) -> DecodeState:
     return _commit(model, dataclasses.replace(state, cache=cache), head_B1D)
 
 
-def _commit(model: LanguageModel, state: DecodeState, head_B1D: jax.Array):
-    said_B1 = most_likely(model.logits(head_B1D, model.unembedding()))
+def _commit(
+    model: LanguageModel, state: DecodeState, head_B1D: jax.Array
+) -> DecodeState:
     no_drafts_B = jnp.zeros_like(state.length_B)
-    return commit(state, said_B1, no_drafts_B + 1, no_drafts_B)
+    return commit(state, say(model, head_B1D), no_drafts_B + 1, no_drafts_B)

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.cache import Cache, at_slot
+from mtp_jax.losses import most_likely
 from mtp_jax.model import LanguageModel
+from mtp_jax.sharding import spec
 
 
 @jax.tree_util.register_dataclass
@@ -88,6 +90,13 @@ def commit(
         | jnp.any(kept_BW & ends_BW, axis=1),
         forward=forward,
     )
+
+
+def say(model: LanguageModel, heads_BWD: jax.Array) -> jax.Array:
+    """The most likely token of each output of a head, int32 [B, W]."""
+    said_BW = most_likely(model.logits(heads_BWD, model.unembedding()))
+    # A batch of one row is equal to its replicated self, and may come out as such.
+    return jax.sharding.reshard(said_BW, spec("batch", None))
 
 
 def last_token(state: DecodeState) -> jax.Array:

@@ -1,0 +1,98 @@
+"""Real runs in processes of their own, for tests."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).parent.parent
+CACHE = ROOT / ".pytest_cache" / "jax"
+TIMINGS = ("tokens_per_s", "step_s", "data_wait_share")
+
+
+def train_args(workdir, corpus, *overrides):
+    """Arguments of a run of configs/tiny.py that logs every step and says little else."""
+    return [
+        "train",
+        f"--config={ROOT / 'configs' / 'tiny.py'}",
+        f"--workdir={workdir}",
+        f"--config.data.sources=('{corpus}',)",
+        f"--config.train.compilation_cache={CACHE}",
+        "--config.log.every=1",
+        "--config.log.tensorboard=False",
+        "--config.eval.every=0",
+        *overrides,
+    ]
+
+
+def start(args, *, devices=1, program=(sys.executable, "-m", "mtp_jax")):
+    """`python -m mtp_jax args` on so many CPU devices, begun; or another program."""
+    args = [args] if isinstance(args, str) else args
+    environment = {
+        **{k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))},
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": str(ROOT),
+    }
+    return subprocess.Popen(
+        [*program, *map(str, args)],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def finish(process, timeout_s=240):
+    """Exit code, stdout and stderr of a process."""
+    try:
+        out, err = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, out, err
+
+
+def complete(args, **options):
+    """Stdout of a run that must end well."""
+    code, out, err = finish(start(args, **options))
+    assert code == 0, f"exit code {code}\n{out[-2000:]}\n{err[-4000:]}"
+    return out
+
+
+def records(workdir, name="metrics.jsonl"):
+    path = pathlib.Path(workdir) / name
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def without_timings(rows):
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
+
+
+def newest_step(workdir):
+    """The last whole line's step, while a run may be writing; 0 if there is none."""
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def wait_for_step(process, workdir, step, timeout_s=240):
+    """Waits until a run has logged `step`."""
+    end = time.monotonic() + timeout_s
+    while newest_step(workdir) < step:
+        assert process.poll() is None, process.communicate()[1][-4000:]
+        assert time.monotonic() < end, f"step {step} never came"
+        time.sleep(0.01)
+
+
+def kill(process):
+    process.send_signal(signal.SIGKILL)
+    process.communicate()

@@ -1,0 +1,222 @@
+"""Bad input: one clear line, exit code 2, no traceback, nothing begun, nothing left."""
+
+import json
+import shutil
+import sys
+
+import pytest
+from runs import ROOT
+
+from mtp_jax import __main__, prepare, train
+
+TINY = f"--config={ROOT / 'configs' / 'tiny.py'}"
+
+
+@pytest.fixture
+def program(monkeypatch, capsys):
+    """Runs the command line in this process; a run that gets past the checks fails."""
+
+    def passed(*args, **kwargs):
+        raise AssertionError("the checks let it through")
+
+    monkeypatch.setattr(train, "run", passed)
+    monkeypatch.setattr(train, "_start_jax", lambda cfg: None)
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["mtp-jax", *map(str, args)])
+        code = __main__.main()
+        return code, capsys.readouterr().err
+
+    return run
+
+
+def assert_refused(result, *words):
+    code, err = result
+    assert code == 2
+    assert len(err.splitlines()) == 1, err
+    assert err.startswith("mtp-jax: error: ")
+    for word in words:
+        assert word in err
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.d_modle=3", ["d_modle", "d_model"]),
+        ("modle.d_model=3", ["modle"]),
+        ("model.d_model=wide", ["config.model.d_model", "wide"]),
+        ("model.n_future_tokens=0", ["config.model.n_future_tokens is 0", "at least 1"]),
+        ("model.n_future_tokens=-2", ["config.model.n_future_tokens is -2"]),
+        ("model.n_future_tokens=5", ["more than", "num_layers (4)"]),
+        ("model.d_head=15", ["d_head is 15"]),
+        ("model.num_query_heads=5", ["num_query_heads (5)"]),
+        ("model.num_kv_heads=3", ["num_query_heads (4)", "num_kv_heads (3)"]),
+        ("model.vocab_size=200", ["vocabulary", "256", "200"]),
+        ("model.compute_dtype=float8", ["compute_dtype", "bfloat16"]),
+        ("mesh.fsdp=16", ["config.mesh", "8 devices"]),
+        ("mesh.replica=0", ["config.mesh.replica is 0"]),
+        ("mesh.replica=-1", ["more than one -1"]),
+        ("mesh.tensor=8", ["num_query_heads (4)", "config.mesh.tensor"]),
+        ("data.batch_size=12", ["(12)", "not divisible by the 8 devices"]),
+        ("train.accumulation=3", ["batch_size (8)", "accumulation (3)"]),
+        ("data.seq_len=0", ["config.data.seq_len is 0"]),
+        ("data.sources=()", ["config.data.sources is empty"]),
+        ("data.sources=('nowhere',)", ["nowhere"]),
+        ("data.weights=(1.0,2.0)", ["config.data.weights has 2 values"]),
+        ("loss.head_weights=(1.0,)", ["config.loss.head_weights has 1 values"]),
+        ("train.steps=0", ["config.train.steps is 0"]),
+    ],
+)
+def test_a_wrong_config_is_refused(program, corpus_dir, tmp_path, override, words):
+    workdir = tmp_path / "run"
+    source = f"--config.data.sources=('{corpus_dir}',)"
+
+    result = program(
+        "train", TINY, f"--workdir={workdir}", source, f"--config.{override}"
+    )
+
+    assert_refused(result, *words)
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["trian"], ["trian", "train"]),
+        (["train", "--workdir=x"], ["--config"]),
+        (["train", TINY], ["--workdir"]),
+        (["train", "--config=nowhere.py", "--workdir=x"], ["nowhere.py"]),
+        (["train", TINY, "--workdir=x", "--steps=3"], ["--steps"]),
+        (["train", "--config=configs/paper.py:8b-n4", "--workdir=x"], ["8b-n4", "13b"]),
+        (["evaluate", "--workdir=nowhere"], ["nowhere"]),
+        (["generate", "--workdir=nowhere", "--prompt=a"], ["nowhere"]),
+        (["prepare", "--input=nowhere", "--output=x"], ["nowhere"]),
+        (["prepare", "--output=x"], ["--input"]),
+    ],
+)
+def test_a_wrong_command_line_is_refused(program, monkeypatch, args, words):
+    monkeypatch.chdir(ROOT)
+
+    result = program(*args)
+
+    assert_refused(result, *words)
+
+
+def test_a_corpus_shorter_than_a_row_is_refused(program, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("one short document")
+    output = tmp_path / "short"
+    prepare.main([f"--input={short}", f"--output={output}", "--heldout=0"])
+
+    result = program(
+        "train",
+        TINY,
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.data.sources=('{output}',)",
+    )
+
+    assert_refused(result, str(output), "67")  # seq_len + n_future_tokens
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_corpus_is_refused(program, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+
+    result = program(
+        "prepare", f"--input={tmp_path / 'empty.txt'}", f"--output={tmp_path / 'out'}"
+    )
+
+    assert_refused(result, "empty")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_not_utf8_is_refused(program, tmp_path):
+    (tmp_path / "latin.txt").write_bytes("déjà vu".encode("latin-1"))
+
+    result = program(
+        "prepare", f"--input={tmp_path / 'latin.txt'}", f"--output={tmp_path / 'out'}"
+    )
+
+    assert_refused(result, "latin.txt", "UTF-8")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_shard_is_refused(program, corpus_dir, tmp_path):
+    broken = tmp_path / "corpus"
+    shutil.copytree(corpus_dir, broken)
+    shard = next(broken.glob("train-*.tokens"))
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+
+    result = program(
+        "train",
+        TINY,
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.data.sources=('{broken}',)",
+    )
+
+    assert_refused(result, shard.name)
+
+
+def test_a_workdir_of_another_model_is_refused(program, corpus_dir, tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    run = {"config": {"model": {"d_model": 512, "num_layers": 4}}}
+    (workdir / "run.json").write_text(json.dumps(run))
+
+    result = program(
+        "train",
+        TINY,
+        f"--workdir={workdir}",
+        f"--config.data.sources=('{corpus_dir}',)",
+    )
+
+    assert_refused(result, "another model", "d_model is 512 there and 64 here")
+    assert [path.name for path in workdir.iterdir()] == ["run.json"]
+
+
+def test_a_workdir_that_is_a_file_is_refused(program, corpus_dir, tmp_path):
+    (tmp_path / "run").write_text("")
+
+    result = program(
+        "train",
+        TINY,
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.data.sources=('{corpus_dir}',)",
+    )
+
+    assert_refused(result, "is a file")
+
+
+def test_a_workdir_without_a_checkpoint_is_refused(program, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+
+    result = program("evaluate", f"--workdir={tmp_path}")
+
+    assert_refused(result, "no finished checkpoint")
+
+
+def test_bugs_keep_their_traceback(monkeypatch):
+    def bug(argv):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(prepare, "main", bug)
+    monkeypatch.setattr(sys, "argv", ["mtp-jax", "prepare"])
+
+    with pytest.raises(ZeroDivisionError):
+        __main__.main()
+
+
+@pytest.mark.parametrize("verb", [None, *__main__._VERBS])
+def test_help_fits_on_a_screen(monkeypatch, capsys, verb):
+    monkeypatch.setattr(sys, "argv", ["mtp-jax", *([verb] if verb else []), "--help"])
+
+    try:
+        code = __main__.main()
+    except SystemExit as leaving:  # argparse leaves by itself
+        code = leaving.code
+
+    out = capsys.readouterr().out
+    assert code == 0 and "usage" in out.lower()
+    assert len(out.splitlines()) <= 40

@@ -1,0 +1,239 @@
+"""Runs as a user starts them: interrupted, damaged, continued, moved."""
+
+import json
+import random
+import shlex
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import pytest
+from runs import (
+    complete,
+    finish,
+    kill,
+    newest_step,
+    records,
+    start,
+    train_args,
+    wait_for_step,
+    without_timings,
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, corpus):
+    """A run of 40 steps that nothing interrupted, with everything switched on."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    out = complete(
+        train_args(
+            workdir,
+            corpus,
+            "--config.train.steps=40",
+            "--config.checkpoint.every=10",
+            "--config.eval.every=20",
+            "--config.log.tensorboard=True",
+            "--config.log.profile_step=5",
+        )
+    )
+    return workdir, out
+
+
+def test_a_run_logs_every_metric_of_every_step(finished):
+    workdir, out = finished
+
+    rows = records(workdir)
+
+    heads = [f"{kind}/head_{i}" for kind in ("loss", "accuracy") for i in (1, 2, 3)]
+    wanted = {"step", "batch_hash", "loss", *heads, "accept/length", "grad_norm", "lr"}
+    timings = {"tokens_per_s", "step_s", "data_wait_share"}
+    assert [row["step"] for row in rows] == list(range(1, 41))
+    assert wanted | timings <= rows[0].keys()
+    assert rows[-1]["loss/head_1"] < rows[0]["loss/head_1"]
+    assert len({row["batch_hash"] for row in rows}) == 40
+    assert all(len(row["batch_hash"]) == 16 for row in rows)
+    assert "done: step 40" in out
+
+
+def test_a_run_says_what_it_ran_on(finished):
+    workdir, _ = finished
+
+    run = json.loads((workdir / "run.json").read_text())
+
+    assert run["config"]["model"]["n_future_tokens"] == 3
+    assert run["versions"]["jax"] and run["device"]["count"] == 1
+    assert run["mesh"] == {"replica": 1, "fsdp": 1, "tensor": 1}
+
+
+def test_held_out_figures_and_sample_text_come_on_schedule(finished):
+    workdir, out = finished
+
+    rows = records(workdir, "heldout.jsonl")
+
+    assert [row["step"] for row in rows] == [20, 40]
+    assert rows[0]["bits_per_byte"] > rows[1]["bits_per_byte"] > 0
+    assert rows[1]["sample"] and repr(rows[1]["sample"]) in out
+
+
+def test_tensorboard_gets_the_scalars(finished):
+    from tensorboardX.proto.event_pb2 import Event
+
+    workdir, _ = finished
+    data = next((workdir / "tensorboard").iterdir()).read_bytes()
+
+    found = {}
+    while data:
+        (size,) = struct.unpack("<Q", data[:8])
+        event = Event.FromString(data[12 : 12 + size])
+        for value in event.summary.value:
+            found[value.tag, event.step] = value.simple_value
+        data = data[12 + size + 4 :]
+
+    row = records(workdir)[-1]
+    assert found["metrics/loss", 40] == pytest.approx(row["loss"], rel=1e-6)
+    assert ("heldout/bits_per_byte", 20) in found
+
+
+def test_the_profiler_traces_the_chosen_steps(finished):
+    workdir, _ = finished
+
+    traces = list((workdir / "profile").rglob("*.xplane.pb"))
+
+    assert len(traces) == 1 and traces[0].stat().st_size > 0
+
+
+def test_a_finished_run_has_nothing_left_to_do(finished, corpus):
+    workdir, _ = finished
+    before = (workdir / "metrics.jsonl").read_text()
+
+    out = complete(
+        train_args(workdir, corpus, "--config.train.steps=40", "--config.eval.every=20")
+    )
+
+    assert "done: step 40" in out
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_kills_leave_no_trace(tmp_path, corpus, kills):
+    """SIGKILL at random moments, saves included: the metrics are those of a calm run."""
+    steps = f"--config.train.steps={20 * kills + 20}"
+    often = "--config.checkpoint.every=2"
+    calm, stormy = tmp_path / "calm", tmp_path / "stormy"
+    complete(train_args(calm, corpus, steps, often))
+
+    chance = random.Random(kills)
+    for _ in range(kills):
+        begun = newest_step(stormy)
+        process = start(train_args(stormy, corpus, steps, often))
+        wait_for_step(process, stormy, max(1, begun - 2))
+        time.sleep(chance.uniform(0, 0.8))
+        kill(process)
+    complete(train_args(stormy, corpus, steps, often))
+
+    assert without_timings(records(stormy)) == without_timings(records(calm))
+
+
+def test_sigterm_saves_the_last_step_and_exits_well(tmp_path, corpus):
+    many = ("--config.train.steps=100000", "--config.checkpoint.every=100000")
+    process = start(train_args(tmp_path / "run", corpus, *many))
+    wait_for_step(process, tmp_path / "run", 5)
+
+    process.send_signal(signal.SIGTERM)
+    asked = time.monotonic()
+    code, out, err = finish(process, timeout_s=60)
+
+    took_s = time.monotonic() - asked
+    last = records(tmp_path / "run")[-1]["step"]
+    saved = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert code == 0 and took_s < 30, err[-2000:]
+    assert saved == [str(last)]
+    assert f"saved step {last}" in out
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(
+    tmp_path, corpus, finished
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    newest = workdir / "checkpoints" / "40" / "params"
+    victim = max(newest.rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1  # one bit, in the middle of the weights
+    victim.write_bytes(content)
+
+    code, out, err = finish(start(["evaluate", f"--workdir={workdir}"]))
+    again = finish(start(train_args(workdir, corpus, "--config.train.steps=40")))
+
+    assert code == 0 and "checkpoints/40 is damaged" in err and "Traceback" not in err
+    assert json.loads((workdir / "eval.json").read_text())["step"] == 30
+    assert again[0] == 0 and "continues after step 30" in again[1]
+    assert (workdir / "damaged" / "40").is_dir()
+    calm, mended = records(finished[0]), records(workdir)
+    assert without_timings(mended) == without_timings(calm)
+
+
+def test_a_run_that_diverges_stops_clearly(tmp_path, corpus):
+    hot = ("--config.optim.peak_lr=1e38", "--config.train.max_bad_steps=3")
+
+    code, _, err = finish(start(train_args(tmp_path / "run", corpus, *hot)))
+
+    assert code == 1
+    assert len(err.strip().splitlines()) == 1
+    assert "not finite for 3 steps in a row" in err
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, corpus):
+    """On a file system of 5 MB of its own, where the third checkpoint does not fit."""
+    probe = subprocess.run(
+        ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", tmp_path],
+        capture_output=True,
+    )
+    if probe.returncode:
+        pytest.skip("needs user namespaces")
+    args = train_args(
+        tmp_path / "run",
+        corpus,
+        "--config.checkpoint.every=10",
+        "--config.checkpoint.keep_latest=9",
+    )
+    python = f"{sys.executable} -m mtp_jax"
+    script = (
+        f"mount -t tmpfs -o size=5m tmpfs {tmp_path} && {{ "
+        f"{python} {shlex.join(args)}; echo code $?; "
+        f"{python} evaluate --workdir={tmp_path / 'run'}; }}"
+    )
+
+    code, out, err = finish(start(script, program=["unshare", "-rm", "sh", "-c"]))
+
+    told = [line for line in err.splitlines() if line.startswith("mtp-jax: error:")]
+    assert code == 0 and "code 2" in out
+    assert len(told) == 1 and "no room on the disk" in told[0]
+    assert "step 20 is intact" in told[0] and "Traceback" not in err
+    assert "bits per byte" in out
+
+
+def test_eight_devices_train_and_one_evaluates_and_decodes(tmp_path, corpus):
+    workdir = tmp_path / "run"
+    short = "--config.train.steps=4"
+    complete(
+        train_args(workdir, corpus, short, "--config.mesh.tensor=2"), devices=8
+    )
+
+    complete(["evaluate", f"--workdir={workdir}"])
+    all_heads = json.loads((workdir / "eval.json").read_text())
+    complete(["evaluate", f"--workdir={workdir}", "--heads=1"])
+    one_head = json.loads((workdir / "eval.json").read_text())
+    decode = ["generate", f"--workdir={workdir}", "--prompt=import", "--json"]
+    decode.append("--max_new_tokens=8")
+    drafted = json.loads(complete(decode))
+    plain = json.loads(complete([*decode, "--heads=1"]))
+
+    assert len(all_heads["heads"]) == 3 and len(one_head["heads"]) == 1
+    assert one_head["accept"] == {"length": 1.0, "by_head": []}
+    assert one_head["heads"][0]["loss"] == pytest.approx(
+        all_heads["heads"][0]["loss"], rel=1e-3
+    )
+    assert drafted["tokens"] == plain["tokens"] and len(plain["tokens"]) == 8

@@ -1,7 +1,7 @@
 """Every model of the paper, with any number of heads: `SHAPE-nN`.
 
 python -m mtp_jax train --config=configs/paper.py:7b-n4 --workdir=runs/7b-n4 \
-    --config.data.sources="('data/code',)"
+    --config.data.sources=data/code
 
 Shapes and settings are those of arXiv:2404.19737, tables S13 and S14; feed-forward
 widths follow Llama: 8/3 of the width, rounded up to a multiple of 256. The names of

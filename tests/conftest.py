@@ -1,20 +1,54 @@
 """Eight host devices and a compilation cache, for every test."""
 
 import os
+import pathlib
 
 import jax
 import pytest
 
 # Read when the first device is asked for. A pool of fewer threads than devices can
-# deadlock in a collective; unoptimised programs compile faster than they run slower.
+# deadlock in a collective; plain programs compile faster than they run slower.
+FLAGS = ["--xla_backend_optimization_level=0"]
+if jax.__version_info__ < (0, 11):  # later versions do not know it, and abort
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("NPROC", "16")
-if os.environ.get("O0", "1") == "1":
-    _FLAGS = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{_FLAGS} --xla_backend_optimization_level=0".strip()
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
+
+CACHE = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update(
-    "jax_compilation_cache_dir", os.environ.get("CC", ".pytest_cache/jax")
-)
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def one_device():
+    """A mesh of one device, set."""
+    from models import mesh_of
+
+    mesh = mesh_of(1, 1, 1)
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--kills", type=int, default=3, help="SIGKILLs that a run must survive"
+    )
+
+
+@pytest.fixture(scope="session")
+def kills(request):
+    return request.config.getoption("--kills")
+
+
+@pytest.fixture(scope="session")
+def corpus_dir(tmp_path_factory):
+    """The package's own source, prepared as bytes."""
+    from mtp_jax import prepare
+
+    source = os.path.join(os.path.dirname(__file__), "..", "mtp_jax")
+    output = tmp_path_factory.mktemp("corpus") / "source"
+    prepare.main([f"--input={source}", f"--output={output}", "--heldout=0.2"])
+    return output

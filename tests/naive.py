@@ -1,7 +1,8 @@
-"""The model and its loss as the papers write them: slow, and nothing shared with mtp_jax.
+"""The model and its loss as the papers write them: slow, and sharing no code.
 
-Every function takes `xp`, NumPy or jax.numpy, and keeps the precision of the parameters.
-Axes: B batch, T time, D width, H query heads, G key-value heads, K head width, N heads.
+`xp` is NumPy or jax.numpy; the precision is that of the parameters. Axes: B batch,
+T time, D width, F feed-forward width, H query heads, G key-value heads, K head width,
+N heads, V vocabulary.
 """
 
 import numpy as np
@@ -29,20 +30,14 @@ def layer(cfg, p, x_BTD, segments_BT, positions_BT, xp):
     q_BTHK = rotate(cfg, xp.einsum("btd,dhk->bthk", h_BTD, p["w_q"]), positions_BT, xp)
     k_BTGK = rotate(cfg, xp.einsum("btd,dhk->bthk", h_BTD, p["w_k"]), positions_BT, xp)
     v_BTGK = xp.einsum("btd,dhk->bthk", h_BTD, p["w_v"])
-    group = cfg.num_query_heads // cfg.num_kv_heads
-    read_BTD = 0.0
-    for h in range(cfg.num_query_heads):
-        q_BTK, k_BTK, v_BTK = (
-            q_BTHK[:, :, h],
-            k_BTGK[:, :, h // group],
-            v_BTGK[:, :, h // group],
-        )
-        score_BTT = xp.einsum("bqk,bsk->bqs", q_BTK, k_BTK) / np.sqrt(cfg.d_head)
-        seen_BTT = np.tril(segments_BT[:, :, None] == segments_BT[:, None, :])
-        score_BTT = xp.where(seen_BTT, score_BTT, -1e30)
-        weight_BTT = xp.exp(score_BTT - xp.max(score_BTT, axis=-1, keepdims=True))
-        weight_BTT = weight_BTT / xp.sum(weight_BTT, axis=-1, keepdims=True)
-        read_BTD = read_BTD + (weight_BTT @ v_BTK) @ p["w_o"][h]
+    group = cfg.num_query_heads // cfg.num_kv_heads  # query heads of a key-value head
+    k_BTHK, v_BTHK = (xp.repeat(x_BTGK, group, axis=2) for x_BTGK in (k_BTGK, v_BTGK))
+    score_BHTT = xp.einsum("bqhk,bshk->bhqs", q_BTHK, k_BTHK) / cfg.d_head**0.5
+    seen_BTT = xp.tril(segments_BT[:, :, None] == segments_BT[:, None, :])
+    score_BHTT = xp.where(seen_BTT[:, None], score_BHTT, -1e30)
+    weight_BHTT = xp.exp(score_BHTT - xp.max(score_BHTT, axis=-1, keepdims=True))
+    weight_BHTT = weight_BHTT / xp.sum(weight_BHTT, axis=-1, keepdims=True)
+    read_BTD = xp.einsum("bhqs,bshk,hkd->bqd", weight_BHTT, v_BTHK, p["w_o"])
     x_BTD = x_BTD + read_BTD
     h_BTD = norm(cfg, x_BTD, p["norm_mlp"], xp)
     gate_BTF = h_BTD @ p["mlp"]["w_gate"]
@@ -62,7 +57,7 @@ def rotate(cfg, x_BTHK, positions_BT, xp):
     out = [None] * cfg.d_head
     for j in range(half):
         angle_BT1 = positions_BT[:, :, None] * cfg.rope_theta ** (-2 * j / cfg.d_head)
-        cos_BT1, sin_BT1 = np.cos(angle_BT1), np.sin(angle_BT1)
+        cos_BT1, sin_BT1 = xp.cos(angle_BT1), xp.sin(angle_BT1)
         a_BTH, b_BTH = x_BTHK[..., j], x_BTHK[..., j + half]
         out[j] = a_BTH * cos_BT1 - b_BTH * sin_BT1
         out[j + half] = b_BTH * cos_BT1 + a_BTH * sin_BT1
@@ -83,28 +78,22 @@ def targets(tokens_BS, segments_BS, n):
     return target_NBT, valid_NBT
 
 
-def loss(cfg, params, batch, weights, z_loss=0.0, xp=np):
-    """Weighted sum over the heads of the mean cross entropy, all logits at once.
+def loss(cfg, params, inputs, target_NBT, valid_NBT, weights, z_loss=0.0, xp=np):
+    """Weighted sum over the heads of the mean cross entropy, from all logits at once.
 
-    batch: tokens, segments and positions [B, S], NumPy arrays.
+    inputs: tokens, segments and positions, [B, T] each.
     """
-    n = cfg.n_future_tokens
-    target_NBT, valid_NBT = targets(batch["tokens"], batch["segments"], n)
-    inputs = (batch[k][:, :-n] for k in ("tokens", "segments", "positions"))
     logits_NBTV = all_logits(cfg, params, *inputs, xp=xp)
     top_NBT1 = xp.max(logits_NBTV, axis=-1, keepdims=True)
-    log_z_NBT1 = top_NBT1 + xp.log(
-        xp.sum(xp.exp(logits_NBTV - top_NBT1), axis=-1, keepdims=True)
-    )
+    sum_NBT1 = xp.sum(xp.exp(logits_NBTV - top_NBT1), axis=-1, keepdims=True)
+    log_z_NBT1 = top_NBT1 + xp.log(sum_NBT1)
     log_p_NBTV = logits_NBTV - log_z_NBT1
     log_p_NBT = xp.take_along_axis(log_p_NBTV, target_NBT[..., None], axis=-1)[..., 0]
     total = 0.0
-    for i in range(n):
-        per_target = -log_p_NBT[i] + z_loss * log_z_NBT1[i, ..., 0] ** 2
-        count = max(int(valid_NBT[i].sum()), 1)
-        total = (
-            total + weights[i] * xp.sum(xp.where(valid_NBT[i], per_target, 0.0)) / count
-        )
+    for i, weight in enumerate(weights):
+        loss_BT = -log_p_NBT[i] + z_loss * log_z_NBT1[i, ..., 0] ** 2
+        loss_BT = xp.where(valid_NBT[i], loss_BT, 0.0)
+        total = total + weight * xp.sum(loss_BT) / xp.sum(valid_NBT[i])
     return total
 
 
@@ -116,7 +105,7 @@ def entry(tree, i):
 
 
 def packed_rows(rng, rows, length, vocab_size, *, n_documents=3, padding=0):
-    """Random rows of documents of random ends, the last `padding` tokens of odd rows empty.
+    """Random rows of documents that end at random; odd rows end in padding.
 
     Returns tokens, segments and positions, int32 [rows, length].
     """

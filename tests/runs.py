@@ -19,7 +19,7 @@ def train_args(workdir, corpus, *overrides):
         "train",
         f"--config={ROOT / 'configs' / 'tiny.py'}",
         f"--workdir={workdir}",
-        f"--config.data.sources=('{corpus}',)",
+        f"--config.data.sources={corpus}",
         f"--config.train.compilation_cache={CACHE}",
         "--config.log.every=1",
         "--config.log.tensorboard=False",

@@ -69,11 +69,12 @@ def assert_refused(result, *words):
 )
 def test_a_wrong_config_is_refused(program, corpus_dir, tmp_path, override, words):
     workdir = tmp_path / "run"
-    source = f"--config.data.sources=('{corpus_dir}',)"
+    fields = [override]
+    if "data.sources" not in override:
+        fields.append(f"data.sources={corpus_dir}")
 
-    result = program(
-        "train", TINY, f"--workdir={workdir}", source, f"--config.{override}"
-    )
+    overrides = [f"--config.{field}" for field in fields]
+    result = program("train", TINY, f"--workdir={workdir}", *overrides)
 
     assert_refused(result, *words)
     assert not workdir.exists()
@@ -112,7 +113,7 @@ def test_a_corpus_shorter_than_a_row_is_refused(program, tmp_path):
         "train",
         TINY,
         f"--workdir={tmp_path / 'run'}",
-        f"--config.data.sources=('{output}',)",
+        f"--config.data.sources={output}",
     )
 
     assert_refused(result, str(output), "67")  # seq_len + n_future_tokens
@@ -153,7 +154,7 @@ def test_a_damaged_shard_is_refused(program, corpus_dir, tmp_path):
         "train",
         TINY,
         f"--workdir={tmp_path / 'run'}",
-        f"--config.data.sources=('{broken}',)",
+        f"--config.data.sources={broken}",
     )
 
     assert_refused(result, shard.name)
@@ -169,7 +170,7 @@ def test_a_workdir_of_another_model_is_refused(program, corpus_dir, tmp_path):
         "train",
         TINY,
         f"--workdir={workdir}",
-        f"--config.data.sources=('{corpus_dir}',)",
+        f"--config.data.sources={corpus_dir}",
     )
 
     assert_refused(result, "another model", "d_model is 512 there and 64 here")
@@ -183,7 +184,7 @@ def test_a_workdir_that_is_a_file_is_refused(program, corpus_dir, tmp_path):
         "train",
         TINY,
         f"--workdir={tmp_path / 'run'}",
-        f"--config.data.sources=('{corpus_dir}',)",
+        f"--config.data.sources={corpus_dir}",
     )
 
     assert_refused(result, "is a file")

@@ -25,13 +25,13 @@ from runs import (
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, corpus):
+def finished(tmp_path_factory, corpus_dir):
     """A run of 40 steps that nothing interrupted, with everything switched on."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
     out = complete(
         train_args(
             workdir,
-            corpus,
+            corpus_dir,
             "--config.train.steps=40",
             "--config.checkpoint.every=10",
             "--config.eval.every=20",
@@ -105,40 +105,40 @@ def test_the_profiler_traces_the_chosen_steps(finished):
     assert len(traces) == 1 and traces[0].stat().st_size > 0
 
 
-def test_a_finished_run_has_nothing_left_to_do(finished, corpus):
+def test_a_finished_run_has_nothing_left_to_do(finished, corpus_dir):
     workdir, _ = finished
     before = (workdir / "metrics.jsonl").read_text()
 
     out = complete(
-        train_args(workdir, corpus, "--config.train.steps=40", "--config.eval.every=20")
+        train_args(workdir, corpus_dir, "--config.train.steps=40", "--config.eval.every=20")
     )
 
     assert "done: step 40" in out
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
-def test_kills_leave_no_trace(tmp_path, corpus, kills):
+def test_kills_leave_no_trace(tmp_path, corpus_dir, kills):
     """SIGKILL at random moments, saves included: the metrics are those of a calm run."""
     steps = f"--config.train.steps={20 * kills + 20}"
     often = "--config.checkpoint.every=2"
     calm, stormy = tmp_path / "calm", tmp_path / "stormy"
-    complete(train_args(calm, corpus, steps, often))
+    complete(train_args(calm, corpus_dir, steps, often))
 
     chance = random.Random(kills)
     for _ in range(kills):
         begun = newest_step(stormy)
-        process = start(train_args(stormy, corpus, steps, often))
+        process = start(train_args(stormy, corpus_dir, steps, often))
         wait_for_step(process, stormy, max(1, begun - 2))
         time.sleep(chance.uniform(0, 0.8))
         kill(process)
-    complete(train_args(stormy, corpus, steps, often))
+    complete(train_args(stormy, corpus_dir, steps, often))
 
     assert without_timings(records(stormy)) == without_timings(records(calm))
 
 
-def test_sigterm_saves_the_last_step_and_exits_well(tmp_path, corpus):
+def test_sigterm_saves_the_last_step_and_exits_well(tmp_path, corpus_dir):
     many = ("--config.train.steps=100000", "--config.checkpoint.every=100000")
-    process = start(train_args(tmp_path / "run", corpus, *many))
+    process = start(train_args(tmp_path / "run", corpus_dir, *many))
     wait_for_step(process, tmp_path / "run", 5)
 
     process.send_signal(signal.SIGTERM)
@@ -154,7 +154,7 @@ def test_sigterm_saves_the_last_step_and_exits_well(tmp_path, corpus):
 
 
 def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(
-    tmp_path, corpus, finished
+    tmp_path, corpus_dir, finished
 ):
     workdir = tmp_path / "run"
     shutil.copytree(finished[0], workdir)
@@ -165,7 +165,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(
     victim.write_bytes(content)
 
     code, out, err = finish(start(["evaluate", f"--workdir={workdir}"]))
-    again = finish(start(train_args(workdir, corpus, "--config.train.steps=40")))
+    again = finish(start(train_args(workdir, corpus_dir, "--config.train.steps=40")))
 
     assert code == 0 and "checkpoints/40 is damaged" in err and "Traceback" not in err
     assert json.loads((workdir / "eval.json").read_text())["step"] == 30
@@ -175,17 +175,17 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(
     assert without_timings(mended) == without_timings(calm)
 
 
-def test_a_run_that_diverges_stops_clearly(tmp_path, corpus):
+def test_a_run_that_diverges_stops_clearly(tmp_path, corpus_dir):
     hot = ("--config.optim.peak_lr=1e38", "--config.train.max_bad_steps=3")
 
-    code, _, err = finish(start(train_args(tmp_path / "run", corpus, *hot)))
+    code, _, err = finish(start(train_args(tmp_path / "run", corpus_dir, *hot)))
 
     assert code == 1
     assert len(err.strip().splitlines()) == 1
     assert "not finite for 3 steps in a row" in err
 
 
-def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, corpus):
+def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, corpus_dir):
     """On a file system of 5 MB of its own, where the third checkpoint does not fit."""
     probe = subprocess.run(
         ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", tmp_path],
@@ -195,7 +195,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, corpus):
         pytest.skip("needs user namespaces")
     args = train_args(
         tmp_path / "run",
-        corpus,
+        corpus_dir,
         "--config.checkpoint.every=10",
         "--config.checkpoint.keep_latest=9",
     )
@@ -215,11 +215,11 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, corpus):
     assert "bits per byte" in out
 
 
-def test_eight_devices_train_and_one_evaluates_and_decodes(tmp_path, corpus):
+def test_eight_devices_train_and_one_evaluates_and_decodes(tmp_path, corpus_dir):
     workdir = tmp_path / "run"
     short = "--config.train.steps=4"
     complete(
-        train_args(workdir, corpus, short, "--config.mesh.tensor=2"), devices=8
+        train_args(workdir, corpus_dir, short, "--config.mesh.tensor=2"), devices=8
     )
 
     complete(["evaluate", f"--workdir={workdir}"])

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from mtp_jax.cache import run_head, run_heads_at, run_trunk
 from mtp_jax.decoders.state import DecodeState, commit, last_token, say
 from mtp_jax.model import LanguageModel
+from mtp_jax.sharding import spec
 
 
 def heads(n: int) -> int:
@@ -30,7 +31,9 @@ def begin(
     said_BN = say(model, jnp.swapaxes(heads_NBD, 0, 1))
     none_B = jnp.zeros_like(state.length_B)
     state = commit(state, said_BN[:, :1], none_B + 1, none_B)
-    return dataclasses.replace(state, carry=said_BN[:, 1:])
+    # Indexing a batch of one row may forget that it is split like any other.
+    drafts_BM = jax.sharding.reshard(said_BN[:, 1:], spec("batch", None))
+    return dataclasses.replace(state, carry=drafts_BM)
 
 
 def step(model: LanguageModel, state: DecodeState) -> DecodeState:

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from mtp_jax.cache import Cache, at_slot
 from mtp_jax.losses import most_likely
 from mtp_jax.model import LanguageModel
-from mtp_jax.sharding import spec
 
 
 @jax.tree_util.register_dataclass
@@ -94,9 +93,7 @@ def commit(
 
 def say(model: LanguageModel, heads_BWD: jax.Array) -> jax.Array:
     """The most likely token of each output of a head, int32 [B, W]."""
-    said_BW = most_likely(model.logits(heads_BWD, model.unembedding()))
-    # A batch of one row is equal to its replicated self, and may come out as such.
-    return jax.sharding.reshard(said_BW, spec("batch", None))
+    return most_likely(model.logits(heads_BWD, model.unembedding()))
 
 
 def last_token(state: DecodeState) -> jax.Array:

@@ -1,0 +1,324 @@
+"""Targets, losses and acceptance against slow definitions that share no code."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import naive
+import numpy as np
+import pytest
+from models import (
+    TINY,
+    mesh_of,
+    placed_batch,
+    placed_params,
+    random_params,
+    tiny_config,
+)
+
+from mtp_jax import losses
+from mtp_jax.config import LossConfig
+from mtp_jax.train_step import make_gradients, model_builder
+
+ROWS, T = 32, 12
+MESHES = {"one device": (1, 1, 1), "fsdp": (1, 8, 1), "all axes": (2, 2, 2)}
+KINDS = {"packed": (3, 4), "unpacked": (1, 0)}  # documents a row, padding
+# Layers, the loss, and what it makes of the heads; every n has a loss of its own.
+CASES = {
+    1: (3, LossConfig(), [1]),
+    2: (4, LossConfig(head_decay=0.5, z_loss=0.01), [1, 0.5]),
+    4: (5, LossConfig(head_weights=(0.5, 2, 0, 1)), [0.5, 2, 0, 1]),
+    8: (8, LossConfig(), [1] * 8),
+}
+
+
+def config_of(n):
+    layers, loss, _ = CASES[n]
+    return dataclasses.replace(
+        tiny_config(num_layers=layers, n_future_tokens=n), loss=loss
+    )
+
+
+def rows_of(kind, n):
+    documents, padding = KINDS[kind]
+    return naive.packed_rows(
+        np.random.default_rng(n),
+        ROWS,
+        T + n,
+        TINY.vocab_size,
+        n_documents=documents,
+        padding=padding,
+    )
+
+
+@functools.cache
+def expected(n):
+    """Loss and gradients of all logits at once, in float64, by kind of rows."""
+    cfg = config_of(n)
+    _, of_loss, weights = CASES[n]
+    with jax.set_mesh(mesh_of(1, 1, 1)):
+        params = random_params(cfg.model)
+
+    @jax.jit
+    @jax.value_and_grad
+    def value_and_grad(*args):
+        return naive.loss(cfg.model, *args, weights, of_loss.z_loss, xp=jnp)
+
+    found = {}
+    with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
+        params64 = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+        for kind in KINDS:
+            rows = rows_of(kind, n)
+            target_and_valid = naive.targets(rows["tokens"], rows["segments"], n)
+            inputs = [rows[k][:, :-n] for k in ("tokens", "segments", "positions")]
+            result = value_and_grad(params64, inputs, *target_and_valid)
+            found[kind] = jax.device_get(result)
+    return found
+
+
+SPLITS = [(a, mesh) for a in (1, 4) for mesh in MESHES]
+FEWER = [(1, "one device"), (4, "fsdp"), (4, "all axes")]  # each takes a compilation
+
+
+@pytest.mark.parametrize(
+    ("n", "accumulation", "mesh"),
+    [(n, *split) for n in CASES for split in (SPLITS if n == 4 else FEWER)],
+)
+def test_loss_and_gradients_are_those_of_all_logits_at_once(n, accumulation, mesh):
+    cfg = config_of(n)
+    with jax.set_mesh(mesh_of(*MESHES[mesh])):
+        gradients = jax.jit(make_gradients(cfg))
+        params = placed_params(cfg.model, random_params(cfg.model))
+        found = {
+            kind: gradients(params, placed_batch(rows_of(kind, n), accumulation))
+            for kind in KINDS
+        }
+
+    for kind, (loss, sums, grads) in found.items():
+        expected_loss, expected_grads = expected(n)[kind]
+        rows = rows_of(kind, n)
+        _, valid_NBT = naive.targets(rows["tokens"], rows["segments"], n)
+        np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+        np.testing.assert_array_equal(sums.count_N, valid_NBT.sum(axis=(1, 2)))
+        jax.tree.map_with_path(assert_near, jax.device_get(grads), expected_grads)
+
+
+def assert_near(path, x, y):
+    """Equal to 1e-5 of the norm of what is expected."""
+    assert x.shape == y.shape, path
+    assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(y), path
+    assert np.linalg.norm(y) > 0 or y.size == 0, path
+
+
+def test_the_microbatches_above_hold_different_numbers_of_targets():
+    for n in CASES:
+        rows = rows_of("packed", n)
+
+        _, valid_NBT = naive.targets(rows["tokens"], rows["segments"], n)
+
+        counts = valid_NBT[-1].reshape(4, -1).sum(axis=1)
+        assert len(set(counts.tolist())) > 1, n
+        assert counts.sum() > 0, n
+
+
+def test_a_batch_of_padding_has_no_loss_and_no_gradient(one_device):
+    cfg = config_of(2)
+    params = placed_params(cfg.model, random_params(cfg.model))
+    rows = {name: np.zeros_like(x) for name, x in rows_of("packed", 2).items()}
+
+    loss, sums, grads = jax.jit(make_gradients(cfg))(params, placed_batch(rows, 1))
+
+    assert loss == 0
+    np.testing.assert_array_equal(sums.count_N, [0, 0])
+    assert all((x == 0).all() for x in jax.tree.leaves(jax.device_get(grads)))
+    assert all(np.isfinite(x).all() for x in losses.summarize(sums).values())
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize("documents", [1, 3])
+def test_targets_are_the_tokens_ahead_in_the_same_document(n, documents):
+    rows = naive.packed_rows(
+        np.random.default_rng(n), 4, T + n, 32, n_documents=documents, padding=4
+    )
+
+    targets_NBT, valid_NBT = losses.future_targets(rows["tokens"], rows["segments"], n)
+    count_N = losses.target_counts(rows["segments"], n)
+
+    expected_NBT, expected_valid_NBT = naive.targets(
+        rows["tokens"], rows["segments"], n
+    )
+    np.testing.assert_array_equal(valid_NBT, expected_valid_NBT)
+    np.testing.assert_array_equal(
+        targets_NBT[expected_valid_NBT], expected_NBT[expected_valid_NBT]
+    )
+    np.testing.assert_array_equal(count_N, expected_valid_NBT.sum(axis=(1, 2)))
+    assert targets_NBT.shape == (n, 4, T)
+
+
+def test_targets_stop_at_document_ends_and_at_padding():
+    tokens_BS = np.array([[10, 11, 12, 20, 21, 22, 0, 0]], np.int32)
+    segments_BS = np.array([[1, 1, 1, 2, 2, 2, 0, 0]], np.int32)
+
+    targets_NBT, valid_NBT = losses.future_targets(tokens_BS, segments_BS, 2)
+
+    np.testing.assert_array_equal(targets_NBT[0, 0], [11, 12, 20, 21, 22, 0])
+    np.testing.assert_array_equal(valid_NBT[0, 0], [1, 1, 0, 1, 1, 0])
+    np.testing.assert_array_equal(valid_NBT[1, 0], [1, 0, 0, 1, 0, 0])
+
+
+def test_a_row_too_short_for_the_last_head_is_refused_with_the_remedy():
+    row = np.ones((1, 3), np.int32)
+
+    with pytest.raises(ValueError, match="rows must hold seq_len \\+ n tokens"):
+        losses.future_targets(row, row, 3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "weights"),
+    [
+        ({}, [1, 1, 1]),
+        ({"head_decay": 0.5}, [1, 0.5, 0.25]),
+        ({"head_weights": (0.2, 0.0, 3.0)}, [0.2, 0, 3]),
+    ],
+)
+def test_head_weights_are_uniform_decaying_or_listed(fields, weights):
+    weights_N = losses.head_weights(LossConfig(**fields), 3)
+
+    assert weights_N.dtype == np.float32
+    np.testing.assert_allclose(weights_N, weights, rtol=1e-6)
+
+
+def test_objective_is_the_weighted_sum_of_means_with_the_z_loss():
+    sums = losses.HeadSums(
+        count_N=jnp.array([2.0, 3.0]),
+        nll_N=jnp.array([5.0, 7.0]),
+        z_N=jnp.array([11.0, 13.0]),
+        correct_N=jnp.zeros(2),
+        windows=jnp.zeros(()),
+        accepted_N=jnp.zeros(2),
+    )
+
+    loss = losses.objective(sums, jnp.array([4.0, 10.0]), jnp.array([1.0, 0.5]), 0.1)
+
+    expected_loss = (5 + 0.1 * 11) / 4 + 0.5 * (7 + 0.1 * 13) / 10
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+
+
+def test_the_most_likely_token_is_the_first_of_equals():
+    logits_BTV = np.array(
+        [[[0.0, 3, 3, 1], [-2, -1, -3, -1], [5, 0, 0, 5]]], np.float32
+    )
+
+    tokens_BT = losses.most_likely(logits_BTV)
+
+    np.testing.assert_array_equal(tokens_BT, np.argmax(logits_BTV, axis=-1))
+
+
+# Heads that count: head i says v + strides[i] after the token v.
+
+COUNTING = dataclasses.replace(
+    TINY, vocab_size=8, num_layers=3, n_future_tokens=3, tie_embeddings=True
+)
+
+
+def counting_params(strides):
+    """A one-hot embedding, no attention, and a permutation in every feed-forward."""
+    params = jax.tree.map(np.zeros_like, random_params(COUNTING))
+    v = COUNTING.vocab_size
+    eye_VD = np.eye(v, COUNTING.d_model, dtype=np.float32)
+    params["w_embedding"] = eye_VD
+    params["norm"] += 1
+    for name in ("norm_attention", "norm_mlp"):
+        params["heads"][name] += 1
+    for i, stride in enumerate(strides):
+        mlp = params["heads"]["mlp"]
+        mlp["w_gate"][i, :, :v] = eye_VD.T
+        mlp["w_up"][i, :, :v] = eye_VD.T
+        mlp["w_down"][i, :v] = 5 * eye_VD[(np.arange(v) + stride) % v]
+    return params
+
+
+@functools.cache
+def counting_sums():
+    _, build = model_builder(COUNTING)
+    return jax.jit(lambda params, rows: losses.head_sums(build(params), rows))
+
+
+def sums_of_counting(strides, rows):
+    params = placed_params(COUNTING, counting_params(strides))
+    rows = {name: x_ABS[0] for name, x_ABS in placed_batch(rows, 1).items()}
+    return jax.device_get(counting_sums()(params, rows))
+
+
+def counting_rows(jumps):
+    """Documents that count up by one, but by two at a share of their places."""
+    rng = np.random.default_rng(7)
+    rows = naive.packed_rows(rng, 6, T + 3, 8, n_documents=2, padding=2)
+    steps_BS = 1 + (rng.random(rows["tokens"].shape) < jumps)
+    rows["tokens"] = (np.cumsum(steps_BS, axis=1) % 8).astype(np.int32)
+    return rows
+
+
+def simulated(strides, rows):
+    """Targets hit by each head, windows, and windows accepted up to each head."""
+    n, tokens_BS, segments_BS = 3, rows["tokens"], rows["segments"]
+    correct_N, accepted_N, windows = np.zeros(n), np.zeros(n), 0
+    said = lambda i, row, t: (tokens_BS[row, t] + strides[i]) % 8  # noqa: E731
+    for row in range(len(tokens_BS)):
+        for t in range(T):
+            document = segments_BS[row, t]
+            for i in range(n):
+                target = tokens_BS[row, t + i + 1]
+                inside = document != 0 and segments_BS[row, t + i + 1] == document
+                correct_N[i] += inside and said(i, row, t) == target
+            # Head 1 must still be heard at t + n - 1, and its text be of the document.
+            window = [segments_BS[row, s] for s in range(t, t + n + 1)]
+            if document == 0 or set(window) != {document} or t + n - 1 >= T:
+                continue
+            windows += 1
+            accepted_N[0] += 1
+            for i in range(1, n):
+                if said(i, row, t) != said(0, row, t + i):
+                    break
+                accepted_N[i] += 1
+    return correct_N, windows, accepted_N
+
+
+@pytest.mark.parametrize("jumps", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("strides", [(1, 2, 3), (1, 3, 3), (1, 2, 4), (2, 3, 4)])
+def test_accuracy_and_acceptance_are_those_of_a_simulation(strides, jumps, one_device):
+    rows = counting_rows(jumps)
+
+    sums = sums_of_counting(strides, rows)
+
+    correct_N, windows, accepted_N = simulated(strides, rows)
+    np.testing.assert_array_equal(sums.correct_N, correct_N)
+    np.testing.assert_array_equal(sums.accepted_N, accepted_N)
+    assert sums.windows == windows > 0
+
+
+def test_heads_that_know_the_text_are_right_and_always_accepted(one_device):
+    means = losses.summarize(sums_of_counting((1, 2, 3), counting_rows(0.0)))
+
+    np.testing.assert_array_equal(means["accuracy_N"], [1, 1, 1])
+    np.testing.assert_array_equal(means["accepted_N"], [1, 1, 1])
+    assert means["accept_length"] == 3
+
+
+def test_a_head_that_looks_one_token_too_far_ends_the_acceptance(one_device):
+    means = losses.summarize(sums_of_counting((1, 3, 3), counting_rows(0.0)))
+
+    np.testing.assert_array_equal(means["accuracy_N"], [1, 0, 1])
+    np.testing.assert_array_equal(means["accepted_N"], [1, 0, 0])
+    assert means["accept_length"] == 1
+
+
+def test_text_that_head_1_did_not_foresee_lowers_acceptance(one_device):
+    found = [
+        losses.summarize(sums_of_counting((1, 2, 3), counting_rows(jumps)))
+        for jumps in (0.0, 0.3, 1.0)
+    ]
+
+    lengths = [float(means["accept_length"]) for means in found]
+    assert 3 == lengths[0] > lengths[1] > lengths[2] == 1

@@ -32,8 +32,8 @@ class Checkpoints:
 
     def __init__(self, workdir: pathlib.Path, cfg: CheckpointConfig | None = None):
         """Opens them; without cfg nothing is ever deleted (reading)."""
-        # Orbax logs the traceback of a failed save in every thread it passes through, and
-        # then raises it all the same.
+        # Orbax logs the traceback of a failed save in every thread it passes through,
+        # and then raises it all the same.
         absl.logging.set_verbosity(absl.logging.FATAL)
         self.folder = workdir / "checkpoints"
         if cfg is not None and jax.process_index() == 0:
@@ -196,6 +196,7 @@ def abstract_tree(tree: Any) -> Any:
 
 
 def state_from_items(items: dict[str, Any]) -> TrainState:
+    """The state of restored items."""
     return TrainState(params=items["params"], **items["training"])
 
 

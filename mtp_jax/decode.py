@@ -187,7 +187,9 @@ class Generator:
                 return host
             state = dataclasses.replace(state, done_B=self._put(done_B))
 
-    def _new_tokens(self, host: dict[str, np.ndarray], b: int) -> list[int]:
+    def _new_tokens(
+        self, host: dict[str, np.ndarray], b: int | np.integer
+    ) -> list[int]:
         return host["tokens_BS"][b, host["prompt_B"][b] : host["length_B"][b]].tolist()
 
     def _find_stop(self, tokens: list[int], stop: Sequence[str]) -> int | None:

@@ -138,8 +138,8 @@ def _acceptance(said_NBT: jax.Array, valid_NBT: jax.Array) -> dict[str, jax.Arra
     """How far heads 2..n, at t, agree with what head 1 says once it gets there.
 
     Teacher-forced: head 1 reads the true text. Token t + i is drafted by head i at t
-    and spoken by head 1 at t + i - 1, so a position counts only if all n - 1 of those lie
-    in the row and in its document.
+    and spoken by head 1 at t + i - 1, so a position counts only if all n - 1 of those
+    lie in the row and in its document.
     """
     n, _, t = said_NBT.shape
     inside_T = jnp.arange(t) <= t - n

@@ -5,6 +5,7 @@ V vocabulary.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from mtp_jax.sharding import spec
 
 # Takes queries [B, T, H, K], keys and values [B, T, G, K]; gives what they read
 # [B, T, H, K] and whatever the caller wants to keep of them (a cache, or nothing).
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, object]]
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 class Block(nnx.Module):
@@ -46,7 +47,7 @@ class Block(nnx.Module):
 
     def __call__(
         self, x_BTD: jax.Array, angles_BTk: jax.Array, attend: Attend
-    ) -> tuple[jax.Array, object]:
+    ) -> tuple[jax.Array, Any]:
         """x_BTD after the layer, and what `attend` keeps."""
         by_head = spec("batch", None, "heads", None)
         h_BTD = rms_norm(x_BTD, self.norm_attention[...], self.norm_eps)

@@ -111,6 +111,7 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes a value as an indented JSON file, atomically."""
     write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 

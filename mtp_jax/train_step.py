@@ -43,7 +43,10 @@ class TrainState:
 def model_builder(
     cfg: ModelConfig,
 ) -> tuple[Callable[[jax.Array], Any], Callable[[Any], LanguageModel]]:
-    """`init(key) -> params`, a nested dict, and `build(params) -> model`."""
+    """`init(key) -> params`, a nested dict, and `build(params) -> model`.
+
+    Needs the mesh to be set.
+    """
 
     def make(key: jax.Array) -> LanguageModel:
         return LanguageModel(cfg, rngs=nnx.Rngs(params=key))
@@ -106,6 +109,11 @@ def make_gradients(
     return gradients
 
 
+def _updates_made(opt_state: optax.OptState) -> jax.Array:
+    """Optimizer's own count, int32: a skipped step is no update."""
+    return optax.tree.get_all_with_path(opt_state, "count")[0][1]
+
+
 def make_step(
     cfg: Config,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
@@ -140,7 +148,7 @@ def make_step(
             **summarize(sums),
             "loss": loss,
             "grad_norm": grad_norm,
-            "lr": schedule(state.step),
+            "lr": schedule(_updates_made(state.opt_state)),
             "bad_steps": new_state.bad_steps,
             "tokens": sums.count_N[0],
             "hash": jnp.sum(batch["hash"], axis=(0, 1)),

@@ -14,7 +14,7 @@ TIMINGS = ("tokens_per_s", "step_s", "data_wait_share")
 
 
 def train_args(workdir, corpus, *overrides):
-    """Arguments of a run of configs/tiny.py that logs every step and says little else."""
+    """Arguments of a run of configs/tiny.py that logs every step and no more."""
     return [
         "train",
         f"--config={ROOT / 'configs' / 'tiny.py'}",

@@ -45,7 +45,10 @@ def assert_refused(result, *words):
         ("model.d_modle=3", ["d_modle", "d_model"]),
         ("modle.d_model=3", ["modle"]),
         ("model.d_model=wide", ["config.model.d_model", "wide"]),
-        ("model.n_future_tokens=0", ["config.model.n_future_tokens is 0", "at least 1"]),
+        (
+            "model.n_future_tokens=0",
+            ["config.model.n_future_tokens is 0", "at least 1"],
+        ),
         ("model.n_future_tokens=-2", ["config.model.n_future_tokens is -2"]),
         ("model.n_future_tokens=5", ["more than", "num_layers (4)"]),
         ("model.d_head=15", ["d_head is 15"]),

@@ -110,7 +110,9 @@ def test_a_finished_run_has_nothing_left_to_do(finished, corpus_dir):
     before = (workdir / "metrics.jsonl").read_text()
 
     out = complete(
-        train_args(workdir, corpus_dir, "--config.train.steps=40", "--config.eval.every=20")
+        train_args(
+            workdir, corpus_dir, "--config.train.steps=40", "--config.eval.every=20"
+        )
     )
 
     assert "done: step 40" in out
@@ -118,7 +120,7 @@ def test_a_finished_run_has_nothing_left_to_do(finished, corpus_dir):
 
 
 def test_kills_leave_no_trace(tmp_path, corpus_dir, kills):
-    """SIGKILL at random moments, saves included: the metrics are those of a calm run."""
+    """SIGKILL at random moments, saves included: the metrics of a calm run."""
     steps = f"--config.train.steps={20 * kills + 20}"
     often = "--config.checkpoint.every=2"
     calm, stormy = tmp_path / "calm", tmp_path / "stormy"
@@ -164,7 +166,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(
     content[len(content) // 2] ^= 1  # one bit, in the middle of the weights
     victim.write_bytes(content)
 
-    code, out, err = finish(start(["evaluate", f"--workdir={workdir}"]))
+    code, _, err = finish(start(["evaluate", f"--workdir={workdir}"]))
     again = finish(start(train_args(workdir, corpus_dir, "--config.train.steps=40")))
 
     assert code == 0 and "checkpoints/40 is damaged" in err and "Traceback" not in err

@@ -55,13 +55,17 @@ class Generator:
         self.cfg = model_cfg
         self.tokenizer = tokenizer
         self.mesh = mesh
+        self._programs: dict[tuple[str, int, int, int, int], Program] = {}
+        self.use(params)
+
+    def use(self, params: Any) -> None:
+        """Takes other parameters of the same model; None lets go of the present ones."""
         # Layers cast their weights whenever they use them; once is enough here.
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(self.mesh):
             self._params = jax.tree.map(
-                lambda w: w.astype(model_cfg.compute_dtype), params
+                lambda w: w.astype(self.cfg.compute_dtype), params
             )
         self._first_heads: dict[int, tuple[ModelConfig, Any]] = {}
-        self._programs: dict[tuple[str, int, int, int, int], Program] = {}
 
     def generate(
         self,
@@ -94,8 +98,9 @@ class Generator:
             return []
         with jax.set_mesh(self.mesh):
             program, batch = self._prepare(rows, max_new_tokens, decoder, heads)
+            _, params = self._with_heads(DECODERS[decoder].heads(heads))
             started = time.perf_counter()
-            host = self._decode(program, batch, len(rows), stop)
+            host = self._decode(program, params, batch, len(rows), stop)
             elapsed_s = time.perf_counter() - started
         drafts = DECODERS[decoder].heads(heads) - 1
         results = [self._result(host, b, stop, drafts) for b in range(len(rows))]
@@ -170,14 +175,19 @@ class Generator:
         return jax.device_put(x, NamedSharding(self.mesh, spec(*axes)))
 
     def _decode(
-        self, program: Program, batch: list[jax.Array], rows: int, stop: Sequence[str]
+        self,
+        program: Program,
+        params: Any,
+        batch: list[jax.Array],
+        rows: int,
+        stop: Sequence[str],
     ) -> dict[str, np.ndarray]:
         """Runs to the end; the arrays of the final state but its cache."""
-        state = program.begin(program.params, *batch)
+        state = program.begin(params, *batch)
         # Without stop strings there is nothing to look for on the way.
         forwards = np.int32(_LOOK if stop else state.tokens_BS.shape[1])
         while True:
-            state = program.advance(program.params, state, forwards)
+            state = program.advance(params, state, forwards)
             host = _fetch(state)
             host["prompt_B"] = _fetch_one(batch[1])
             done_B = host["done_B"].copy()

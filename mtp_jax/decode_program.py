@@ -29,7 +29,6 @@ class Program:
     begin: Callable[..., DecodeState]
     # (params, state, forward passes at most) -> state; the old state is given up
     advance: Callable[..., DecodeState]
-    params: Any
 
 
 def compile_program(
@@ -87,7 +86,7 @@ def compile_program(
     first = begin.lower(params, *batch)
     state = jax.tree.map(_abstract, first.out_info)
     loop = advance.lower(params, state, jax.ShapeDtypeStruct((), jnp.int32))
-    return Program(first.compile(), loop.compile(), params)
+    return Program(first.compile(), loop.compile())
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:

@@ -48,7 +48,8 @@ def run(
                 {"config": dataclasses.asdict(cfg), **environment(mesh)},
             )
         log.say(_opening(cfg, state, start, workdir))
-        _Run(cfg, workdir, mesh, corpora, checkpoints, log).go(state, start)
+        generator = Generator(cfg.model, None, corpora[0].tokenizer, mesh)
+        _Run(cfg, workdir, mesh, corpora, checkpoints, log, generator).go(state, start)
         checkpoints.close()
     except BaseException:
         with contextlib.suppress(Exception):  # the first error is the one to tell
@@ -84,13 +85,14 @@ def _opening(cfg: Config, state: TrainState, start: int, workdir: pathlib.Path) 
 class _Run:
     """What stays the same from step to step."""
 
-    def __init__(self, cfg, workdir, mesh, corpora, checkpoints, log):
+    def __init__(self, cfg, workdir, mesh, corpora, checkpoints, log, generator):
         self.cfg: Config = cfg
         self.workdir: pathlib.Path = workdir
         self.mesh: jax.sharding.Mesh = mesh
         self.corpora: list[Corpus] = corpora
         self.checkpoints: Checkpoints = checkpoints
         self.log: RunLog = log
+        self.generator: Generator = generator
         self.step = make_step(cfg)
         self.tokenizer = corpora[0].tokenizer
         self.evaluator = make_evaluator(cfg.model, self.tokenizer)
@@ -181,8 +183,11 @@ class _Run:
         length = self.cfg.eval.sample_prompt_tokens
         begin = 1 + where % max(int(documents.lengths[document]) - length - 1, 1)
         prompt = documents.tokens(document, begin, begin + length).astype(np.int32)
-        generator = Generator(self.cfg.model, state.params, self.tokenizer, self.mesh)
-        made = generator.generate([prompt], max_new_tokens=self.cfg.eval.sample_tokens)
+        self.generator.use(state.params)
+        made = self.generator.generate(
+            [prompt], max_new_tokens=self.cfg.eval.sample_tokens
+        )
+        self.generator.use(None)
         return self.tokenizer.decode(prompt), made[0].text
 
     def metadata(self, step: int) -> dict[str, Any]:

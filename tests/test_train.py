@@ -12,6 +12,7 @@ import time
 
 import pytest
 from runs import (
+    ROOT,
     complete,
     finish,
     kill,
@@ -239,3 +240,31 @@ def test_eight_devices_train_and_one_evaluates_and_decodes(tmp_path, corpus_dir)
         all_heads["heads"][0]["loss"], rel=1e-3
     )
     assert drafted["tokens"] == plain["tokens"] and len(plain["tokens"]) == 8
+
+
+def test_sentencepiece_from_text_to_sample(tmp_path):
+    stories = ROOT.parent / "shared" / "data" / "tinystories"
+    stories = stories / "tinystories_cased_train.jsonl"
+    if not stories.exists():
+        pytest.skip("needs the stories")
+    workdir, data = tmp_path / "run", tmp_path / "data"
+
+    complete(
+        ["prepare", f"--input={stories}", f"--output={data}", "--train_tokenizer=512"]
+    )
+    complete(
+        train_args(
+            workdir,
+            data,
+            "--config.model.vocab_size=512",
+            "--config.train.steps=60",
+        )
+    )
+    complete(["evaluate", f"--workdir={workdir}", "--max_batches=4"])
+    made = complete(["generate", f"--workdir={workdir}", "--prompt=Once", "--json"])
+
+    figures = json.loads((workdir / "eval.json").read_text())
+    assert (workdir / "tokenizer.model").exists()
+    assert figures["bytes"] > 1.5 * figures["tokens"]  # a token is more than a byte
+    assert figures["heads"][0]["loss"] < 5.5  # less than log 512: it has learned
+    assert json.loads(made)["text"]

@@ -1,0 +1,81 @@
+"""Every file of configs/: it freezes, and its model has the shape it promises."""
+
+import importlib.util
+
+import jax
+import pytest
+from runs import ROOT
+
+from mtp_jax.config import freeze
+from mtp_jax.errors import UserError
+from mtp_jax.train_step import model_builder
+
+# Millions of parameters, embeddings included, recomputed by hand from table S14 of
+# arXiv:2404.19737 with Llama's feed-forward width and 32,000 tokens.
+PAPER = {
+    "1m": 9.5,
+    "3m": 19.8,
+    "10m": 35.2,
+    "30m": 66.9,
+    "100m": 148,
+    "300m": 387,
+    "1b": 1118,
+    "0.3b": 297,
+    "0.6b": 630,
+    "1.3b": 1364,
+    "3b": 3019,
+    "7b": 6738,
+    "13b": 13016,
+}
+
+
+def load(name, *argument):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return freeze(module.get_config(*argument))
+
+
+def parameters(cfg):
+    init, _ = model_builder(cfg.model)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return sum(x.size for x in jax.tree.leaves(shapes))
+
+
+@pytest.mark.parametrize("name", [p.stem for p in (ROOT / "configs").glob("*.py")])
+def test_a_config_freezes_and_makes_a_model(one_device, name):
+    cfg = load(name)
+
+    assert parameters(cfg) > 0
+
+
+@pytest.mark.parametrize(("shape", "millions"), PAPER.items())
+def test_a_model_of_the_paper_has_its_size_with_any_n(one_device, shape, millions):
+    sizes = {n: parameters(load("paper", f"{shape}-n{n}")) for n in (1, 2, 4)}
+
+    assert sizes[1] == sizes[2] == sizes[4]
+    assert sizes[1] / 1e6 == pytest.approx(millions, rel=0.005)
+
+
+def test_the_recipes_are_those_of_the_paper():
+    seven, byte = load("paper", "7b-n4"), load("paper", "7b-bytes-n8")
+
+    assert seven.data.batch_size * seven.data.seq_len == 8 * 2**20
+    assert (seven.train.steps, seven.optim.warmup_steps) == (25_000, 2000)
+    assert (seven.optim.b1, seven.optim.b2, seven.optim.weight_decay) == (
+        0.9,
+        0.95,
+        0.1,
+    )
+    assert seven.model.num_trunk_layers == 28
+    assert byte.data.batch_size * byte.data.seq_len == 12 * 2**20
+    assert (byte.model.vocab_size, byte.data.seq_len) == (256, 8192)
+    assert byte.model.n_future_tokens == 8
+
+
+@pytest.mark.parametrize(
+    "argument", ["7b", "7b-n", "7b-nx", "8b-n4", "7b-n0", "7b-n33"]
+)
+def test_an_unknown_model_of_the_paper_is_refused(argument):
+    with pytest.raises(UserError):
+        load("paper", argument)

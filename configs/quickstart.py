@@ -18,10 +18,10 @@ def get_config():
         d_head=32,
         d_ff=256,
     )
-    c.data.update(sources=("data/stdlib",), seq_len=128, batch_size=4)
-    c.optim.update(peak_lr=6e-3, warmup_steps=100)
-    c.train.steps = 3500
-    c.checkpoint.update(every=875, keep_latest=2)
-    c.eval.update(every=875, batches=64, sample_tokens=96)
-    c.log.every = 125
+    c.data.update(sources=("data/stdlib",), seq_len=320, batch_size=2)
+    c.optim.update(peak_lr=5e-3, warmup_steps=100)
+    c.train.steps = 4500
+    c.checkpoint.update(every=1500, keep_latest=2)
+    c.eval.update(every=1500, batches=64, sample_tokens=96)
+    c.log.every = 150
     return c

@@ -59,7 +59,7 @@ class Generator:
         self.use(params)
 
     def use(self, params: Any) -> None:
-        """Takes other parameters of the same model; None lets go of the present ones."""
+        """Takes other parameters of the same model; None lets go of the present."""
         # Layers cast their weights whenever they use them; once is enough here.
         with jax.set_mesh(self.mesh):
             self._params = jax.tree.map(

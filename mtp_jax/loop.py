@@ -97,6 +97,7 @@ class _Run:
         self.tokenizer = corpora[0].tokenizer
         self.evaluator = make_evaluator(cfg.model, self.tokenizer)
         self.watch = Stopwatch()
+        self.tracing = False
 
     def go(self, state: TrainState, start: int) -> None:
         """Steps from `start` until the end, a SIGTERM or a failure."""
@@ -211,11 +212,19 @@ class _Run:
             return
         if done + 1 == first:
             jax.profiler.start_trace(str(self.workdir / "profile"))
-        elif done + 1 == first + self.cfg.log.profile_steps:
+            self.tracing = True
+        elif self.tracing and done + 1 >= first + self.cfg.log.profile_steps:
+            self.end_trace()
+
+    def end_trace(self) -> None:
+        """Writes the trace that was begun, if any."""
+        if self.tracing:
             jax.profiler.stop_trace()
+            self.tracing = False
 
     def finish(self, done: int, stopping: bool) -> None:
         """Waits for the last checkpoint and says how it ended."""
+        self.end_trace()
         self.checkpoints.wait()
         if stopping:
             self.log.say(

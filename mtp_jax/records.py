@@ -19,8 +19,8 @@ def step_record(
     """A line of metrics.jsonl.
 
     Losses are in nats a target, before the step's update; the learning rate is the one
-    it used; `tokens_per_s` counts positions of the global batch; `mfu` is there only on
-    chips whose peak is known.
+    it used; `tokens` counts the targets of head 1, `tokens_per_s` the positions of the
+    global batch; `mfu` is there only on chips whose peak is known.
     """
     losses, accuracies = metrics["loss_N"].tolist(), metrics["accuracy_N"].tolist()
     record = {
@@ -33,6 +33,7 @@ def step_record(
         "grad_norm": float(metrics["grad_norm"]),
         "lr": float(metrics["lr"]),
         "bad_steps": int(metrics["bad_steps"]),
+        "tokens": int(metrics["tokens"]),
         "tokens_per_s": cfg.data.batch_size * cfg.data.seq_len / step_s,
         "step_s": step_s,
         "data_wait_share": data_wait_share,

@@ -188,6 +188,7 @@ def test_a_step_that_is_not_finite_changes_no_parameter(name, value, all_axes):
 
     assert state.bad_steps == metrics["bad_steps"] == 0
     assert (jax.device_get(state.params[name]) != good).any()
+    np.testing.assert_allclose(metrics["lr"], expected_rate(2), rtol=1e-6)
 
 
 def test_metrics_are_those_of_the_batch(all_axes):

@@ -124,7 +124,7 @@ def evaluate(
     max_batches: int | None = None,
 ) -> dict[str, Any]:
     """`measure` over the held-out text of the run's corpora, or of other ones."""
-    cfg = _fitting_batch(restored.config, batch_shards(restored.mesh))
+    cfg = restored.config
     sources = open_sources(cfg, directories, splits=["heldout"])
     for source in sources:
         if source.tokenizer.fingerprint != restored.tokenizer.fingerprint:
@@ -143,9 +143,17 @@ def evaluate(
 def placed_heldout(
     cfg: Config, sources: list[Corpus], mesh: jax.sharding.Mesh, limit: int | None
 ) -> Iterator[dict[str, jax.Array]]:
-    """Held-out batches of one microbatch's rows, on the devices, [1, M, S]."""
-    size = cfg.data.batch_size // cfg.train.accumulation
-    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, batch_size=size))
+    """Held-out batches of a microbatch's rows, on the devices, [1, M, S].
+
+    M is that of training, rounded up to what the devices of today can split.
+    """
+    shards = batch_shards(mesh)
+    size = -(-cfg.data.batch_size // cfg.train.accumulation // shards) * shards
+    cfg = dataclasses.replace(
+        cfg,
+        data=dataclasses.replace(cfg.data, batch_size=size),
+        train=dataclasses.replace(cfg.train, accumulation=1),
+    )
     sharding = batch_sharding(mesh)
     rows = rows_of_process(sharding, size)
     for batch in heldout_batches(cfg, sources, rows, limit=limit):
@@ -166,12 +174,3 @@ def table(result: dict[str, Any]) -> str:
         f"{result['accept']['length']:.3f} (teacher-forced); {result['tokens']} tokens"
     )
     return "\n".join(lines)
-
-
-def _fitting_batch(cfg: Config, shards: int) -> Config:
-    """The run's config with microbatches that the devices of today can split."""
-    rows = -(-cfg.data.batch_size // cfg.train.accumulation // shards) * shards
-    return dataclasses.replace(
-        cfg,
-        data=dataclasses.replace(cfg.data, batch_size=rows * cfg.train.accumulation),
-    )

@@ -146,7 +146,8 @@ def _acceptance(said_NBT: jax.Array, valid_NBT: jax.Array) -> dict[str, jax.Arra
     window_BT = valid_NBT[-1] & inside_T[None]
     prefix_BT, accepted = window_BT, [window_BT]
     for i in range(1, n):
-        spoken_BT = jnp.roll(said_NBT[0], -i, axis=1)
+        # Shifted by a pad of -i: jax 0.12 loses the sharding of a slice of one row.
+        spoken_BT = jax.lax.pad(said_NBT[0], jnp.int32(-1), [(0, 0, 0), (-i, i, 0)])
         prefix_BT = prefix_BT & (said_NBT[i] == spoken_BT)
         accepted.append(prefix_BT)
     accepted_N = jnp.sum(jnp.stack(accepted), axis=(1, 2), dtype=jnp.float32)

@@ -268,3 +268,22 @@ def test_sentencepiece_from_text_to_sample(tmp_path):
     assert figures["bytes"] > 1.5 * figures["tokens"]  # a token is more than a byte
     assert figures["heads"][0]["loss"] < 5.5  # less than log 512: it has learned
     assert json.loads(made)["text"]
+
+
+def test_a_run_of_single_row_microbatches_trains_and_is_evaluated(tmp_path, corpus_dir):
+    workdir = tmp_path / "run"
+
+    complete(
+        train_args(
+            workdir,
+            corpus_dir,
+            "--config.data.batch_size=2",
+            "--config.train.accumulation=2",
+            "--config.train.steps=2",
+            "--config.eval.every=2",
+        )
+    )
+    complete(["evaluate", f"--workdir={workdir}", "--max_batches=3"])
+
+    assert records(workdir, "heldout.jsonl")[0]["step"] == 2
+    assert json.loads((workdir / "eval.json").read_text())["step"] == 2

@@ -85,15 +85,15 @@ class Checkpoints:
         self.wait()
         self._orbax.close()
 
-    def newest_metadata(self) -> dict[str, Any]:
-        """What was saved beside the arrays, of the newest checkpoint that has it whole.
+    def saved_metadata(self, step: int | None = None) -> dict[str, Any]:
+        """What was saved beside the arrays, of `step` or the newest that has it whole.
 
         Raises:
           UserError: none has.
         """
-        for step in reversed(self.steps()):
+        for candidate in reversed(self.steps()) if step is None else [step]:
             try:
-                found = self._orbax.checkpointables_metadata(step).custom_metadata
+                found = self._orbax.checkpointables_metadata(candidate).custom_metadata
             except Exception:  # damaged; `restore_newest` reports it
                 continue
             if found:
@@ -121,7 +121,11 @@ class Checkpoints:
         _refuse_mismatch(self.folder / str(step), trees, abstract)
         try:
             items = self._orbax.load_checkpointables(step, abstract)
+        except (PermissionError, MemoryError):
+            raise
         except Exception as error:  # Orbax and TensorStore raise many kinds
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise
             raise DamagedCheckpoint(self.folder / str(step), error) from error
         found = {name: _plain(jax.device_get(_sums(items[name]))) for name in items}
         wrong = [name for name in found if found[name] != sums[name]]

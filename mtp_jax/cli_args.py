@@ -54,7 +54,9 @@ def config_from(path: str, overrides: list[str]) -> Config:
         rest = flags(argv)[1:]
     except absl.flags.UnrecognizedFlagError as error:
         raise UserError(f"unknown option --{error.flagname}; see --help.") from error
-    except (absl.flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a config is code, and may fail in any way
         raise UserError(_what_is_wrong(path, error)) from error
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; see --help.")
@@ -66,8 +68,10 @@ def _what_is_wrong(path: str, error: Exception) -> str:
     text = str(error.args[0] if error.args else error).replace("\\n", " ")
     if "Error whilst parsing config file" in text:
         return f"{path}: {text.strip().splitlines()[-1]}"
-    if not isinstance(error, (AttributeError, KeyError)):
+    if isinstance(error, absl.flags.Error):
         return text
+    if not isinstance(error, (AttributeError, KeyError)) or "get_config" in text:
+        return f"{path}: {type(error).__name__}: {error}"
     hint = text.partition("Did you mean ")[2].partition("?")[0]
     name = text.strip("\\'\"").partition("'")[0].partition('"')[0].strip("\\ ")
     return f"config has no field {name!r}" + (

@@ -209,7 +209,7 @@ def _heldout_rows(cfg: Config, corpora: Sequence[Corpus]) -> Rows:
         names = ", ".join(str(corpus.directory) for corpus in corpora)
         raise UserError(
             f"there are no held-out documents in {names}; run prepare with --heldout "
-            "above 0, or set config.eval.every to None."
+            "above 0."
         )
     return ConcatenatedRows(sources)
 

@@ -112,8 +112,11 @@ def main(argv: list[str]) -> int:
     restored = restore_model(args.workdir, step=args.step, heads=args.heads)
     result = evaluate(restored, args.data, args.max_batches)
     path = pathlib.Path(args.workdir) / "eval.json"
-    write_json(path, result)
     print(table(result))
+    try:
+        write_json(path, result)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
     print(f"written to {path}")
     return 0
 

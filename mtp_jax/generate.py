@@ -24,6 +24,9 @@ def main(argv: list[str]) -> int:
     """
     args = _parse(argv)
     prompts: Sequence[Any] = _prompts(args)
+    for text in [*prompts, *args.stop]:
+        if not _is_text(text):
+            raise UserError(f"{text!r} is not valid Unicode text; give it in UTF-8.")
 
     # Not before the flags are known to be good: this imports JAX.
     from mtp_jax import decode, decoders, restore
@@ -92,7 +95,7 @@ def heldout_prompts(
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser("generate", "Continues prompts with a trained model.")
+    parser = Parser("mtp-jax generate", "Continues prompts with a trained model.")
     parser.add_argument("--workdir", required=True, help="directory of the run")
     parser.add_argument("--step", type=int, help="checkpoint; the latest if not given")
     source = parser.add_mutually_exclusive_group(required=True)
@@ -171,6 +174,15 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if not lines:
         raise UserError(f"--prompts: {name} is empty; give at least one prompt.")
     return lines
+
+
+def _is_text(text: str) -> bool:
+    """False with a lone surrogate, as JSON and command lines may bring one."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _of_json(line: str, name: str, number: int) -> str:

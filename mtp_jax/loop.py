@@ -26,6 +26,7 @@ from mtp_jax.evaluate import make_evaluator, measure, placed_heldout
 from mtp_jax.feed import batch_sharding, place_rows, rows_of_process
 from mtp_jax.records import heldout_line, heldout_record, step_line, step_record
 from mtp_jax.run_log import RunLog, Stopwatch, environment, write_json
+from mtp_jax.tokenizer import Tokenizer
 from mtp_jax.train_step import TrainState, make_init, make_step
 
 
@@ -45,7 +46,11 @@ def run(
         if jax.process_index() == 0:
             write_json(
                 workdir / "run.json",
-                {"config": dataclasses.asdict(cfg), **environment(mesh)},
+                {
+                    "config": dataclasses.asdict(cfg),
+                    "tokenizer": _identity(corpora[0].tokenizer),
+                    **environment(mesh),
+                },
             )
         log.say(_opening(cfg, state, start, workdir))
         generator = Generator(cfg.model, None, corpora[0].tokenizer, mesh)
@@ -131,7 +136,7 @@ class _Run:
                 if saving:
                     self.checkpoints.save(done, state, self.metadata(done), loss)
                 self.watch.restart()
-        self.finish(done, stopping)
+        self.finish(start, done, stopping)
 
     def batches(self, start: int) -> Iterator[dict[str, jax.Array]]:
         """Global batches on the devices, from step `start` on."""
@@ -178,7 +183,8 @@ class _Run:
     def sample(self, state: TrainState, step: int) -> tuple[str, str]:
         """A held-out prompt, drawn by the run's key, and how the model goes on."""
         draw = jax.random.bits(jax.random.fold_in(state.key, step), (2,))
-        documents = self.corpora[0].documents("heldout")
+        splits = [corpus.documents("heldout") for corpus in self.corpora]
+        documents = next(split for split in splits if len(split))
         which, where = (int(x) for x in jax.device_get(draw))
         document = which % len(documents)
         length = self.cfg.eval.sample_prompt_tokens
@@ -199,10 +205,7 @@ class _Run:
                 "batches": step,
                 "corpora": [c.manifest["splits"]["train"] for c in self.corpora],
             },
-            "tokenizer": {
-                "kind": self.tokenizer.kind,
-                "fingerprint": self.tokenizer.fingerprint,
-            },
+            "tokenizer": _identity(self.tokenizer),
         }
 
     def profile(self, done: int) -> None:
@@ -222,16 +225,22 @@ class _Run:
             jax.profiler.stop_trace()
             self.tracing = False
 
-    def finish(self, done: int, stopping: bool) -> None:
+    def finish(self, start: int, done: int, stopping: bool) -> None:
         """Waits for the last checkpoint and says how it ended."""
         self.end_trace()
         self.checkpoints.wait()
-        if stopping:
+        if stopping and done == start:
+            self.log.say("told to stop before a step; nothing new to save")
+        elif stopping:
             self.log.say(
                 f"told to stop: saved step {done}; run the same command to go on"
             )
         else:
             self.log.say(f"done: step {done}, in {self.workdir}")
+
+
+def _identity(tokenizer: Tokenizer) -> dict[str, str]:
+    return {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint}
 
 
 def _preempted(step: int) -> bool:

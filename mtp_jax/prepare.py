@@ -62,7 +62,9 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser("prepare", "Tokenizes text files into a corpus for training.")
+    parser = Parser(
+        "mtp-jax prepare", "Tokenizes text files into a corpus for training."
+    )
     add = parser.add_argument
     add("--input", action="append", required=True, metavar="PATH",
         help="a file or directory of .txt, .md, .rst, .py or .jsonl files, also "

@@ -48,7 +48,12 @@ def restore_model(
     checkpoints = Checkpoints(folder)
     if not checkpoints.steps():
         raise UserError(f"{workdir} holds no finished checkpoint yet.")
-    metadata = checkpoints.newest_metadata()
+    if step is not None and step not in checkpoints.steps():
+        raise UserError(
+            f"{workdir} has no checkpoint of step {step}; there are "
+            f"{checkpoints.steps()}."
+        )
+    metadata = checkpoints.saved_metadata(step)
     config = freeze(metadata["config"])
     n = config.model.n_future_tokens
     if heads is not None and not 1 <= heads <= n:

@@ -5,6 +5,7 @@
 """
 
 import json
+import math
 import os
 import pathlib
 import platform
@@ -42,7 +43,9 @@ class RunLog:
         """Appends a record to a file, and its numbers to TensorBoard."""
         if not self._active:
             return
-        self._files[name].write(json.dumps(record) + "\n")
+        # JSON has no NaN: a number that is not finite is null there.
+        plain = {k: None if _not_finite(v) else v for k, v in record.items()}
+        self._files[name].write(json.dumps(plain, allow_nan=False) + "\n")
         self._files[name].flush()
         if self._tensorboard is not None:
             group = name.removesuffix(".jsonl")
@@ -87,6 +90,10 @@ class Stopwatch:
         result = passed / max(self._steps, 1), self._waited_s / passed
         self.restart()
         return result
+
+
+def _not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def keep_until(path: pathlib.Path, step: int) -> None:

@@ -15,7 +15,7 @@ from mtp_jax.data import open_sources
 from mtp_jax.errors import UserError
 from mtp_jax.loop import run
 from mtp_jax.sharding import check_divisible, make_mesh
-from mtp_jax.tokenizer import save_tokenizer
+from mtp_jax.tokenizer import Tokenizer, save_tokenizer
 
 
 def main(argv: list[str]) -> int:
@@ -40,9 +40,10 @@ def main(argv: list[str]) -> int:
     mesh = make_mesh(cfg.mesh)
     check_divisible(cfg, mesh)
     workdir = pathlib.Path(args.workdir)
-    _refuse_another_model(cfg.model, workdir)
     part = (jax.process_index(), jax.process_count())
     corpora = open_sources(cfg, part=part)
+    _refuse_another_run(cfg.model, corpora[0].tokenizer, workdir)
+    _refuse_nothing_held_out(cfg, corpora)
     _prepare_workdir(workdir, corpora)
     with jax.set_mesh(mesh):
         run(cfg, workdir, mesh, corpora)
@@ -65,15 +66,26 @@ def _start_jax(cfg: Config) -> None:
     jax.distributed.initialize(address, num_processes=1, process_id=0)
 
 
-def _refuse_another_model(model: ModelConfig, workdir: pathlib.Path) -> None:
-    """Raises UserError if the workdir's run has another model, naming each field."""
+def _refuse_nothing_held_out(cfg: Config, corpora: list[Corpus]) -> None:
+    if cfg.eval.every and not any(len(c.documents("heldout")) for c in corpora):
+        raise UserError(
+            "config.data.sources have no held-out documents; run prepare with "
+            "--heldout above 0, or set config.eval.every=0."
+        )
+
+
+def _refuse_another_run(
+    model: ModelConfig, tokenizer: Tokenizer, workdir: pathlib.Path
+) -> None:
+    """Raises UserError if the workdir's run has another model or tokenizer."""
     path = workdir / "run.json"
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file; give a folder.")
     if not path.exists():
         return
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))["config"]["model"]
+        run = json.loads(path.read_text(encoding="utf-8"))
+        saved, fingerprint = run["config"]["model"], run["tokenizer"]["fingerprint"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a run's; choose another workdir.") from error
     wanted = dataclasses.asdict(model)
@@ -86,6 +98,11 @@ def _refuse_another_model(model: ModelConfig, workdir: pathlib.Path) -> None:
         raise UserError(
             f"--workdir={workdir} holds a run of another model: {'; '.join(rows)}. "
             "Choose another workdir, or the config of that run."
+        )
+    if fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"--workdir={workdir} holds a run with another tokenizer than the corpora "
+            "of config.data.sources; choose another workdir, or that run's corpora."
         )
 
 

@@ -1,5 +1,6 @@
 """Bad input: one clear line, exit code 2, no traceback, nothing begun, nothing left."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -8,6 +9,7 @@ import pytest
 from runs import ROOT
 
 from mtp_jax import __main__, prepare, train
+from mtp_jax.cli_args import config_from
 
 TINY = f"--config={ROOT / 'configs' / 'tiny.py'}"
 
@@ -24,6 +26,7 @@ def program(monkeypatch, capsys):
 
     def run(*args):
         monkeypatch.setattr(sys, "argv", ["mtp-jax", *map(str, args)])
+        sys.modules.pop("config_config", None)  # the config file of the test before
         code = __main__.main()
         return code, capsys.readouterr().err
 
@@ -166,7 +169,8 @@ def test_a_damaged_shard_is_refused(program, corpus_dir, tmp_path):
 def test_a_workdir_of_another_model_is_refused(program, corpus_dir, tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()
-    run = {"config": {"model": {"d_model": 512, "num_layers": 4}}}
+    model = {"d_model": 512, "num_layers": 4}
+    run = {"config": {"model": model}, "tokenizer": {"fingerprint": ""}}
     (workdir / "run.json").write_text(json.dumps(run))
 
     result = program(
@@ -224,3 +228,52 @@ def test_help_fits_on_a_screen(monkeypatch, capsys, verb):
     out = capsys.readouterr().out
     assert code == 0 and "usage" in out.lower()
     assert len(out.splitlines()) <= 40
+
+
+def test_a_workdir_of_another_tokenizer_is_refused(program, corpus_dir, tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    model = dataclasses.asdict(config_from(TINY.partition("=")[2], []).model)
+    run = {"config": {"model": model}, "tokenizer": {"fingerprint": "another"}}
+    (workdir / "run.json").write_text(json.dumps(run))
+
+    result = program(
+        "train", TINY, f"--workdir={workdir}", f"--config.data.sources={corpus_dir}"
+    )
+
+    assert_refused(result, "another tokenizer")
+    assert [path.name for path in workdir.iterdir()] == ["run.json"]
+
+
+def test_nothing_held_out_is_refused_before_the_run(program, tmp_path):
+    text, data = tmp_path / "text.txt", tmp_path / "data"
+    text.write_text("some words " * 100)
+    prepare.main([f"--input={text}", f"--output={data}", "--heldout=0"])
+
+    result = program(
+        "train", TINY, f"--workdir={tmp_path / 'run'}", f"--config.data.sources={data}"
+    )
+
+    assert_refused(result, "no held-out documents", "config.eval.every=0")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "code", ["import nowhere", "x = ", "y = undefined", "def other(): pass"]
+)
+def test_a_config_that_is_broken_code_is_refused(program, tmp_path, code):
+    path = tmp_path / "broken.py"
+    path.write_text(code)
+
+    result = program("train", f"--config={path}", f"--workdir={tmp_path / 'run'}")
+
+    assert_refused(result, "broken.py")
+
+
+def test_a_prompt_that_is_not_unicode_is_refused(program, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a\\ud800b"}\n')
+
+    result = program("generate", "--workdir=nowhere", f"--prompts={path}")
+
+    assert_refused(result, "not valid Unicode")

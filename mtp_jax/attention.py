@@ -9,13 +9,18 @@ softmax are in float32, the products in the compute dtype.
 import jax
 import jax.numpy as jnp
 
+from mtp_jax.config import Attention
 from mtp_jax.sharding import spec
 
 _BY_HEAD = spec("batch", None, "heads", None)
 
 
 def causal_attention(
-    q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, segments_BT: jax.Array
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    segments_BT: jax.Array,
+    kernel: Attention = "auto",
 ) -> jax.Array:
     """Each position reads itself and what came before it in its document.
 

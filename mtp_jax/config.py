@@ -14,7 +14,9 @@ from ml_collections import ConfigDict
 from mtp_jax.errors import UserError
 
 Dtype = Literal["float32", "bfloat16"]
-Remat = Literal["none", "full", "dots"]
+Attention = Literal["auto", "splash", "cudnn", "xla"]
+Remat = Literal["none", "full", "dots", "offload"]
+HeadLoss = Literal["fused", "remat", "naive"]
 
 
 def _require(ok: bool, message: str) -> None:
@@ -47,7 +49,6 @@ class ModelConfig:
     tie_embeddings: bool = False
     param_dtype: Dtype = "float32"
     compute_dtype: Dtype = "float32"
-    remat: Remat = "full"  # what the backward pass of a trunk layer computes again
 
     def __post_init__(self):
         _require_at_least(
@@ -113,6 +114,19 @@ class LossConfig:
             "config.loss.head_weights must be 0 or more, head_decay above 0.",
         )
         _require_at_least("loss", 0, z_loss=self.z_loss)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """How the arithmetic is carried out: it decides speed and memory, not values."""
+
+    attention: Attention = "auto"  # the kernel; auto: the best of the devices at hand
+    remat: Remat = "full"  # what the backward pass of a trunk layer computes again
+    head_loss: HeadLoss = "fused"  # in which order the heads' losses are computed
+    chunk_tokens: int = 0  # of a device, whose logits live at once; 0: 2^27 logits
+
+    def __post_init__(self):
+        _require_at_least("compute", 0, chunk_tokens=self.chunk_tokens)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -265,6 +279,7 @@ class Config:
 
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
+    compute: ComputeConfig = ComputeConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax.cli_args import Parser, positive_int
-from mtp_jax.config import Config, ModelConfig
+from mtp_jax.config import ComputeConfig, Config, ModelConfig
 from mtp_jax.corpus import Corpus
 from mtp_jax.data import heldout_batches, open_sources
 from mtp_jax.errors import UserError
@@ -28,7 +28,7 @@ from mtp_jax.train_step import model_builder
 
 
 def make_evaluator(
-    cfg: ModelConfig, tokenizer: Tokenizer
+    cfg: ModelConfig, compute: ComputeConfig, tokenizer: Tokenizer
 ) -> Callable[[Any, dict[str, jax.Array]], Any]:
     """`f(params, batch) -> (HeadSums, bytes)`, jitted, of a batch [1, B, S].
 
@@ -46,7 +46,7 @@ def make_evaluator(
         table_V = jnp.asarray(piece_bytes)
         bytes_BT = table_V.at[targets_NBT[0]].get(out_sharding=spec("batch", None))
         text_bytes = jnp.sum(jnp.where(valid_NBT[0], bytes_BT, 0))
-        return head_sums(build(params), batch), text_bytes
+        return head_sums(build(params), batch, compute), text_bytes
 
     return evaluate_batch
 
@@ -133,7 +133,7 @@ def evaluate(
         if source.tokenizer.fingerprint != restored.tokenizer.fingerprint:
             raise UserError(f"{source.directory} was made with another tokenizer.")
     with jax.set_mesh(restored.mesh):
-        evaluator = make_evaluator(cfg.model, restored.tokenizer)
+        evaluator = make_evaluator(cfg.model, ComputeConfig(), restored.tokenizer)
         batches = placed_heldout(cfg, sources, restored.mesh, max_batches)
         figures = measure(evaluator, restored.params, batches)
     return {

@@ -100,7 +100,7 @@ class _Run:
         self.generator: Generator = generator
         self.step = make_step(cfg)
         self.tokenizer = corpora[0].tokenizer
-        self.evaluator = make_evaluator(cfg.model, self.tokenizer)
+        self.evaluator = make_evaluator(cfg.model, cfg.compute, self.tokenizer)
         self.watch = Stopwatch()
         self.tracing = False
 

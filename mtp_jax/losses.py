@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.attention import causal_attention
-from mtp_jax.config import LossConfig
+from mtp_jax.config import ComputeConfig, LossConfig
 from mtp_jax.heads import scan_heads
 from mtp_jax.model import LanguageModel, run_trunk
 
@@ -76,7 +76,9 @@ def target_counts(segments_BS: jax.Array, n: int) -> jax.Array:
     return jnp.sum(valid_NBT, axis=(1, 2), dtype=jnp.float32)
 
 
-def head_sums(model: LanguageModel, batch: dict[str, jax.Array]) -> HeadSums:
+def head_sums(
+    model: LanguageModel, batch: dict[str, jax.Array], compute: ComputeConfig
+) -> HeadSums:
     """Sums and counts of every head over a batch of packed rows.
 
     Args:
@@ -90,9 +92,12 @@ def head_sums(model: LanguageModel, batch: dict[str, jax.Array]) -> HeadSums:
     angles_BTk = model.angles(batch["positions"][:, :-n])
 
     def attend(q_BTHK, k_BTGK, v_BTGK):
-        return causal_attention(q_BTHK, k_BTGK, v_BTGK, segments_BT), None
+        kernel = compute.attention
+        return causal_attention(q_BTHK, k_BTGK, v_BTGK, segments_BT, kernel), None
 
-    trunk_BTD = run_trunk(model, model.embed(tokens_BT), angles_BTk, attend)
+    trunk_BTD = run_trunk(
+        model, model.embed(tokens_BT), angles_BTk, attend, compute.remat
+    )
     unembedding_VD = model.unembedding()  # gathered once, not once a head
 
     def score(head_BTD, target_and_valid):

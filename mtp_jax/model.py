@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mtp_jax.config import ModelConfig
+from mtp_jax.config import ModelConfig, Remat
 from mtp_jax.layers import (
     MLP,
     apply_rope,
@@ -123,7 +123,11 @@ class LanguageModel(nnx.Module):
 
 
 def run_trunk(
-    model: LanguageModel, x_BTD: jax.Array, angles_BTk: jax.Array, attend: Attend
+    model: LanguageModel,
+    x_BTD: jax.Array,
+    angles_BTk: jax.Array,
+    attend: Attend,
+    remat: Remat = "full",
 ) -> jax.Array:
     """Trunk output [B, T, D] of embeddings x_BTD, for training and evaluation."""
 
@@ -134,7 +138,7 @@ def run_trunk(
         "none": jax.checkpoint_policies.everything_saveable,
         "full": jax.checkpoint_policies.nothing_saveable,
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    }[model.cfg.remat]
+    }[remat]
     # prevent_cse keeps the compiler from undoing it; inside a scan it cannot anyway.
     layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
     return jax.lax.scan(layer, x_BTD, model.trunk)[0]

@@ -88,7 +88,7 @@ def make_gradients(
     n = cfg.model.n_future_tokens
 
     def loss_fn(params: Any, microbatch: Batch, count_N: jax.Array):
-        sums = head_sums(build(params), microbatch)
+        sums = head_sums(build(params), microbatch, cfg.compute)
         weights_N = head_weights(cfg.loss, n)
         return objective(sums, count_N, weights_N, cfg.loss.z_loss), sums
 

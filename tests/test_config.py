@@ -77,7 +77,7 @@ def test_a_misspelt_field_of_the_tree_is_refused_at_once():
         ({"model__d_ff": None}, "config.model.d_ff is None"),
         ({"model__tie_embeddings": 1}, "config.model.tie_embeddings is 1"),
         ({"model__param_dtype": "float16"}, "config.model.param_dtype is 'float16'"),
-        ({"model__remat": True}, "config.model.remat is True"),
+        ({"compute__remat": True}, "config.compute.remat is True"),
         ({"optim__peak_lr": "fast"}, "config.optim.peak_lr is 'fast'"),
         ({"data__sources": "corpus"}, "config.data.sources is 'corpus'"),
         ({"data__sources": ("a", 1)}, "config.data.sources[1] is 1"),

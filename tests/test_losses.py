@@ -18,7 +18,7 @@ from models import (
 )
 
 from mtp_jax import losses
-from mtp_jax.config import LossConfig
+from mtp_jax.config import ComputeConfig, LossConfig
 from mtp_jax.train_step import make_gradients, model_builder
 
 ROWS, T = 32, 12
@@ -242,7 +242,9 @@ def counting_params(strides):
 @functools.cache
 def counting_sums():
     _, build = model_builder(COUNTING)
-    return jax.jit(lambda params, rows: losses.head_sums(build(params), rows))
+    return jax.jit(
+        lambda params, rows: losses.head_sums(build(params), rows, ComputeConfig())
+    )
 
 
 def sums_of_counting(strides, rows):

@@ -19,6 +19,7 @@ from models import (
 )
 
 from mtp_jax.attention import causal_attention
+from mtp_jax.config import ComputeConfig
 from mtp_jax.heads import scan_heads
 from mtp_jax.model import run_trunk
 from mtp_jax.sharding import spec
@@ -289,7 +290,7 @@ def test_initial_matrices_have_variance_one_over_fan_in(one_device):
 def test_rematerialization_costs_products_and_does_not_change_the_gradients(one_device):
     products, found = {}, {}
     for remat in ("none", "dots", "full"):
-        cfg = tiny_config(remat=remat)
+        cfg = dataclasses.replace(tiny_config(), compute=ComputeConfig(remat=remat))
         params = placed_params(cfg.model, random_params(cfg.model))
         batch = placed_batch(packed(), 1)
         traced = jax.jit(make_gradients(cfg)).trace(params, batch)

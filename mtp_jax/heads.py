@@ -1,46 +1,47 @@
-"""From the trunk's output to each head's: how the heads are wired.
+"""From the trunk's output to a head's: how the heads are wired.
 
-Axes: B batch, T time, D model width, N heads.
+Axes: B batch, T time, D model width, K head width, k half of it.
 
-Losses and evaluation ask only for "every head's output, one at a time"; another kind of
-head is another function of the signature of `scan_heads`.
+The losses ask only for "the output of one head"; another kind of head that reads the
+trunk alone is another function of the signature of `run_head`.
 """
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
 
 import jax
 
-from mtp_jax.model import Attend, LanguageModel
+from mtp_jax.attention import causal_attention
+from mtp_jax.config import Attention
+from mtp_jax.layers import rms_norm
+from mtp_jax.model import Attend, Block
 
 
-def scan_heads(
-    model: LanguageModel,
-    trunk_BTD: jax.Array,
-    angles_BTk: jax.Array,
-    attend: Attend,
-    use: Callable[[jax.Array, Any], Any],
-    xs: Any,
-) -> Any:
-    """Runs `use(head_BTD, x)` for each head in turn; returns its results stacked.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What a layer must know of packed rows besides their activations."""
 
-    Parallel heads: all of them read the trunk's output (arXiv:2404.19737, section 2).
-    One head runs at a time, and its backward pass computes it again, so whatever `use`
-    makes of vocabulary size is alive for one head only (figure 2).
+    angles_BTk: jax.Array  # rotary angles of the positions, float32
+    segments_BT: jax.Array  # document of each position, int32; 0 is padding
 
-    Args:
-      model: whose heads; a stack, [N, ...] in every parameter.
-      trunk_BTD: the trunk's output.
-      angles_BTk: rotary angles of the positions.
-      attend: attention within the rows.
-      use: takes a head's output [B, T, D] and that head's slice of xs.
-      xs: a pytree with a leading axis N.
+
+def attend_within(rows: Rows, kernel: Attention) -> Attend:
+    """Causal attention within the documents, which keeps nothing."""
+
+    def attend(q_BTHK, k_BTGK, v_BTGK):
+        read_BTHK = causal_attention(q_BTHK, k_BTGK, v_BTGK, rows.segments_BT, kernel)
+        return read_BTHK, None
+
+    return attend
+
+
+def run_head(
+    head: Block, norm_D: jax.Array, trunk_BTD: jax.Array, rows: Rows, kernel: Attention
+) -> jax.Array:
+    """Normed output of a head, ready for the unembedding, [B, T, D].
+
+    Parallel heads: each of them reads the trunk's output (arXiv:2404.19737, section 2);
+    they share the norm, whose epsilon is that of the layers.
     """
-
-    def one_head(_, head_and_x):
-        head, x = head_and_x
-        head_BTD, _ = head(trunk_BTD, angles_BTk, attend)
-        return None, use(head_BTD, x)
-
-    one_head = jax.checkpoint(one_head, prevent_cse=False)
-    return jax.lax.scan(one_head, None, (model.heads, xs))[1]
+    out_BTD, _ = head(trunk_BTD, rows.angles_BTk, attend_within(rows, kernel))
+    return rms_norm(out_BTD, norm_D, head.norm_eps)

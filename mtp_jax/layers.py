@@ -13,9 +13,10 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from mtp_jax.config import ModelConfig
-from mtp_jax.sharding import spec
+from mtp_jax.sharding import axes_of, spec
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -36,6 +37,31 @@ def weight(
 def stack(make: Callable[[nnx.Rngs], M], n: int, *, rngs: nnx.Rngs) -> M:
     """n independent copies of a module as one, its parameters stacked on axis 0."""
     return jax.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), n))
+
+
+def embed(table_VD: jax.Array, tokens_BT: jax.Array, dtype: str) -> jax.Array:
+    """Rows of the embedding table, [B, T, D] in `dtype`.
+
+    The table stays where it is, split in both axes: the devices that share its width
+    look each other's tokens up and exchange what they found. That is less to move than
+    the table, and the gradient adds up in the table's own shards and dtype.
+    """
+
+    def local(table_vd, tokens_bT):
+        width, vocab = axes_of("embed"), axes_of("vocab")
+        tokens_BT = lax.all_gather(tokens_bT, width, axis=0, tiled=True)
+        v = table_vd.shape[0]
+        slots_BT = tokens_BT - lax.axis_index(vocab) * v
+        here_BT1 = ((slots_BT >= 0) & (slots_BT < v))[:, :, None]
+        found_BTd = table_vd[jnp.clip(slots_BT, 0, v - 1)]
+        found_BTd = lax.psum(jnp.where(here_BT1, found_BTd, 0).astype(dtype), vocab)
+        return lax.all_to_all(found_BTd, width, split_axis=0, concat_axis=2, tiled=True)
+
+    in_specs = (spec("vocab", "embed"), spec("batch", None))
+    out_specs = spec("batch", None, None)
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs)(
+        table_VD, tokens_BT
+    )
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

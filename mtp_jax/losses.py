@@ -8,9 +8,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.attention import causal_attention
 from mtp_jax.config import ComputeConfig, LossConfig
-from mtp_jax.heads import scan_heads
+from mtp_jax.cross_entropy import TokenScores
+from mtp_jax.head_loss import Targets, head_loss
+from mtp_jax.heads import Rows, attend_within
 from mtp_jax.model import LanguageModel, run_trunk
 
 
@@ -76,46 +77,59 @@ def target_counts(segments_BS: jax.Array, n: int) -> jax.Array:
     return jnp.sum(valid_NBT, axis=(1, 2), dtype=jnp.float32)
 
 
-def head_sums(
-    model: LanguageModel, batch: dict[str, jax.Array], compute: ComputeConfig
-) -> HeadSums:
-    """Sums and counts of every head over a batch of packed rows.
+def batch_loss(
+    model: LanguageModel,
+    batch: dict[str, jax.Array],
+    weight_N: jax.Array,
+    z_loss: float,
+    compute: ComputeConfig,
+) -> tuple[jax.Array, HeadSums]:
+    """The training loss of packed rows, and the sums and counts of every head.
+
+    loss = sum over heads and targets of weight (nll + z_loss log_z^2), float32.
 
     Args:
       model: with n heads.
       batch: tokens, segments and positions, int32 [B, S]: token ids, document numbers
         with 0 for padding, and positions within the documents.
+      weight_N: weight of each target of a head, float32.
+      z_loss: weight of the squared log-partition.
+      compute: how the arithmetic is carried out.
     """
     n = model.cfg.n_future_tokens
-    targets_NBT, valid_NBT = future_targets(batch["tokens"], batch["segments"], n)
-    tokens_BT, segments_BT = batch["tokens"][:, :-n], batch["segments"][:, :-n]
-    angles_BTk = model.angles(batch["positions"][:, :-n])
-
-    def attend(q_BTHK, k_BTGK, v_BTGK):
-        kernel = compute.attention
-        return causal_attention(q_BTHK, k_BTGK, v_BTGK, segments_BT, kernel), None
-
+    token_NBT, valid_NBT = future_targets(batch["tokens"], batch["segments"], n)
+    rows = Rows(model.angles(batch["positions"][:, :-n]), batch["segments"][:, :-n])
     trunk_BTD = run_trunk(
-        model, model.embed(tokens_BT), angles_BTk, attend, compute.remat
+        model,
+        model.embed(batch["tokens"][:, :-n]),
+        rows.angles_BTk,
+        attend_within(rows, compute.attention),
+        compute.remat,
     )
-    unembedding_VD = model.unembedding()  # gathered once, not once a head
+    targets = Targets(token_NBT, jnp.where(valid_NBT, weight_N[:, None, None], 0.0))
+    loss, scores = head_loss(model, trunk_BTD, rows, targets, z_loss, compute)
+    return loss, _sums(scores, token_NBT, valid_NBT)
 
-    def score(head_BTD, target_and_valid):
-        targets_BT, valid_BT = target_and_valid
-        logits_BTV = model.logits(head_BTD, unembedding_VD)
-        log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-        said_BT = most_likely(jax.lax.stop_gradient(logits_BTV))
-        sums = {
-            "count_N": valid_BT,
-            "nll_N": jnp.where(valid_BT, log_z_BT - pick(logits_BTV, targets_BT), 0.0),
-            "z_N": jnp.where(valid_BT, jnp.square(log_z_BT), 0.0),
-            "correct_N": valid_BT & (said_BT == targets_BT),
-        }
-        return {k: jnp.sum(x, dtype=jnp.float32) for k, x in sums.items()}, said_BT
 
-    xs = (targets_NBT, valid_NBT)
-    sums, said_NBT = scan_heads(model, trunk_BTD, angles_BTk, attend, score, xs)
-    return HeadSums(**sums, **_acceptance(said_NBT, valid_NBT))
+def head_sums(
+    model: LanguageModel, batch: dict[str, jax.Array], compute: ComputeConfig
+) -> HeadSums:
+    """Sums and counts of every head over a batch, as of `batch_loss`."""
+    unweighted_N = jnp.zeros(model.cfg.n_future_tokens)
+    return batch_loss(model, batch, unweighted_N, 0.0, compute)[1]
+
+
+def _sums(scores: TokenScores, token_NBT: jax.Array, valid_NBT: jax.Array) -> HeadSums:
+    def total_N(x_NBT):
+        return jnp.sum(jnp.where(valid_NBT, x_NBT, 0), (1, 2), dtype=jnp.float32)
+
+    return HeadSums(
+        count_N=total_N(1.0),
+        nll_N=total_N(scores.nll),
+        z_N=total_N(jnp.square(scores.log_z)),
+        correct_N=total_N(scores.said == token_NBT),
+        **_acceptance(scores.said, valid_NBT),
+    )
 
 
 def most_likely(logits_BTV: jax.Array) -> jax.Array:
@@ -128,15 +142,6 @@ def most_likely(logits_BTV: jax.Array) -> jax.Array:
     top_BT1 = jnp.max(logits_BTV, axis=-1, keepdims=True)
     ids_11V = jnp.arange(vocab, dtype=jnp.int32)[None, None]
     return jnp.min(jnp.where(logits_BTV == top_BT1, ids_11V, vocab - 1), axis=-1)
-
-
-def pick(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """The score of each target, [B, T].
-
-    By comparison, not by a gather, which would collect a split V on every device.
-    """
-    ids_11V = jnp.arange(logits_BTV.shape[-1], dtype=jnp.int32)[None, None]
-    return jnp.sum(jnp.where(ids_11V == targets_BT[:, :, None], logits_BTV, 0.0), -1)
 
 
 def _acceptance(said_NBT: jax.Array, valid_NBT: jax.Array) -> dict[str, jax.Array]:
@@ -157,18 +162,6 @@ def _acceptance(said_NBT: jax.Array, valid_NBT: jax.Array) -> dict[str, jax.Arra
         accepted.append(prefix_BT)
     accepted_N = jnp.sum(jnp.stack(accepted), axis=(1, 2), dtype=jnp.float32)
     return {"windows": accepted_N[0], "accepted_N": accepted_N}
-
-
-def objective(
-    sums: HeadSums, count_N: jax.Array, weights_N: jax.Array, z_loss: float
-) -> jax.Array:
-    """Weighted sum of the heads' mean losses, nats, a scalar.
-
-    count_N counts the targets of the whole global batch, so that the parts of a batch
-    add up to the loss of the batch, however it is split.
-    """
-    mean_N = (sums.nll_N + z_loss * sums.z_N) / jnp.maximum(count_N, 1.0)
-    return jnp.sum(weights_N * mean_N)
 
 
 def summarize(sums: HeadSums) -> dict[str, jax.Array]:

@@ -15,6 +15,7 @@ from mtp_jax.config import ModelConfig, Remat
 from mtp_jax.layers import (
     MLP,
     apply_rope,
+    embed,
     project,
     rms_norm,
     rope_angles,
@@ -93,22 +94,20 @@ class LanguageModel(nnx.Module):
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """Token embeddings in the compute dtype, [B, T, D]."""
-        # Gathered over fsdp first: looking rows up in a table that is split along both
-        # axes makes XLA give up and replicate everything.
-        table_VD = jax.sharding.reshard(
-            self.w_embedding[...].astype(self.cfg.compute_dtype), spec("vocab", None)
-        )
-        return table_VD.at[tokens_BT].get(out_sharding=spec("batch", None, None))
+        return embed(self.w_embedding[...], tokens_BT, self.cfg.compute_dtype)
 
     def angles(self, positions_BT: jax.Array) -> jax.Array:
         """Rotary angles of the positions, float32 [B, T, K/2]."""
         return rope_angles(positions_BT, self.cfg.d_head, self.cfg.rope_theta)
 
+    def unembedding_param(self) -> jax.Array:
+        """The output matrix as it is stored, [V, D]."""
+        tied = self.cfg.tie_embeddings
+        return (self.w_embedding if tied else self.w_unembedding)[...]
+
     def unembedding(self) -> jax.Array:
         """The output matrix in the compute dtype, [V, D], gathered over fsdp."""
-        tied = self.cfg.tie_embeddings
-        w = self.w_embedding if tied else self.w_unembedding
-        w_VD = w[...].astype(self.cfg.compute_dtype)
+        w_VD = self.unembedding_param().astype(self.cfg.compute_dtype)
         return jax.sharding.reshard(w_VD, spec("vocab", None))
 
     def logits(self, x_BTD: jax.Array, unembedding_VD: jax.Array) -> jax.Array:

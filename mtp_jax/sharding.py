@@ -28,6 +28,13 @@ def spec(*axes: str | None) -> PartitionSpec:
     return PartitionSpec(*(_MESH_AXES[axis] for axis in axes))
 
 
+def axes_of(axis: str) -> tuple[str, ...] | str:
+    """Mesh axes of a logical one, for collectives: `axes_of("vocab")` is "tensor"."""
+    axes = _MESH_AXES[axis]
+    assert axes is not None, axis
+    return axes
+
+
 def make_mesh(cfg: MeshConfig) -> Mesh:
     """The mesh over all devices of all processes; an axis of -1 takes what is left.
 

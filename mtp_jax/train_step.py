@@ -15,10 +15,9 @@ from flax import nnx
 from mtp_jax.config import Config, ModelConfig
 from mtp_jax.losses import (
     HeadSums,
-    head_sums,
+    batch_loss,
     head_weights,
     no_sums,
-    objective,
     summarize,
     target_counts,
 )
@@ -51,7 +50,7 @@ def model_builder(
     def make(key: jax.Array) -> LanguageModel:
         return LanguageModel(cfg, rngs=nnx.Rngs(params=key))
 
-    graphdef = nnx.graphdef(jax.eval_shape(make, jax.random.key(0)))
+    graphdef = nnx.graphdef(jax.eval_shape(lambda: make(jax.random.key(0))))
     return (
         lambda key: nnx.to_pure_dict(nnx.state(make(key))),
         lambda params: nnx.merge(graphdef, params),
@@ -87,19 +86,21 @@ def make_gradients(
     _, build = model_builder(cfg.model)
     n = cfg.model.n_future_tokens
 
-    def loss_fn(params: Any, microbatch: Batch, count_N: jax.Array):
-        sums = head_sums(build(params), microbatch, cfg.compute)
-        weights_N = head_weights(cfg.loss, n)
-        return objective(sums, count_N, weights_N, cfg.loss.z_loss), sums
+    def loss_fn(params: Any, microbatch: Batch, weight_N: jax.Array):
+        model, z_loss = build(params), cfg.loss.z_loss
+        return batch_loss(model, microbatch, weight_N, z_loss, cfg.compute)
 
     def gradients(params: Any, batch: Batch):
         count_N = jnp.sum(
             jax.vmap(target_counts, in_axes=(0, None))(batch["segments"], n), axis=0
         )
+        # A head's loss is the mean over the targets of the whole global batch, so the
+        # parts of a batch add up to its loss, however it is split.
+        weight_N = head_weights(cfg.loss, n) / jnp.maximum(count_N, 1.0)
 
         def add_microbatch(total, microbatch):
             grad = jax.value_and_grad(loss_fn, has_aux=True)
-            (loss, sums), grads = grad(params, microbatch, count_N)
+            (loss, sums), grads = grad(params, microbatch, weight_N)
             return jax.tree.map(jnp.add, total, (loss, sums, grads)), None
 
         zeros = (jnp.zeros(()), no_sums(n), jax.tree.map(jnp.zeros_like, params))

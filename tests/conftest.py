@@ -36,6 +36,9 @@ def pytest_addoption(parser):
     parser.addoption(
         "--kills", type=int, default=3, help="SIGKILLs that a run must survive"
     )
+    parser.addoption(
+        "--every_case", action="store_true", help="every form of the loss on every mesh"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,8 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 
 from mtp_jax.config import Config, ModelConfig
+from mtp_jax.heads import Rows, attend_within
+from mtp_jax.model import run_trunk
 from mtp_jax.sharding import spec
 from mtp_jax.train_step import model_builder
 
@@ -73,3 +75,17 @@ def placed_batch(rows, accumulation):
         name: jax.device_put(x.reshape(accumulation, -1, x.shape[-1]), sharding)
         for name, x in rows.items()
     }
+
+
+def all_logits(model, tokens_BT, segments_BT, positions_BT):
+    """Logits of every head by the layers that training uses, [N, B, T, V]."""
+    rows = Rows(model.angles(positions_BT), segments_BT)
+    attend = attend_within(rows, "xla")
+    trunk_BTD = run_trunk(model, model.embed(tokens_BT), rows.angles_BTk, attend)
+    unembedding_VD = model.unembedding()
+
+    def one_head(_, head):
+        head_BTD, _ = head(trunk_BTD, rows.angles_BTk, attend)
+        return None, model.logits(head_BTD, unembedding_VD)
+
+    return jax.lax.scan(one_head, None, model.heads)[1]

@@ -8,14 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
+from models import all_logits
 
-from mtp_jax.attention import causal_attention
 from mtp_jax.cache import make_cache, run_head, run_trunk
 from mtp_jax.config import MeshConfig, ModelConfig
 from mtp_jax.decode import Generator
 from mtp_jax.errors import UserError
-from mtp_jax.heads import scan_heads
-from mtp_jax.model import run_trunk as run_whole_trunk
 from mtp_jax.sharding import make_mesh, spec
 from mtp_jax.train_step import model_builder
 
@@ -86,23 +84,12 @@ def init(cfg, mesh):
 def reference(cfg, params):
     """What each head says at each position, by the training path, [N, B, T]."""
     _, build = model_builder(cfg)
-    xs = jnp.arange(cfg.n_future_tokens)
 
     @jax.jit
     def said(params, tokens_BT):
-        model = build(params)
-        angles = model.angles(jnp.arange(tokens_BT.shape[1])[None] + 0 * tokens_BT)
-
-        def attend(q, k, v):
-            return causal_attention(q, k, v, 0 * tokens_BT), None
-
-        trunk = run_whole_trunk(model, model.embed(tokens_BT), angles, attend)
-        unembedding = model.unembedding()
-
-        def use(head_BTD, _):
-            return jnp.argmax(model.logits(head_BTD, unembedding), axis=-1)
-
-        return scan_heads(model, trunk, angles, attend, use, xs)
+        positions_BT = jnp.arange(tokens_BT.shape[1])[None] + 0 * tokens_BT
+        logits = all_logits(build(params), tokens_BT, 0 * tokens_BT, positions_BT)
+        return jnp.argmax(logits, axis=-1)
 
     def call(rows):
         tokens_BT = np.zeros((len(rows), 48), np.int32)

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 from models import (
     TINY,
+    all_logits,
     mesh_of,
     placed_batch,
     placed_params,
@@ -20,8 +21,6 @@ from models import (
 
 from mtp_jax.attention import causal_attention
 from mtp_jax.config import ComputeConfig
-from mtp_jax.heads import scan_heads
-from mtp_jax.model import run_trunk
 from mtp_jax.sharding import spec
 from mtp_jax.train_step import make_gradients, model_builder
 
@@ -45,22 +44,7 @@ def jitted(model_cfg):
     """`f(params, tokens, segments, positions) -> logits [N, B, T, V]`."""
     _, build = model_builder(model_cfg)
 
-    @jax.jit
-    def all_logits(params, tokens_BT, segments_BT, positions_BT):
-        model = build(params)
-        angles_BTk = model.angles(positions_BT)
-
-        def attend(q_BTHK, k_BTGK, v_BTGK):
-            return causal_attention(q_BTHK, k_BTGK, v_BTGK, segments_BT), None
-
-        def use(head_BTD, _):
-            return model.logits(head_BTD, model.unembedding())
-
-        trunk_BTD = run_trunk(model, model.embed(tokens_BT), angles_BTk, attend)
-        xs = jnp.arange(model_cfg.n_future_tokens)
-        return scan_heads(model, trunk_BTD, angles_BTk, attend, use, xs)
-
-    return all_logits
+    return jax.jit(lambda params, *rows: all_logits(build(params), *rows))
 
 
 def ours(model_cfg, params, rows):

@@ -1,15 +1,14 @@
-"""Attention: two functions behind which the kernels of each device have their place.
+"""Attention, and the choice of the kernel that carries it out on every device.
 
 Axes: B batch, T queries, S keys, H query heads, G key-value heads, K head width.
-
-A query head h reads the key-value head h // (H / G) (arXiv:2305.13245). Scores and
-softmax are in float32, the products in the compute dtype.
 """
 
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.config import Attention
+from mtp_jax import kernels
+from mtp_jax.config import Attention, Config
+from mtp_jax.errors import UserError
 from mtp_jax.sharding import spec
 
 _BY_HEAD = spec("batch", None, "heads", None)
@@ -28,18 +27,15 @@ def causal_attention(
       q_BTHK, k_BTGK, v_BTGK: queries, keys and values of packed rows.
       segments_BT: number of the document each position belongs to; padding, 0, is a
         document like any other, so that no query is without a key.
+      kernel: which one; `check_attention` says beforehand whether it can.
 
     Returns:
       [B, T, H, K], in the dtype of the queries.
     """
-
-    def local(q_BTHK, k_BTGK, v_BTGK, segments_BT):
-        same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
-        return _xla(q_BTHK, k_BTGK, v_BTGK, jnp.tril(same_BTT))
-
-    return _on_each_device(local, spec("batch", None))(
-        q_BTHK, k_BTGK, v_BTGK, segments_BT
-    )
+    if kernel == "auto":
+        kernel = _best(q_BTHK)
+    local = {"splash": kernels.splash, "cudnn": kernels.cudnn, "xla": _masked}[kernel]
+    return _on_each_device(local, kernel)(q_BTHK, k_BTGK, v_BTGK, segments_BT)
 
 
 def cached_attention(
@@ -59,50 +55,61 @@ def cached_attention(
     def local(q_BTHK, k_BSGK, v_BSGK, positions_BT):
         slots_S = jnp.arange(k_BSGK.shape[1])
         mask_BTS = slots_S[None, None, :] <= positions_BT[:, :, None]
-        return _xla(q_BTHK, k_BSGK, v_BSGK, mask_BTS)
+        return kernels.xla(q_BTHK, k_BSGK, v_BSGK, mask_BTS)
 
-    return _on_each_device(local, spec("batch", None))(
-        q_BTHK, k_BSGK, v_BSGK, positions_BT
+    return _on_each_device(local, "xla")(q_BTHK, k_BSGK, v_BSGK, positions_BT)
+
+
+def check_attention(cfg: Config, mesh: jax.sharding.Mesh) -> None:
+    """Refuses a kernel that the devices or the shapes of a run rule out.
+
+    Raises:
+      UserError: naming the kernel, what it asks for and what there is.
+    """
+    kernel = cfg.compute.attention
+    reason = kernels.why_not(
+        kernel,
+        mesh.abstract_mesh.abstract_device,
+        seq_len=cfg.data.seq_len,
+        d_head=cfg.model.d_head,
+        dtype=cfg.model.compute_dtype,
     )
+    if reason:
+        raise UserError(
+            f"config.compute.attention is {kernel}, which {reason}; with auto, a "
+            "kernel that can run is chosen."
+        )
 
 
-def _on_each_device(local, by_row):
+def _best(q_BTHK: jax.Array) -> Attention:
+    """The kernel for the devices of the mesh in force and for these queries."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    _, t, _, k = q_BTHK.shape
+    choices: tuple[Attention, ...] = ("splash", "cudnn")
+    for kernel in choices:
+        if not kernels.why_not(
+            kernel, device, seq_len=t, d_head=k, dtype=q_BTHK.dtype.name
+        ):
+            return kernel
+    return "xla"
+
+
+def _masked(q_BTHK, k_BTGK, v_BTGK, segments_BT):
+    same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
+    return kernels.xla(q_BTHK, k_BTGK, v_BTGK, jnp.tril(same_BTT))
+
+
+def _on_each_device(local, kernel: Attention):
     """`local` on every device's own rows and heads.
 
-    No row and no head needs another, so the devices need not talk, and a kernel that
-    knows nothing of meshes can stand in for `_xla`.
+    No row and no head needs another, so the devices need not talk, and a kernel need
+    know nothing of meshes.
     """
     return jax.shard_map(
-        local, in_specs=(_BY_HEAD, _BY_HEAD, _BY_HEAD, by_row), out_specs=_BY_HEAD
+        local,
+        in_specs=(_BY_HEAD, _BY_HEAD, _BY_HEAD, spec("batch", None)),
+        out_specs=_BY_HEAD,
+        # A Pallas kernel does not say over which axes its results differ. They differ
+        # over all that split rows and heads, as the specs say.
+        check_vma=kernel != "splash",
     )
-
-
-def _xla(q_BTHK, k_BSGK, v_BSGK, mask_BTS):
-    """Softmax attention in plain matrix products.
-
-    The queries of a group lie one under the other, so that a product takes all of them
-    and the keys are never repeated.
-    """
-    b, t, h, k = q_BTHK.shape
-    s, g = k_BSGK.shape[1:3]
-    scaled = (q_BTHK * k**-0.5).reshape(b, t, g, h // g, k)
-    q_BGRTK = jnp.transpose(scaled, (0, 2, 3, 1, 4))
-    k_BGSK, v_BGSK = (jnp.swapaxes(x, 1, 2) for x in (k_BSGK, v_BSGK))
-    scores = jnp.einsum(
-        "bgqk,bgsk->bgqs",
-        q_BGRTK.reshape(b, g, h // g * t, k),
-        k_BGSK,
-        preferred_element_type=jnp.float32,
-    ).reshape(b, g, h // g, t, s)
-    scores = jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weights = jnp.exp(scores - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    read = jnp.einsum(
-        "bgqs,bgsk->bgqk",
-        weights.astype(v_BSGK.dtype).reshape(b, g, h // g * t, s),
-        v_BGSK,
-        preferred_element_type=jnp.float32,
-    ).reshape(b, g, h // g, t, k)
-    out_BGRTK = (read / total).astype(q_BTHK.dtype)
-    return jnp.transpose(out_BGRTK, (0, 3, 1, 2, 4)).reshape(b, t, h, k)

@@ -118,9 +118,17 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """How the arithmetic is carried out: it decides speed and memory, not values."""
+    """How the arithmetic is carried out: it decides speed and memory, not values.
 
-    attention: Attention = "auto"  # the kernel; auto: the best of the devices at hand
+    attention: splash is the kernel of TPUs, cudnn that of NVIDIA GPUs, xla runs
+    anywhere; auto takes the first of them that can. What each takes: `kernels`.
+
+    remat, from the most memory and the least arithmetic to the reverse: none, dots
+    (products with weights are kept), full (only the input of each trunk layer is kept),
+    offload (as full, but kept in the memory of the host).
+    """
+
+    attention: Attention = "auto"  # the kernel
     remat: Remat = "full"  # what the backward pass of a trunk layer computes again
     head_loss: HeadLoss = "fused"  # in which order the heads' losses are computed
     chunk_tokens: int = 0  # of a device, whose logits live at once; 0: 2^27 logits

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.config import ModelConfig, Remat
 from mtp_jax.layers import (
@@ -128,15 +129,31 @@ def run_trunk(
     attend: Attend,
     remat: Remat = "full",
 ) -> jax.Array:
-    """Trunk output [B, T, D] of embeddings x_BTD, for training and evaluation."""
+    """Trunk output [B, T, D] of embeddings x_BTD, for training and evaluation.
+
+    `remat` says what the forward pass keeps of a layer for the backward pass, which
+    computes the rest again:
+      none: everything the backward pass reads.
+      dots: the layer's input, and the products with its weights.
+      full: the layer's input.
+      offload: the layer's input, in the memory of the host; on the devices, nothing.
+    """
 
     def layer(x_BTD, block):
+        x_BTD = checkpoint_name(x_BTD, "layer_input")
         return block(x_BTD, angles_BTk, attend)
 
+    policies = jax.checkpoint_policies
     policy = {
-        "none": jax.checkpoint_policies.everything_saveable,
-        "full": jax.checkpoint_policies.nothing_saveable,
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "none": policies.everything_saveable,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "full": policies.nothing_saveable,
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=["layer_input"],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
     }[remat]
     # prevent_cse keeps the compiler from undoing it; inside a scan it cannot anyway.
     layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)

@@ -8,6 +8,7 @@ import socket
 
 import jax
 
+from mtp_jax.attention import check_attention
 from mtp_jax.cli_args import Parser, config_from
 from mtp_jax.config import Config, ModelConfig
 from mtp_jax.corpus import Corpus
@@ -39,6 +40,7 @@ def main(argv: list[str]) -> int:
     _start_jax(cfg)
     mesh = make_mesh(cfg.mesh)
     check_divisible(cfg, mesh)
+    check_attention(cfg, mesh)
     workdir = pathlib.Path(args.workdir)
     part = (jax.process_index(), jax.process_count())
     corpora = open_sources(cfg, part=part)

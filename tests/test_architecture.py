@@ -13,7 +13,7 @@ from mtp_jax.config import Config
 LAYERS = [
     {"errors"},
     {"config", "tokenizer", "documents"},
-    {"cli_args", "sharding", "flops", "corpus"},
+    {"cli_args", "sharding", "flops", "corpus", "kernels"},
     {"tokenizing", "shard_writer", "packing", "layers", "attention"},
     {"data", "feed", "model"},
     {"heads", "cache", "cross_entropy"},

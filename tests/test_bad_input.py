@@ -70,6 +70,14 @@ def assert_refused(result, *words):
         ("data.sources=('nowhere',)", ["nowhere"]),
         ("data.weights=(1.0,2.0)", ["config.data.weights has 2 values"]),
         ("loss.head_weights=(1.0,)", ["config.loss.head_weights has 1 values"]),
+        (
+            "compute.attention=splash",
+            ["config.compute.attention is splash", "runs on TPUs", "'cpu'"],
+        ),
+        (
+            "compute.attention=cudnn",
+            ["config.compute.attention is cudnn", "runs on NVIDIA GPUs", "'cpu'"],
+        ),
         ("train.steps=0", ["config.train.steps is 0"]),
     ],
 )

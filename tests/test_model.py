@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from models import (
 )
 
 from mtp_jax.attention import causal_attention
-from mtp_jax.config import ComputeConfig
+from mtp_jax.config import ComputeConfig, Remat
 from mtp_jax.sharding import spec
 from mtp_jax.train_step import make_gradients, model_builder
 
@@ -272,20 +273,24 @@ def test_initial_matrices_have_variance_one_over_fan_in(one_device):
 
 
 def test_rematerialization_costs_products_and_does_not_change_the_gradients(one_device):
-    products, found = {}, {}
-    for remat in ("none", "dots", "full"):
+    products, on_host, found = {}, {}, {}
+    for remat in get_args(Remat):
         cfg = dataclasses.replace(tiny_config(), compute=ComputeConfig(remat=remat))
         params = placed_params(cfg.model, random_params(cfg.model))
         batch = placed_batch(packed(), 1)
         traced = jax.jit(make_gradients(cfg)).trace(params, batch)
-        products[remat] = str(traced.jaxpr).count("dot_general")
+        program = str(traced.jaxpr)
+        products[remat] = program.count("dot_general")
+        on_host[remat] = "<host>" in program
         _, _, grads = traced.lower().compile()(params, batch)
         found[remat] = jax.device_get(grads)
 
     assert products["none"] < products["dots"] < products["full"]
-    for remat in ("dots", "full"):
+    assert products["full"] == products["offload"]
+    assert [remat for remat in on_host if on_host[remat]] == ["offload"]
+    for grads in found.values():
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
-            found[remat],
+            grads,
             found["none"],
         )

@@ -1,0 +1,301 @@
+"""Attention kernels against the formula in NumPy, and which of them is taken where."""
+
+import functools
+import importlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import naive
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
+from models import mesh_of
+
+from mtp_jax import kernels
+from mtp_jax.attention import causal_attention, check_attention
+from mtp_jax.config import ComputeConfig, Config, DataConfig, ModelConfig
+from mtp_jax.errors import UserError
+from mtp_jax.sharding import spec
+
+CPU = AbstractDevice("cpu", None, "cpu")
+TPU = AbstractDevice("TPU v5 lite", 1, "tpu")
+NVIDIA = AbstractDevice("NVIDIA H200", 132, "gpu")
+NVIDIA_AHEAD = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "cuda")  # of a topology
+AMD = AbstractDevice("AMD Instinct MI300X", 304, "gpu")
+
+
+def random_rows(t, *, h, g, k=8, rows=2, seed=0):
+    """Queries, keys, values, gradients of what is read, and segments, with padding."""
+    rng = np.random.default_rng(seed)
+    heads = (h, g, g, h)
+    arrays = [rng.normal(size=(rows, t, n, k)).astype(np.float32) for n in heads]
+    return arrays, naive.packed_rows(rng, rows, t, 32, padding=t // 8)["segments"]
+
+
+def formula(q_BTHK, k_BTGK, v_BTGK, d_out_BTHK, segments_BT):
+    """What is read, and the gradients of queries, keys and values, in float64."""
+    q, k, v, d_out = (
+        np.asarray(x, np.float64).swapaxes(1, 2)
+        for x in (q_BTHK, k_BTGK, v_BTGK, d_out_BTHK)
+    )
+    b, g, t, width = k.shape
+    k, v = (np.repeat(x, q.shape[1] // g, axis=1) for x in (k, v))
+    seen_BTT = np.tril(segments_BT[:, :, None] == segments_BT[:, None, :])
+    score = np.where(seen_BTT[:, None], q @ k.swapaxes(2, 3) / width**0.5, -np.inf)
+    weight = np.exp(score - score.max(axis=-1, keepdims=True))
+    weight /= weight.sum(axis=-1, keepdims=True)
+    d_weight = d_out @ v.swapaxes(2, 3)
+    d_score = weight * (d_weight - (d_weight * weight).sum(axis=-1, keepdims=True))
+    d_q = d_score @ k / width**0.5
+    d_k = d_score.swapaxes(2, 3) @ q / width**0.5
+    d_v = weight.swapaxes(2, 3) @ d_out
+    d_k, d_v = (x.reshape(b, g, -1, t, width).sum(axis=2) for x in (d_k, d_v))
+    return [x.swapaxes(1, 2) for x in (weight @ v, d_q, d_k, d_v)]
+
+
+def ours(kernel, mesh, arrays, segments_BT):
+    """The same four by a kernel, on a mesh."""
+    by_head = NamedSharding(mesh, spec("batch", None, "heads", None))
+    by_row = NamedSharding(mesh, spec("batch", None))
+
+    @jax.jit
+    def run(q_BTHK, k_BTGK, v_BTGK, d_out_BTHK, segments_BT):
+        def read(*qkv):
+            return causal_attention(*qkv, segments_BT, kernel)
+
+        out_BTHK, pull = jax.vjp(read, q_BTHK, k_BTGK, v_BTGK)
+        return out_BTHK, *pull(d_out_BTHK)
+
+    return run(*jax.device_put(arrays, by_head), jax.device_put(segments_BT, by_row))
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Splash runs on the CPU."""
+    splash = functools.partial(kernels.splash, interpret=True)
+    monkeypatch.setattr(kernels, "splash", splash)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "t", "h", "g"),
+    [
+        ("xla", 40, 4, 4),
+        ("xla", 40, 4, 2),
+        ("xla", 40, 4, 1),
+        ("splash", 128, 2, 2),
+        ("splash", 128, 4, 2),
+        ("splash", 640, 3, 1),  # five blocks of queries, five of keys
+    ],
+)
+def test_a_kernel_computes_the_formula_and_its_gradients(
+    kernel, t, h, g, one_device, interpreted
+):
+    arrays, segments_BT = random_rows(t, h=h, g=g)
+
+    found = ours(kernel, one_device, arrays, segments_BT)
+
+    for x, expected in zip(found, formula(*arrays, segments_BT), strict=True):
+        np.testing.assert_allclose(x, expected, atol=2e-5)
+    assert {0, 1, 2} <= set(segments_BT[1])  # padding and several documents
+
+
+def test_every_device_runs_splash_over_its_own_rows_and_heads(interpreted):
+    arrays, segments_BT = random_rows(128, h=4, g=2)
+
+    mesh = mesh_of(1, 2, 2)
+    with jax.set_mesh(mesh):
+        found = ours("splash", mesh, arrays, segments_BT)
+
+    for x, expected in zip(found, formula(*arrays, segments_BT), strict=True):
+        assert x.sharding.spec == spec("batch", None, "heads", None)
+        np.testing.assert_allclose(x, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("device", "t", "k", "dtype", "expected"),
+    [
+        (CPU, 1024, 64, "bfloat16", "xla"),
+        (TPU, 1024, 64, "bfloat16", "splash"),
+        (TPU, 384, 80, "float32", "splash"),
+        (TPU, 1000, 64, "bfloat16", "xla"),
+        (NVIDIA, 1024, 64, "bfloat16", "cudnn"),
+        (NVIDIA_AHEAD, 1024, 128, "bfloat16", "cudnn"),
+        (NVIDIA, 1000, 8, "bfloat16", "cudnn"),
+        (NVIDIA, 1024, 64, "float32", "xla"),
+        (NVIDIA, 1024, 60, "bfloat16", "xla"),
+        (NVIDIA, 1024, 256, "bfloat16", "xla"),
+        (NVIDIA, 1023, 64, "bfloat16", "xla"),
+        (AMD, 1024, 64, "bfloat16", "xla"),
+        (None, 1024, 64, "bfloat16", "xla"),
+    ],
+)
+def test_auto_takes_the_kernel_of_the_device_if_the_shape_allows(
+    device, t, k, dtype, expected, monkeypatch
+):
+    taken = []
+    for name in ("splash", "cudnn", "xla"):
+
+        def kernel(q_BTHK, k_BTGK, v_BTGK, _, name=name):
+            taken.append(name)
+            return q_BTHK
+
+        monkeypatch.setattr(kernels, name, kernel)
+    mesh = abstract_mesh(device)
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        jax.eval_shape(
+            causal_attention, *abstract_arguments(mesh, 2, t, 4, 2, k, dtype)
+        )
+
+    assert taken == [expected]
+
+
+def abstract_mesh(device):
+    names, axes = ("replica", "fsdp", "tensor"), (AxisType.Explicit,) * 3
+    return AbstractMesh((1, 1, 1), names, axes, abstract_device=device)
+
+
+def abstract_arguments(mesh, b, t, h, g, k, dtype):
+    """Shapes of queries, keys, values and segments."""
+    by_head = NamedSharding(mesh, spec("batch", None, "heads", None))
+    qkv = [
+        jax.ShapeDtypeStruct((b, t, n, k), dtype, sharding=by_head) for n in (h, g, g)
+    ]
+    by_row = NamedSharding(mesh, spec("batch", None))
+    return *qkv, jax.ShapeDtypeStruct((b, t), "int32", sharding=by_row)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "device", "shape", "words"),
+    [
+        ("splash", CPU, {}, ["runs on TPUs", "'cpu'"]),
+        ("splash", NVIDIA, {}, ["runs on TPUs", "'NVIDIA H200'"]),
+        (
+            "splash",
+            TPU,
+            {"t": 1000},
+            ["a multiple of 128", "config.data.seq_len is 1000"],
+        ),
+        ("cudnn", CPU, {}, ["runs on NVIDIA GPUs", "'cpu'"]),
+        ("cudnn", TPU, {}, ["runs on NVIDIA GPUs", "'TPU v5 lite'"]),
+        ("cudnn", AMD, {}, ["runs on NVIDIA GPUs", "'AMD Instinct MI300X'"]),
+        (
+            "cudnn",
+            NVIDIA,
+            {"dtype": "float32"},
+            ["takes bfloat16", "config.model.compute_dtype is float32"],
+        ),
+        ("cudnn", NVIDIA, {"k": 256}, ["up to 128", "config.model.d_head is 256"]),
+        ("cudnn", NVIDIA, {"k": 60}, ["a multiple of 8", "config.model.d_head is 60"]),
+        (
+            "cudnn",
+            NVIDIA,
+            {"t": 1023},
+            ["an even number", "config.data.seq_len is 1023"],
+        ),
+    ],
+)
+def test_a_kernel_that_cannot_run_is_refused_in_a_line(kernel, device, shape, words):
+    with pytest.raises(UserError) as error:
+        check(kernel, device, **shape)
+
+    said = str(error.value)
+    assert said.startswith(f"config.compute.attention is {kernel}, which ")
+    assert "with auto" in said and "\n" not in said
+    for word in words:
+        assert word in said
+
+
+@pytest.mark.parametrize(
+    ("kernel", "device", "shape"),
+    [
+        ("splash", TPU, {}),
+        ("cudnn", NVIDIA, {}),
+        ("xla", TPU, {"t": 7}),
+        ("auto", CPU, {"dtype": "float32"}),
+        ("auto", TPU, {"t": 7}),
+    ],
+)
+def test_a_kernel_that_can_run_is_not_refused(kernel, device, shape):
+    check(kernel, device, **shape)
+
+
+def check(kernel, device, *, t=1024, k=64, dtype="bfloat16"):
+    cfg = Config(
+        model=ModelConfig(
+            num_query_heads=4,
+            num_kv_heads=4,
+            d_head=k,
+            d_model=4 * k,
+            compute_dtype=dtype,
+        ),
+        data=DataConfig(seq_len=t),
+        compute=ComputeConfig(attention=kernel),
+    )
+    check_attention(cfg, types.SimpleNamespace(abstract_mesh=abstract_mesh(device)))
+
+
+def test_cudnn_is_called_forward_and_backward_for_each_devices_rows_and_heads(
+    monkeypatch,
+):
+    # There is no GPU to ask for its versions; the program is made, not compiled.
+    library = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(library, "check_cudnn_version", lambda: 91100)
+    monkeypatch.setattr(library, "check_compute_capability", lambda version: True)
+    mesh = mesh_of(1, 2, 2)
+
+    def loss(q_BTHK, k_BTGK, v_BTGK, segments_BT):
+        out_BTHK = causal_attention(q_BTHK, k_BTGK, v_BTGK, segments_BT, "cudnn")
+        return jnp.sum(out_BTHK.astype(jnp.float32))
+
+    with jax.set_mesh(mesh):
+        shapes = abstract_arguments(mesh, 4, 64, 4, 2, 16, "bfloat16")
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*shapes)
+        program = traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    calls = [line for line in program.splitlines() if "@__cudnn$" in line]
+    forward, backward = sorted(calls, key=len)
+    assert "@__cudnn$fmhaScaleBiasSoftmax(" in forward
+    assert "@__cudnn$fmhaScaleBiasSoftmaxBackward(" in backward
+    for call in calls:
+        assert "CAUSAL" in call
+        operands = call.rpartition(" : (")[2].split(" -> ")[0]
+        # Half of the rows, half of the heads, the keys not repeated; then the mask.
+        assert operands.startswith(
+            "tensor<2x64x2x16xbf16>, tensor<2x64x1x16xbf16>, tensor<2x64x1x16xbf16>, "
+        )
+        assert "tensor<2x1x64x64xbf16>" in operands
+
+
+def test_programs_for_tpu_call_splash_and_offload_what_they_say():
+    pytest.importorskip("libtpu")
+    tests = pathlib.Path(__file__).parent
+    command = [sys.executable, tests / "tpu_program.py", "full", "offload"]
+    env = {k: x for k, x in os.environ.items() if k != "XLA_FLAGS"}
+
+    run = subprocess.run(
+        command,
+        env=env | {"PYTHONPATH": str(tests.parent)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    # Forward, forward again, gradients of queries, those of keys and values; twice: in
+    # the trunk and in the heads.
+    assert found["full"]["kernels"] == 8
+    assert found["offload"]["kernels"] >= 8
+    inputs = (
+        256 * 2 * 256 * 256 * 2
+    )  # layers, rows of a device, positions, width, bytes
+    assert found["full"]["host"] == 0
+    assert found["offload"]["host"] == inputs
+    assert found["offload"]["device"] < found["full"]["device"] - 0.8 * inputs

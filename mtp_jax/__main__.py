@@ -15,10 +15,11 @@ Multi-token prediction: train a model with n heads, and let it draft for itself.
   train     train a model; the same command again continues the run
   evaluate  measure a trained model on held-out text
   generate  decode from a trained model
+  plan      what a training step costs on a TPU, without one
 
 mtp-jax VERB --help tells the options of a verb."""
 
-_VERBS = ("prepare", "train", "evaluate", "generate")
+_VERBS = ("prepare", "train", "evaluate", "generate", "plan")
 
 
 def main() -> int:

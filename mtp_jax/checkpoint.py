@@ -21,6 +21,7 @@ from orbax.checkpoint import v1 as ocp
 
 from mtp_jax.config import CheckpointConfig
 from mtp_jax.errors import UserError
+from mtp_jax.sharding import abstract_tree
 from mtp_jax.train_step import TrainState
 
 _POLICIES = ocp.training.preservation_policies
@@ -184,19 +185,7 @@ def restore_newest(
 
 def abstract_items(state: TrainState) -> dict[str, Any]:
     """`jax.eval_shape` of a state as the items to restore, on the mesh that is set."""
-    return {name: abstract_tree(item) for name, item in _items(state).items()}
-
-
-def abstract_tree(tree: Any) -> Any:
-    """Shapes with shardings on the mesh that is set, from what `eval_shape` gives."""
-    mesh = jax.sharding.get_mesh()
-
-    def concrete(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        spec = x.sharding.spec if x.sharding else jax.P()
-        sharding = jax.NamedSharding(mesh, spec)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    return jax.tree.map(concrete, tree)
+    return abstract_tree(_items(state), jax.sharding.get_mesh())
 
 
 def state_from_items(items: dict[str, Any]) -> TrainState:

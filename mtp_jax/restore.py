@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 
-from mtp_jax.checkpoint import Checkpoints, abstract_tree, restore_newest
+from mtp_jax.checkpoint import Checkpoints, restore_newest
 from mtp_jax.config import Config, MeshConfig, freeze
 from mtp_jax.errors import UserError
-from mtp_jax.sharding import make_mesh
+from mtp_jax.sharding import abstract_tree, make_mesh
 from mtp_jax.tokenizer import Tokenizer, tokenizer_from_dir
 from mtp_jax.train_step import model_builder
 
@@ -66,7 +66,7 @@ def restore_model(
     mesh = make_mesh(_evaluation_mesh(config))
     with jax.set_mesh(mesh):
         init_params, _ = model_builder(config.model)
-        abstract = abstract_tree(jax.eval_shape(init_params, jax.random.key(0)))
+        abstract = abstract_tree(jax.eval_shape(init_params, jax.random.key(0)), mesh)
         step, items, _ = restore_newest(checkpoints, {"params": abstract}, step)
         params = items["params"]
         if heads is not None:

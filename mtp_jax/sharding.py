@@ -6,6 +6,8 @@ operation whose result could be laid out in several ways is told which.
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, PartitionSpec
@@ -35,22 +37,36 @@ def axes_of(axis: str) -> tuple[str, ...] | str:
     return axes
 
 
-def make_mesh(cfg: MeshConfig) -> Mesh:
-    """The mesh over all devices of all processes; an axis of -1 takes what is left.
+def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over `devices`, or over all of all processes.
+
+    An axis of -1 takes what is left.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
     sizes = dataclasses.asdict(cfg)
-    devices = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     known = math.prod(size for size in sizes.values() if size != -1)
-    shape = tuple(devices // known if s == -1 else s for s in sizes.values())
-    if math.prod(shape) != devices:
+    shape = tuple(count // known if s == -1 else s for s in sizes.values())
+    if math.prod(shape) != count:
         raise UserError(
-            f"config.mesh {sizes} does not multiply to the {devices} devices that are "
+            f"config.mesh {sizes} does not multiply to the {count} devices that are "
             "there; change an axis, or give one of them as -1."
         )
-    return jax.make_mesh(shape, tuple(sizes), (AxisType.Explicit,) * len(shape))
+    axis_types = (AxisType.Explicit,) * len(shape)
+    return jax.make_mesh(shape, tuple(sizes), axis_types, devices=devices)
+
+
+def abstract_tree(tree: Any, mesh: Mesh) -> Any:
+    """Shapes with shardings on a mesh, from what `eval_shape` gives."""
+
+    def concrete(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = x.sharding.spec if x.sharding else jax.P()
+        sharding = jax.NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(concrete, tree)
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -50,6 +50,7 @@ def model_builder(
     def make(key: jax.Array) -> LanguageModel:
         return LanguageModel(cfg, rngs=nnx.Rngs(params=key))
 
+    # The key is made while tracing: where devices are not there, no array can be made.
     graphdef = nnx.graphdef(jax.eval_shape(lambda: make(jax.random.key(0))))
     return (
         lambda key: nnx.to_pure_dict(nnx.state(make(key))),

@@ -1,0 +1,303 @@
+"""What a compiled program holds, read from its optimized HLO.
+
+`read_program(compiled.as_text())` works for programs of CPUs and TPUs. It tells what
+the devices send to each other, which arrays there are, and how long the program is.
+"""
+
+import dataclasses
+import math
+import re
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
+
+_BITS = {"pred": 8, "c64": 64, "c128": 128}  # others end in theirs, as bf16, u4, f8e4m3
+# No buffers of their own: they name, or pass on, what others made.
+_VIEWS = {
+    "bitcast",
+    "conditional",
+    "constant",
+    "get-tuple-element",
+    "optimization-barrier",
+    "parameter",
+    "tuple",
+    "while",
+}
+# What they call writes buffers, where a fusion keeps values to itself.
+_RUNS = {"async-start", "call", "conditional", "while"}
+_INSTRUCTION = re.compile(
+    r"^\s*(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>.*?) (?P<op>[a-z][a-z0-9\-]*)"
+    r"\((?P<rest>.*)$"
+)
+_COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_CALLED = re.compile(
+    r"\b(?:calls|to_apply|body|condition|\w+_computations?)=(?:\{([^}]*)\}|(%?[\w.\-]+))"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What a device sends in collectives of one kind during one run of the program."""
+
+    count: int = 0  # collectives
+    bytes: float = 0.0  # sent by a device; see `_Counting._sent`
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(self.count + other.count, self.bytes + other.bytes)
+
+    def __mul__(self, times: int) -> "Traffic":
+        return Traffic(self.count * times, self.bytes * times)
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffer:
+    """An array that an instruction outside of a fusion writes, or an argument."""
+
+    shape: tuple[int, ...]  # of the part that a device holds
+    dtype: str  # as HLO calls it: f32, bf16, s32 ...
+    bytes: int  # without the padding of the device's layout
+    name: str  # where in the source it comes from, else the instruction's name
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What one device runs."""
+
+    collectives: dict[str, Traffic]  # by kind; those of `KINDS` that occur
+    buffers: tuple[Buffer, ...]  # the largest first
+    instructions: int  # in the text, fusions included
+    unknown_loops: tuple[str, ...]  # with collectives, counted as if they ran once
+
+    @property
+    def sent_bytes(self) -> float:
+        """Bytes that a device sends in all collectives."""
+        return sum(traffic.bytes for traffic in self.collectives.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    name: str
+    op: str
+    type: str
+    arguments: str  # between the parentheses
+    attributes: str  # after them
+    root: bool
+
+    @property
+    def operands(self) -> list[str]:
+        return re.findall(r"%([\w.\-]+)", self.arguments)
+
+    @property
+    def called(self) -> list[str]:
+        found = _CALLED.findall(self.attributes)
+        names = [name for some, one in found for name in (some or one).split(",")]
+        return [name.strip(" %") for name in names]
+
+    def attribute(self, name: str) -> str:
+        """Of `name=%x`, without the sign; empty if there is none."""
+        match = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
+        return match[1] if match else ""
+
+
+_Computation = dict[str, _Instruction]
+
+
+def read_program(text: str) -> Program:
+    """Reads the text of an optimized module, as `compiled.as_text()` gives it.
+
+    Raises:
+      ValueError: the text has no entry computation.
+    """
+    header = text.partition("\n")[0]
+    counts = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", header)
+    computations: dict[str, _Computation] = {}
+    entry = ""
+    for line in text.splitlines():
+        if match := _COMPUTATION.match(line):
+            name = match["name"]
+            computations[name] = {}
+            entry = name if match["entry"] else entry
+        elif computations and (match := _INSTRUCTION.match(line)):
+            arguments, _, attributes = match["rest"].partition(")")
+            computations[name][match["name"]] = _Instruction(
+                match["name"],
+                match["op"],
+                match["type"],
+                arguments,
+                attributes,
+                bool(match["root"]),
+            )
+    if not entry:
+        raise ValueError("the text is not an HLO module: it has no ENTRY.")
+    counting = _Counting(computations, math.prod(map(int, counts)))
+    return Program(
+        counting.traffic(entry),
+        _buffers(computations, entry),
+        sum(map(len, computations.values())),
+        tuple(counting.unknown_loops),
+    )
+
+
+def _buffers(computations: dict[str, _Computation], entry: str) -> tuple[Buffer, ...]:
+    found, reached = [], [entry]
+    for computation in reached:  # grows on the way
+        for x in computations[computation].values():
+            if x.op in _RUNS:
+                reached += [name for name in x.called if name not in reached]
+            if x.op in _VIEWS and not (x.op == "parameter" and computation == entry):
+                continue
+            match = re.search(r'op_name="([^"]*)"', x.attributes)
+            for dtype, shape in _arrays(x.type):
+                size = int(_bytes(dtype, shape))
+                found.append(Buffer(shape, dtype, size, match[1] if match else x.name))
+    return tuple(sorted(found, key=lambda buffer: buffer.bytes, reverse=True))
+
+
+class _Counting:
+    """Adds up the collectives of a module's computations."""
+
+    def __init__(self, computations: dict[str, _Computation], devices: int):
+        self.computations = computations
+        self.devices = devices
+        self.unknown_loops: list[str] = []
+        self._chains: dict[str, str] = {}  # of each chain, the member that counts
+        self._known: dict[str, dict[str, Traffic]] = {}
+
+    def traffic(self, computation: str) -> dict[str, Traffic]:
+        """Of one run of a computation and all that it calls, by kind."""
+        if computation in self._known:
+            return self._known[computation]
+        total: dict[str, Traffic] = {}
+        for x in self.computations[computation].values():
+            if x.op in ("async-update", "async-done"):
+                continue  # they name the computation that async-start has begun
+            parts = [self.traffic(name) for name in x.called]
+            if x.op == "conditional":  # one branch runs; the one that sends the most
+                parts = [max(parts, key=lambda p: sum(t.bytes for t in p.values()))]
+            times = self._trips(x, computation) if x.op == "while" and any(parts) else 1
+            if kind := self._kind(x, computation):
+                parts.append({kind: Traffic(1, self._sent(kind, x, computation))})
+            for part in parts:
+                for key, traffic in part.items():
+                    total[key] = total.get(key, Traffic()) + traffic * times
+        self._known[computation] = total
+        return total
+
+    def _kind(self, x: _Instruction, computation: str) -> str:
+        """Which kind of collective begins here; empty if none does.
+
+        TPU programs have two forms of their own. A reduce-scatter is a fusion named
+        all-reduce-scatter, of an all-reduce and the slice that is kept. A collective
+        that runs beside several fusions stands in each of them, with one chain_id.
+        """
+        kind = x.op.removesuffix("-start")
+        if kind not in KINDS:
+            return ""
+        chain = re.search(r'chain_id="(\d+)"', x.attributes)
+        if chain and self._chains.setdefault(chain[1], x.name) != x.name:
+            return ""
+        scattered = kind == "all-reduce" and computation.startswith(
+            "all-reduce-scatter"
+        )
+        return "reduce-scatter" if scattered else kind
+
+    def _sent(self, kind: str, x: _Instruction, computation: str) -> float:
+        """Bytes a device sends, on a ring of the g devices of its group.
+
+        From the bytes b of its operands, as they are without padding: (g - 1) b for an
+        all-gather, (g - 1) b / g for a reduce-scatter and an all-to-all, twice that for
+        an all-reduce, b for a permutation.
+        """
+        types = [self.computations[computation][name].type for name in x.operands]
+        size = sum(_bytes(*array) for type_ in types for array in _arrays(type_))
+        if kind == "collective-permute":
+            return size
+        group = _group_size(x.attributes) or self.devices
+        share = size * (group - 1) / group
+        return share * {"all-gather": group, "all-reduce": 2}.get(kind, 1)
+
+    def _trips(self, loop: _Instruction, computation: str) -> int:
+        """How often a loop's body runs.
+
+        TPU programs do not say: there it follows from the constant that a counter is
+        compared with, where the counter begins, and what the body adds to it.
+        """
+        if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
+            return int(known[1])
+        around = self.computations[computation]
+        condition = self.computations[loop.attribute("condition")]
+        body = self.computations[loop.attribute("body")]
+        test = next(x for x in condition.values() if x.root)
+        sides = [condition[name] for name in test.operands]
+        if test.op == "compare" and test.attribute("direction") == "LT":
+            index = int(sides[0].attribute("index") or 0)
+            first = _element(around[loop.operands[0]], index, around)
+            last = _element(next(x for x in body.values() if x.root), index, body)
+            added = [body[name] for name in last.operands] if last.op == "add" else []
+            begin, end = _constant(first, around), _constant(sides[1], condition)
+            steps = [step for x in added if (step := _constant(x, body))]
+            if begin is not None and end is not None and steps:
+                return -((begin - end) // steps[0])
+        self.unknown_loops.append(loop.name)
+        return 1
+
+
+def _through_copies(x: _Instruction, computation: _Computation) -> _Instruction:
+    while x.op in ("copy", "bitcast", "convert") and x.operands:
+        x = computation[x.operands[0]]
+    return x
+
+
+def _element(x: _Instruction, index: int, computation: _Computation) -> _Instruction:
+    """What stands at `index` of a tuple that is made here; else the tuple itself."""
+    if x.op != "tuple":
+        return x
+    return _through_copies(computation[x.operands[index]], computation)
+
+
+def _constant(x: _Instruction, computation: _Computation) -> int | None:
+    x = _through_copies(x, computation)
+    number = x.op == "constant" and re.fullmatch(r"-?\d+", x.arguments)
+    return int(x.arguments) if number else None
+
+
+def _group_size(attributes: str) -> int:
+    """Devices of a group; 0 if the text does not say, which means all of them.
+
+    The forms are {{0,1},{2,3}}, [groups,size]<=[...] and mesh['x'=4,'y'=2] {'x'}.
+    """
+    match = re.search(r"replica_groups=(\S+(?: \{'[^}]*\})?)", attributes)
+    text = match[1] if match else ""
+    if text.startswith("{{"):
+        return text[2:].partition("}")[0].count(",") + 1
+    if iota := re.match(r"\[\d+,(\d+)\]", text):
+        return int(iota[1])
+    if text.startswith("mesh["):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", text))
+        names = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", text.partition("{")[2])
+        return math.prod(int(part or sizes[name]) for name, part in names)
+    return 0
+
+
+def _arrays(type_: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Element type and shape of each array of a type, tuples taken apart."""
+    return [
+        (dtype, tuple(int(size) for size in shape.split(",") if size))
+        for dtype, shape in _ARRAY.findall(type_)
+    ]
+
+
+def _bytes(dtype: str, shape: tuple[int, ...]) -> float:
+    digits = re.search(r"\d+", dtype)
+    bits = _BITS.get(dtype) or int(digits[0] if digits else 0)
+    return math.prod(shape) * bits / 8

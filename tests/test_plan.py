@@ -1,0 +1,409 @@
+"""The planner: its arithmetic, its search, its refusals, and real compiles for TPUs."""
+
+import dataclasses
+import importlib.util
+import json
+import re
+import sys
+import types
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import pytest
+from models import TINY, placed_params, random_params
+from runs import ROOT, finish, start
+
+from mtp_jax import __main__, ahead, plan
+from mtp_jax.ahead import Compiled
+from mtp_jax.attention import causal_attention
+from mtp_jax.cli_args import config_from
+from mtp_jax.config import Config, DataConfig, LossConfig, TrainConfig
+from mtp_jax.errors import UserError
+from mtp_jax.flops import (
+    device_figures,
+    executed_flops,
+    layer_params,
+    train_flops,
+    train_flops_per_token,
+)
+from mtp_jax.model import run_trunk
+from mtp_jax.program import Program, Traffic
+from mtp_jax.sharding import spec
+from mtp_jax.train_step import TrainState, model_builder
+
+TINY_FILE = ROOT / "configs" / "tiny.py"
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+
+
+def dot_flops(jaxpr):
+    """FLOPs of all matrix products of a jaxpr, loops unrolled."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            left = eqn.invars[0].aval.shape
+            inner = [left[axis] for axis in contracted]
+            total += 2 * eqn.outvars[0].aval.size * int(jnp.prod(jnp.array(inner)))
+        times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+        for inner_jaxpr in jax.extend.core.jaxprs_in_params(eqn.params):
+            total += times * dot_flops(inner_jaxpr)
+    return total
+
+
+@pytest.fixture
+def cfg():
+    return Config(
+        model=dataclasses.replace(TINY, num_layers=5, n_future_tokens=2),
+        data=DataConfig(seq_len=8, batch_size=8),
+        train=TrainConfig(steps=1),
+    )
+
+
+def trunk_flops(cfg, remat):
+    """FLOPs a position, counted in the jaxpr of the trunk's gradient."""
+    params = placed_params(cfg.model, random_params(cfg.model))
+    _, build = model_builder(cfg.model)
+    rows, t = 3, cfg.data.seq_len
+    positions_BT = jnp.zeros((rows, t), jnp.int32, out_sharding=spec("batch", None))
+
+    def attend(q, k, v):
+        return causal_attention(q, k, v, positions_BT, "xla"), None
+
+    def loss(params, x_BTD):
+        model = build(params)
+        angles = model.angles(positions_BT)
+        return jnp.sum(run_trunk(model, x_BTD, angles, attend, remat))
+
+    whole = spec("batch", None, None)
+    x_BTD = jnp.ones((rows, t, cfg.model.d_model), out_sharding=whole)
+    jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(params, x_BTD)
+    return dot_flops(jaxpr.jaxpr) / (rows * t)
+
+
+def test_trunk_flops_are_those_of_its_matrix_products(cfg, one_device):
+    # XLA's attention computes what the mask hides, too: twice the causal half.
+    hidden = 3 * 6 * cfg.data.seq_len * cfg.model.d_model
+
+    assert trunk_flops(cfg, "none") == train_flops(cfg).trunk + hidden
+
+
+def test_executed_flops_follow_remat(cfg, one_device):
+    by_remat = {}
+    for remat in ("none", "dots", "full"):
+        compute = dataclasses.replace(cfg.compute, remat=remat)
+        by_remat[remat] = executed_flops(dataclasses.replace(cfg, compute=compute))
+
+    assert by_remat["none"] == train_flops(cfg)
+    again = by_remat["full"].trunk - by_remat["none"].trunk
+    counted = trunk_flops(cfg, "full") - trunk_flops(cfg, "none")
+    # The last product of a layer need not be computed again.
+    last = 3 * 2 * cfg.model.d_model * cfg.model.d_ff
+    hidden = 3 * 2 * cfg.data.seq_len * cfg.model.d_model
+    assert counted == again + hidden - last
+    assert by_remat["none"].trunk < by_remat["dots"].trunk < by_remat["full"].trunk
+
+
+def test_flops_of_heads_and_unembedding(cfg, one_device):
+    _, build = model_builder(cfg.model)
+    params = random_params(cfg.model)
+    x_BTD = jnp.ones((1, 8, cfg.model.d_model))
+
+    def logits(params, x_BTD):
+        model = build(params)
+        return jnp.sum(model.logits(x_BTD, model.unembedding()))
+
+    jaxpr = jax.make_jaxpr(jax.grad(logits, argnums=(0, 1)))(params, x_BTD)
+    parts = train_flops(cfg)
+    assert parts.unembedding == 2 * dot_flops(jaxpr.jaxpr) / 8
+    assert parts.heads == parts.trunk * 2 / 3  # two heads, three trunk layers
+    assert parts.total == train_flops_per_token(cfg)
+
+
+def test_a_rematerialized_head_loss_computes_heads_twice(cfg):
+    compute = dataclasses.replace(cfg.compute, remat="none", head_loss="remat")
+    found = executed_flops(dataclasses.replace(cfg, compute=compute))
+
+    useful = train_flops(cfg)
+    assert found.trunk == useful.trunk
+    assert found.heads == pytest.approx(useful.heads * 4 / 3)
+    assert found.unembedding == pytest.approx(useful.unembedding * 4 / 3)
+
+
+def device(kind, **attributes):
+    return types.SimpleNamespace(device_kind=kind, **attributes)
+
+
+def test_figures_are_those_of_a_device_not_of_a_chip():
+    assert device_figures(device("TPU v5", num_cores=2)).peak_flops == 459e12
+    assert device_figures(device("TPU v4", num_cores=1)).peak_flops == 275e12 / 2
+    assert device_figures(device("TPU v4")).hbm_bytes == 32 * 2**30
+    assert device_figures(device("TPU7x")).peak_flops == 2307e12 / 2
+    assert device_figures(device("TPU v5 lite")).hbm_bytes_per_s == 819e9
+    assert device_figures(device("cpu")) is None
+
+
+def test_breakeven_is_the_ratio_of_weights_read():
+    model = dataclasses.replace(TINY, num_layers=3, n_future_tokens=2)
+    layer, table = layer_params(model), model.vocab_size * model.d_model
+
+    assert plan.breakeven(model) == (3 * layer + table) / (2 * layer + table)
+    assert plan.breakeven(dataclasses.replace(model, n_future_tokens=1)) == 1.0
+
+
+def test_overhead_compares_what_both_have():
+    base = {"compute_s": 2.0, "hbm_s": 1.0, "links_s": 4.0}
+
+    assert plan.overhead({**base, "links_s": 5.0}, base) == 0.25
+    refused = {"compute_s": 3.0, "hbm_s": 1.0, "links_s": None}
+    assert plan.overhead(refused, base) == 0.5
+    assert plan.overhead(base, refused) == pytest.approx(2 / 3 - 1)
+
+
+def test_other_numbers_of_heads_drop_the_weights(cfg):
+    cfg = dataclasses.replace(cfg, loss=LossConfig(head_weights=(1.0, 0.5)))
+
+    assert plan.with_heads(cfg, 2) == cfg
+    assert plan.with_heads(cfg, 4).loss.head_weights == ()
+    assert plan.with_heads(cfg, 4).model.num_layers == 5
+
+
+FITS = Compiled(
+    100, 10, 5, 15, None, Program({"all-gather": Traffic(2, 8e9)}, (), 1, ())
+)
+TOO_LARGE = Compiled(100, 10, 50, 60, 40, None)
+
+
+@pytest.fixture
+def four_chips(monkeypatch):
+    """Any topology has four v5e chips, and libtpu is not needed."""
+    devices = [device("TPU v5 lite", num_cores=1)] * 4
+    mesh = types.SimpleNamespace(shape={"replica": 1, "fsdp": 4, "tensor": 1})
+    monkeypatch.setattr(plan, "topology_devices", lambda name: devices)
+    monkeypatch.setattr(plan, "make_mesh", lambda cfg, devices: mesh)
+
+
+def test_remedies_are_tried_in_order(cfg, four_chips):
+    compute = dataclasses.replace(cfg.compute, remat="none", chunk_tokens=8192)
+    data = DataConfig(seq_len=1024, batch_size=48)  # 12 rows a chip
+    cfg = dataclasses.replace(cfg, compute=compute, data=data)
+    tried = []
+
+    def compile_(changed, topology):
+        tried.append((changed, topology))
+        return TOO_LARGE
+
+    assert plan.find_remedy(cfg, "v5e:2x2", compile_) is None
+    options = [option for option, _, _ in plan.remedies(cfg, "v5e:2x2")]
+    assert options == [
+        "--config.compute.remat=full",
+        "--config.compute.chunk_tokens=2048",
+        "--config.train.accumulation=2",
+        "--config.train.accumulation=4",
+        "--config.compute.remat=offload",
+        "--topology=v5e:2x4",
+    ]
+    assert tried[0][0].compute.remat == "full"
+    assert tried[0][0].compute.chunk_tokens == 8192  # one change at a time
+    assert tried[3][0].train.accumulation == 4
+    assert tried[-1] == (cfg, "v5e:2x4")
+
+
+def test_the_first_remedy_that_fits_is_told(cfg, four_chips):
+    def compile_(changed, topology):
+        if changed.compute.remat == "offload":
+            raise UserError("not on this mesh")
+        return FITS if topology == "v5e:2x4" else TOO_LARGE
+
+    assert plan.find_remedy(cfg, "v5e:2x2", compile_) == "--topology=v5e:2x4"
+
+
+def test_a_naive_head_loss_is_the_first_to_go(cfg, four_chips):
+    compute = dataclasses.replace(cfg.compute, head_loss="naive")
+    cfg = dataclasses.replace(cfg, compute=compute)
+
+    options = [option for option, _, _ in plan.remedies(cfg, "v5e:2x2")]
+    assert options[:2] == [
+        "--config.compute.head_loss=fused",
+        "--config.train.accumulation=2",
+    ]
+
+
+def test_larger_topologies():
+    assert plan.larger_topology("v5e:2x2") == "v5e:2x4"
+    assert plan.larger_topology("v5e:4x8") == "v5e:8x8"
+    assert plan.larger_topology("v5p:2x2x1") == "v5p:2x2x2"
+    assert plan.larger_topology("v5p:4x4x8") == "v5p:4x8x8"
+
+
+def test_rows_and_table(four_chips):
+    cfg = config_from(f"{ROOT}/configs/paper.py:7b-n4", ["--config.data.batch_size=64"])
+
+    def compile_(changed, topology):
+        n = changed.model.n_future_tokens
+        large = n == 4 and changed.train.accumulation == 1
+        return TOO_LARGE if large else FITS
+
+    rows = plan.plan_topology(cfg, "v5e:16x16", [1, 2, 4], compile_)
+
+    assert [row["heads"] for row in rows] == [1, 2, 4]
+    assert [row["fits"] for row in rows] == [True, True, False]
+    assert [row["remedy"] for row in rows] == [
+        None,
+        None,
+        "--config.train.accumulation=2",
+    ]
+    first, _, last = rows
+    positions = cfg.data.batch_size * cfg.data.seq_len
+    assert first["links_s"] == 8e9 / 200e9
+    assert first["bound_by"] == "compute" and first["overhead_vs_n1"] == 0.0
+    assert first["tokens_per_s_per_chip"] == positions / first["step_s"] / 4
+    work = executed_flops(plan.with_heads(cfg, 4)).total * positions
+    assert last["compute_s"] == work / 4 / 197e12
+    assert last["hbm_bytes"] == 60 and last["hbm_limit_bytes"] == 40
+    text = plan.table(rows)
+    assert "v5e:16x16, n = 4: fits with --config.train.accumulation=2" in text
+    assert max(map(len, text.splitlines())) <= 100
+    assert json.loads(json.dumps(rows)) == rows
+
+
+def test_hbm_traffic(cfg):
+    compiled = dataclasses.replace(FITS, params=1000, argument_bytes=64)
+    cfg = dataclasses.replace(cfg, train=TrainConfig(accumulation=2))
+
+    assert plan.hbm_traffic(cfg, compiled, tensor=2) == 128 + 2 * 3 * 1000 * 4 / 2
+
+
+def test_refusals_for_memory_are_read():
+    whole = (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in "
+        "memory space hbm. Used 16.97G of 15.75G hbm. Exceeded hbm capacity by 1.22G."
+        "\n\nTotal hbm usage >= 17.22G:\n    reserved        258.00M \n"
+        "    program          11.34G \n    arguments         5.63G \n"
+    )
+    state = TrainState(None, None, None, {}, None)
+
+    found = ahead._refused(whole, state, {})
+
+    gib = [found.argument_bytes, found.temp_bytes, found.hbm_bytes, found.limit_bytes]
+    assert [round(x / 2**30, 2) for x in gib] == [5.63, 11.34, 16.97, 15.75]
+    assert found.program is None
+    with pytest.raises(jax.errors.JaxRuntimeError, match="vmem"):
+        ahead._refused("RESOURCE_EXHAUSTED: Ran out of memory in vmem", state, {})
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """The one line of a command that is refused before anything is compiled."""
+    monkeypatch.setattr(plan, "use_no_devices", lambda: None)
+    monkeypatch.setattr(plan, "_compile", None)
+
+    def run(*options):
+        argv = ["mtp-jax", "plan", f"--config={TINY_FILE}", *options]
+        monkeypatch.setattr(sys, "argv", argv)
+        sys.modules.pop("config_config", None)  # the config file of the test before
+        assert __main__.main() == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    return run
+
+
+def test_what_needs_no_libtpu_is_refused_without(refused):
+    assert "--heads=5 is more" in refused("--topology=v5e:2x2", "--heads=1,5")
+    assert "'0' is not a whole" in refused("--topology=v5e:2x2", "--heads=0")
+    assert "'x' is not a whole" in refused("--topology=v5e:2x2", "--heads=1,x")
+    weights = "--config.loss.head_weights=(1.0,0.5)"
+    assert "2 values for 3 heads" in refused("--topology=v5e:2x2", weights)
+    assert "--topology" in refused()
+
+
+def test_a_missing_libtpu_is_named(refused, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+    line = refused("--topology=v5e:2x2")
+
+    assert line == "mtp-jax: error: plan needs libtpu: pip install 'mtp-jax[tpu]'."
+
+
+def planned(*options):
+    """Exit code, stdout and stderr of a real `plan`."""
+    return finish(start(["plan", *options]))
+
+
+@needs_libtpu
+def test_topologies_and_meshes_are_refused_before_compiling(refused, monkeypatch):
+    for name, value in (
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+    ):
+        monkeypatch.setenv(name, value)
+
+    assert "such as v4:2x2x1, v5e:4x4" in refused("--topology=v5e:3x3")
+    assert "such as v4:2x2x1, v5e:4x4" in refused("--topology=v5e:2x2,v9:2x2")
+    assert "such as v4:2x2x1, v5e:4x4" in refused("--topology=moon")
+    assert "no figures of a TPU v2" in refused("--topology=v2:2x2")
+    assert "(8) is not divisible by the 16 devices" in refused("--topology=v5e:4x4")
+    mesh = "--config.mesh.fsdp=3"
+    assert "does not multiply to the 4 devices" in refused("--topology=v5e:2x2", mesh)
+
+
+@needs_libtpu
+def test_a_tiny_model_compiles_for_a_tpu():
+    code, out, err = planned(
+        f"--config={TINY_FILE}", "--topology=v5e:2x2", "--heads=2", "--json"
+    )
+
+    assert code == 0, err
+    rows = json.loads(out)
+    assert [(row["topology"], row["heads"]) for row in rows] == [
+        ("v5e:2x2", 1),
+        ("v5e:2x2", 2),
+    ]
+    wanted = re.findall(r"\w+", "topology chips heads params argument_bytes temp_bytes")
+    wanted += ["hbm_bytes", "fits", "flops_per_step", "overhead_vs_n1", "remedy"]
+    for row in rows:
+        assert set(wanted) <= set(row)
+        assert row["fits"] and row["chips"] == 4 and row["remedy"] is None
+        layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128  # and two norms
+        assert row["params"] == 2 * 256 * 64 + 4 * (layer + 2 * 64) + 64
+        # Parameters and two moments of four bytes, a quarter on each chip.
+        assert row["argument_bytes"] > row["params"] * 12 / 4
+        assert row["unknown_loops"] == 0
+        # Two passes gather the matrices of 4 layers and both tables, in 2 or 4 bytes.
+        gathered = 3 / 4 * (2 * 4 * layer + 2 * 256 * 64)
+        sent = row["collectives"]["all-gather"]["bytes"]
+        assert 2 * gathered * 0.9 < sent < 4 * gathered * 1.1
+    assert rows[0]["overhead_vs_n1"] == 0.0
+    assert rows[1]["flops_unembedding"] == 2 * rows[0]["flops_unembedding"]
+
+
+@needs_libtpu
+def test_what_does_not_fit_is_told_with_its_remedy(tmp_path):
+    # So many small layers, with all of each kept, that only their number costs.
+    text = TINY_FILE.read_text().replace("    return c", "    c.compute.remat = 'none'")
+    file = tmp_path / "deep.py"
+    file.write_text(f"{text}\n    return c\n")
+    code, out, err = planned(
+        f"--config={file}",
+        "--topology=v5e:2x2",
+        "--heads=1",
+        "--json",
+        "--config.model.num_layers=9600",
+        "--config.model.d_model=128",
+        "--config.model.num_query_heads=1",
+        "--config.model.num_kv_heads=1",
+        "--config.model.d_head=128",
+        "--config.data.seq_len=128",
+        "--config.data.batch_size=32",
+    )
+
+    assert code == 0, err
+    (row,) = json.loads(out)
+    assert not row["fits"]
+    assert row["hbm_bytes"] > row["hbm_limit_bytes"] == int(15.75 * 2**30)
+    assert row["hbm_bytes"] >= row["temp_bytes"] + row["argument_bytes"]
+    assert row["collectives"] is None and row["links_s"] is None
+    assert row["remedy"] == "--config.compute.remat=full"

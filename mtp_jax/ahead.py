@@ -36,9 +36,9 @@ class Compiled:
 
     params: int  # of the whole model
     argument_bytes: int  # the state and the batch
-    temp_bytes: int
-    hbm_bytes: int  # at the peak: temporaries take the place of donated state that is
-    # read no more, so it can be less than the sum
+    temp_bytes: int  # what else is alive at the peak
+    temp_sum_bytes: int  # XLA's temp_size: more than are ever alive at the same time
+    hbm_bytes: int  # arguments, temporaries and code
     limit_bytes: int | None  # what a device has, if the compiler said
     program: Program | None  # None: it does not fit
 
@@ -117,7 +117,8 @@ def compile_step(cfg: Config, devices: list[jax.Device]) -> Compiled:
     return Compiled(
         params=_count(state.params),
         argument_bytes=found.argument_size_in_bytes,
-        temp_bytes=found.temp_size_in_bytes,
+        temp_bytes=found.peak_memory_in_bytes - found.argument_size_in_bytes,
+        temp_sum_bytes=found.temp_size_in_bytes,
         hbm_bytes=found.peak_memory_in_bytes + found.generated_code_size_in_bytes,
         limit_bytes=None,
         program=read_program(compiled.as_text()),
@@ -139,7 +140,7 @@ def _abstract_batch(cfg: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
 def _refused(message: str, state: TrainState, batch: dict[str, Any]) -> Compiled:
     """The figures of a refusal for memory; any other one is raised again.
 
-    The compiler stops either at the temporaries, or at the program with its arguments.
+    The compiler stops before it has laid out the program, or after.
     """
     size = r"([\d.]+[KMGT]?)"
     temps = re.search(
@@ -157,10 +158,12 @@ def _refused(message: str, state: TrainState, batch: dict[str, Any]) -> Compiled
     )
     if used:
         total, limit, program, arguments = map(_size, used.groups())
-        return Compiled(params, arguments, program, total, limit, None)
+        return Compiled(params, arguments, program, program, total, limit, None)
     if temps:
-        program, limit = map(_size, temps.groups())
-        return Compiled(params, arguments, program, arguments + program, limit, None)
+        # It says temporaries, and counts the arguments too.
+        total, limit = map(_size, temps.groups())
+        rest = total - arguments
+        return Compiled(params, arguments, rest, rest, total, limit, None)
     raise jax.errors.JaxRuntimeError(message)
 
 

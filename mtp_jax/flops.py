@@ -101,14 +101,14 @@ def train_flops(cfg: Config) -> Flops:
 def executed_flops(cfg: Config) -> Flops:
     """`train_flops` and what config.compute has computed again in the backward pass.
 
-    Trunk layers are computed again as `remat` says: not at all, wholly, or (where
-    matrix products are kept, on the device or on the host) the attention; heads and
-    unembedding, under the head loss of that name. What an attention kernel computes
-    again by itself is not counted.
+    Trunk layers are computed again as `remat` says: not at all, the attention alone
+    (where the products with weights are kept), or wholly; heads and unembedding, under
+    the head loss of that name. What an attention kernel computes again by itself is not
+    counted.
     """
     useful, compute = train_flops(cfg), cfg.compute
     attention = cfg.model.num_trunk_layers * _attention_flops(cfg)
-    again = {"none": 0.0, "full": useful.trunk / 3}.get(compute.remat, attention)
+    again = {"none": 0.0, "dots": attention}.get(compute.remat, useful.trunk / 3)
     of_heads = 4 / 3 if compute.head_loss == "remat" else 1.0
     return Flops(
         useful.trunk + again, useful.heads * of_heads, useful.unembedding * of_heads

@@ -5,10 +5,11 @@ a TPU, for each number of heads and for n = 1, at the same number of layers. The
 is for people; `--json` prints a list of objects, one a topology and number of heads:
 
 - topology, chips, devices (of jax), heads, params;
-- argument_bytes (state and batch), temp_bytes, hbm_bytes (at the peak; less than their
-  sum where temporaries take the place of state that is read no more), hbm_limit_bytes:
-  of a device; fits: the compiler's verdict; remedy: the one change to the command that
-  makes it fit, null if it fits or if none of those tried does;
+- argument_bytes (state and batch), temp_bytes (what else is alive at the peak),
+  hbm_bytes (both, and the program), hbm_limit_bytes: of a device; temp_sum_bytes: what
+  XLA calls the size of temporaries, more than are ever alive at the same time;
+- fits: the compiler's verdict; remedy: the one change to the command that makes it fit,
+  null if it fits or if none of those tried does;
 - flops_per_step and its parts flops_trunk, flops_heads, flops_unembedding: useful work
   of all chips (`flops.train_flops`); executed_flops_per_step: with what is computed
   again;
@@ -169,6 +170,7 @@ def describe(
         "params": compiled.params,
         "argument_bytes": compiled.argument_bytes,
         "temp_bytes": compiled.temp_bytes,
+        "temp_sum_bytes": compiled.temp_sum_bytes,
         "hbm_bytes": compiled.hbm_bytes,
         "hbm_limit_bytes": compiled.limit_bytes or int(chip.hbm_bytes),
         "fits": program is not None,

@@ -171,9 +171,9 @@ def test_other_numbers_of_heads_drop_the_weights(cfg):
 
 
 FITS = Compiled(
-    100, 10, 5, 15, None, Program({"all-gather": Traffic(2, 8e9)}, (), 1, ())
+    100, 10, 5, 7, 15, None, Program({"all-gather": Traffic(2, 8e9)}, (), 1, ())
 )
-TOO_LARGE = Compiled(100, 10, 50, 60, 40, None)
+TOO_LARGE = Compiled(100, 10, 50, 50, 60, 40, None)
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from mtp_jax.cross_entropy import (
     score_tokens_and_grad,
 )
 from mtp_jax.heads import Rows, run_head
+from mtp_jax.kernels import KEPT
 from mtp_jax.model import Block, LanguageModel
 from mtp_jax.sharding import spec
 
@@ -144,6 +145,15 @@ def _forward_and_backward(parts, rows, targets, z_loss, compute):
     """The loss and the scores; and the gradients of the loss, kept for `_scale`."""
     parts = _first_order_only(parts)
     trunk_BTD = parts.trunk_BTD
+    # A head's products are kept until its backward pass, a moment later; what is cheap,
+    # norms and activation functions, is computed again: it would take as much room.
+    policies = jax.checkpoint_policies
+    keep = policies.save_from_both_policies(
+        policies.dots_saveable, policies.save_only_these_names(KEPT)
+    )
+    run = jax.checkpoint(
+        lambda *of: run_head(of[0], of[1], of[2], rows, compute.attention), policy=keep
+    )
     w_RVD, add_copies = jax.vjp(
         lambda w_VD: copy_unembedding(w_VD, trunk_BTD.dtype), parts.unembedding_VD
     )
@@ -151,12 +161,7 @@ def _forward_and_backward(parts, rows, targets, z_loss, compute):
     def one_head(total, x):
         total_norm_D, total_w_RVD, total_trunk_BTD = total
         head, token_BT, weight_BT = x
-        hidden_BTD, backward = jax.vjp(
-            lambda *of: run_head(of[0], of[1], of[2], rows, compute.attention),
-            head,
-            parts.norm_D,
-            trunk_BTD,
-        )
+        hidden_BTD, backward = jax.vjp(run, head, parts.norm_D, trunk_BTD)
         scores, d_hidden_BTD, total_w_RVD = score_tokens_and_grad(
             hidden_BTD,
             w_RVD,

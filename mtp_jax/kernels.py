@@ -13,6 +13,9 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash_lib
 
 from mtp_jax.config import Attention
 
+# What a kernel keeps for its backward pass goes by this name in checkpoint policies.
+KEPT = "attention"
+
 _LANES = 128  # of a TPU's vector registers: splash takes positions by so many
 
 
@@ -92,7 +95,12 @@ def splash(
     )
     mask = splash_lib.MultiHeadMask([splash_lib.CausalMask((t, t))] * h)
     kernel = splash_lib.make_splash_mha(
-        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+        mask,
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=KEPT,
+        interpret=interpret,
     )
 
     def row(q_THK, k_TGK, v_TGK, segments_T):

@@ -90,9 +90,12 @@ def apply_rope(x_BTHK: jax.Array, angles_BTk: jax.Array) -> jax.Array:
     Hugging Face's transformers. In float32, returned in the dtype of x."""
     cos = jnp.cos(angles_BTk)[:, :, None, :]
     sin = jnp.sin(angles_BTk)[:, :, None, :]
-    first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
+    # Widened after the split and narrowed before the join, neither of which fuses: so
+    # nothing is written in float32.
+    halves = jnp.split(x_BTHK, 2, axis=-1)
+    first, second = (x.astype(jnp.float32) for x in halves)
     rotated = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate(rotated, axis=-1).astype(x_BTHK.dtype)
+    return jnp.concatenate([x.astype(x_BTHK.dtype) for x in rotated], axis=-1)
 
 
 class MLP(nnx.Module):

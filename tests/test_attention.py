@@ -289,10 +289,10 @@ def test_programs_for_tpu_call_splash_and_offload_what_they_say():
 
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout.splitlines()[-1])
-    # Forward, forward again, gradients of queries, those of keys and values; twice: in
-    # the trunk and in the heads.
-    assert found["full"]["kernels"] == 8
-    assert found["offload"]["kernels"] >= 8
+    # Forward, gradients of queries, those of keys and values: in the trunk and in the
+    # heads; and the trunk's forward again.
+    assert found["full"]["kernels"] == 7
+    assert found["offload"]["kernels"] >= 7
     inputs = (
         256 * 2 * 256 * 256 * 2
     )  # layers, rows of a device, positions, width, bytes

@@ -1,0 +1,169 @@
+"""The compiled step: its memory, its buffers, its collectives and its size.
+
+Compiled for CPU devices, from shapes alone; nothing runs.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from models import mesh_of
+
+from mtp_jax.config import (
+    ComputeConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+)
+from mtp_jax.feed import batch_sharding
+from mtp_jax.program import read_program
+from mtp_jax.sharding import abstract_tree
+from mtp_jax.train_step import make_gradients, make_init, make_step
+
+ROWS, T, D, V, CHUNK = 8, 64, 64, 8192, 64
+MATRICES = 7  # of a layer
+MESHES = {"fsdp": (1, 8, 1), "fsdp x tensor": (1, 4, 2), "all axes": (2, 2, 2)}
+
+
+def config(n=4, layers=10, vocab=V, form="fused", chunk_tokens=CHUNK):
+    return Config(
+        model=ModelConfig(
+            vocab_size=vocab,
+            d_model=D,
+            num_layers=layers,
+            n_future_tokens=n,
+            num_query_heads=4,
+            num_kv_heads=2,
+            d_head=D // 4,
+            d_ff=2 * D,
+        ),
+        data=DataConfig(seq_len=T, batch_size=ROWS),
+        compute=ComputeConfig(head_loss=form, chunk_tokens=chunk_tokens),
+    )
+
+
+@functools.cache
+def compiled(cfg, shape=(1, 1, 1), make=make_gradients):
+    """The step of a config, or its gradients alone."""
+    mesh = mesh_of(*shape)
+    with jax.set_mesh(mesh):
+        init = jax.eval_shape(make_init(cfg), jax.random.key(0))
+        state = abstract_tree(init, mesh)
+        leading = (1, ROWS)
+
+        def array(width, dtype):
+            sharding = batch_sharding(mesh)
+            return jax.ShapeDtypeStruct((*leading, width), dtype, sharding=sharding)
+
+        names = ("tokens", "segments", "positions")
+        batch = {name: array(cfg.row_len, jnp.int32) for name in names}
+        if make is make_gradients:
+            return jax.jit(make(cfg)).lower(state.params, batch).compile()
+        return make(cfg).lower(state, {**batch, "hash": array(2, jnp.uint32)}).compile()
+
+
+def program(cfg, shape=(1, 1, 1)):
+    return read_program(compiled(cfg, shape).as_text())
+
+
+def temporaries(cfg, make=make_gradients):
+    return compiled(cfg, make=make).memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("form", ["fused", "remat"])
+def test_memory_does_not_depend_on_the_number_of_heads(form):
+    two, eight = (temporaries(config(n, form=form), make_step) for n in (2, 8))
+
+    assert eight <= 1.03 * two
+
+
+def test_memory_of_all_logits_at_once_does():
+    two, eight = (temporaries(config(n, form="naive")) for n in (2, 8))
+
+    assert eight > 3 * two
+
+
+def test_memory_does_not_depend_on_the_vocabulary():
+    """But for the unembedding's own: its copy, and its gradient's float32 sum.
+
+    Both are [V, D], however many heads and chunks there are. The gradients of the two
+    tables themselves are results, not temporaries.
+    """
+    chunk_logits = 2**20
+    small, large = (
+        temporaries(config(vocab=vocab, chunk_tokens=chunk_logits // vocab))
+        - 2 * vocab * D * 4
+        for vocab in (2**13, 2**17)
+    )
+
+    assert large <= 1.10 * small
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 4, 2)], ids=str)
+@pytest.mark.parametrize("form", ["fused", "remat", "naive"])
+def test_logits_of_at_most_one_chunk_are_ever_there(form, shape):
+    _, fsdp, tensor = shape
+    tokens, vocab = ROWS // fsdp * T, V // tensor
+
+    largest = max(
+        buffer.elements
+        for buffer in program(config(form=form, chunk_tokens=24), shape).buffers
+        if vocab in buffer.shape and D not in buffer.shape
+    )
+
+    if form == "naive":
+        assert largest >= 4 * tokens * vocab
+    else:
+        # The smallest chunks of which no fewer would do: 22 of 24, or 6 of 22.
+        chunk = -(-tokens // -(-tokens // 24))
+        assert largest == chunk * vocab < tokens * vocab
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("n", [1, 4])
+def test_collectives_are_those_that_the_mesh_calls_for(mesh, n):
+    layers, (_, fsdp, tensor) = 10, MESHES[mesh]
+    found = program(config(n, layers), MESHES[mesh]).collectives
+
+    # Weights are gathered for the forward and for the backward pass of a trunk layer,
+    # and once for a head; the unembedding once for all heads; the tokens for the
+    # embeddings.
+    assert found["all-gather"].count == MATRICES * (2 * (layers - n) + n) + 2
+    # The copies' gradients are added up once for all heads.
+    assert found["reduce-scatter"].count == 1
+    copies = V // tensor * D * 4
+    assert found["reduce-scatter"].bytes == copies * (fsdp - 1) / fsdp
+    # Embeddings change their layout, and their gradients change it back.
+    assert found["all-to-all"].count == 2
+    assert set(found) == {"all-gather", "all-reduce", "reduce-scatter", "all-to-all"}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_chunks_exchange_only_figures_of_tokens_over_the_vocabulary(mesh):
+    n, (replica, fsdp, _) = 4, MESHES[mesh]
+    tokens = ROWS // (replica * fsdp) * T
+    one, four = (
+        program(config(n, chunk_tokens=tokens // k), MESHES[mesh]).collectives
+        for k in (1, 4)
+    )
+
+    for kind in ("all-gather", "reduce-scatter", "all-to-all"):
+        assert one[kind] == four[kind], kind
+    # Maximum, sums, and the lowest token of the maximum: three more for each chunk.
+    assert four["all-reduce"].count - one["all-reduce"].count == n * 3 * 3
+    assert four["all-reduce"].bytes == pytest.approx(one["all-reduce"].bytes)
+
+
+def test_one_device_sends_nothing():
+    assert program(config()).sent_bytes == 0
+
+
+def test_the_program_grows_neither_with_depth_nor_with_heads():
+    base, deep, headed = (
+        program(config(n, layers)).instructions
+        for n, layers in ((2, 10), (2, 40), (8, 10))
+    )
+
+    assert deep <= 1.01 * base
+    assert headed <= 1.05 * base  # a shift of the targets for each head

@@ -126,10 +126,9 @@ def test_collectives_are_those_that_the_mesh_calls_for(mesh, n):
     layers, (_, fsdp, tensor) = 10, MESHES[mesh]
     found = program(config(n, layers), MESHES[mesh]).collectives
 
-    # Weights are gathered for the forward and for the backward pass of a trunk layer,
-    # and once for a head; the unembedding once for all heads; the tokens for the
-    # embeddings.
-    assert found["all-gather"].count == MATRICES * (2 * (layers - n) + n) + 2
+    # Weights are gathered for the forward and for the backward pass of a layer; the
+    # unembedding once for all heads, and the tokens once for the embeddings.
+    assert found["all-gather"].count == MATRICES * 2 * layers + 2
     # The copies' gradients are added up once for all heads.
     assert found["reduce-scatter"].count == 1
     copies = V // tensor * D * 4

@@ -88,14 +88,15 @@ def rope_angles(positions_BT: jax.Array, d_head: int, theta: float) -> jax.Array
 def apply_rope(x_BTHK: jax.Array, angles_BTk: jax.Array) -> jax.Array:
     """Rotates the pairs (j, j + K/2) of each head: the half-split layout of Llama in
     Hugging Face's transformers. In float32, returned in the dtype of x."""
-    cos = jnp.cos(angles_BTk)[:, :, None, :]
-    sin = jnp.sin(angles_BTk)[:, :, None, :]
-    # Widened after the split and narrowed before the join, neither of which fuses: so
-    # nothing is written in float32.
-    halves = jnp.split(x_BTHK, 2, axis=-1)
-    first, second = (x.astype(jnp.float32) for x in halves)
-    rotated = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate([x.astype(x_BTHK.dtype) for x in rotated], axis=-1)
+    cos, sin = jnp.cos(angles_BTk), jnp.sin(angles_BTk)
+    cos_BT1K = jnp.concatenate([cos, cos], axis=-1)[:, :, None]
+    sin_BT1K = jnp.concatenate([-sin, sin], axis=-1)[:, :, None]
+    # The halves change places before anything is widened, so that nothing of half the
+    # width, which chips pad to the whole, or of float32 need be written.
+    first, second = jnp.split(x_BTHK, 2, axis=-1)
+    swapped_BTHK = jnp.concatenate([second, first], axis=-1)
+    x32, swapped32 = (x.astype(jnp.float32) for x in (x_BTHK, swapped_BTHK))
+    return (x32 * cos_BT1K + swapped32 * sin_BT1K).astype(x_BTHK.dtype)
 
 
 class MLP(nnx.Module):

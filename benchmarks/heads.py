@@ -1,0 +1,86 @@
+"""What n heads cost: step time of n to that of one head, at equal parameters.
+
+python -m benchmarks.heads --rounds=10
+"""
+
+import sys
+
+import jax
+
+from benchmarks.timing import (
+    Training,
+    config_of,
+    interleaved,
+    one_device,
+    options,
+    print_environment,
+    print_table,
+    ratio,
+    show_ms,
+    show_ratio,
+)
+from mtp_jax.config import Config
+from mtp_jax.flops import executed_flops
+
+
+def main(argv: list[str]) -> int:
+    """Prints a row for each vocabulary."""
+    args = options(
+        argv,
+        "Step time of n heads to one, beside the ratio of the FLOPs that are executed.",
+        rounds=10,
+        n=4,
+        vocab_sizes=[256, 32_000],
+        d_model=512,
+        num_layers=8,
+        d_ff=1408,
+        num_heads=8,
+        seq_len=256,
+        batch_size=4,
+        chunk_tokens=0,
+        remat="none",
+        head_loss="fused",
+    )
+
+    def config(vocab_size: int, n: int) -> Config:
+        return config_of(
+            vocab_size=vocab_size,
+            d_model=args.d_model,
+            num_layers=args.num_layers,
+            n=n,
+            num_heads=args.num_heads,
+            d_ff=args.d_ff,
+            seq_len=args.seq_len,
+            batch_size=args.batch_size,
+            chunk_tokens=args.chunk_tokens,
+            remat=args.remat,
+            head_loss=args.head_loss,
+        )
+
+    print_environment(args.rounds)
+    rows = []
+    with jax.set_mesh(one_device()):
+        for vocab_size in args.vocab_sizes:
+            one, many = config(vocab_size, 1), config(vocab_size, args.n)
+            steps = {"one": Training(one).step, "many": Training(many).step}
+            seconds = interleaved(steps, args.rounds)
+            measured = ratio(seconds["many"], seconds["one"])
+            predicted = executed_flops(many).total / executed_flops(one).total
+            rows.append(
+                (
+                    vocab_size,
+                    show_ms(seconds["one"]),
+                    show_ms(seconds["many"]),
+                    show_ratio(measured),
+                    f"{predicted:.3f}",
+                    f"{measured[0] / predicted:.3f}",
+                )
+            )
+    print_table(
+        ("V", "n=1, ms", f"n={args.n}, ms", "time", "FLOPs", "time / FLOPs"), *rows
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

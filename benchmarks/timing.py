@@ -1,0 +1,175 @@
+"""Times of several functions in one run, their ratios, and compiled steps to time.
+
+The functions take turns, round by round, so that noise hits all of them alike.
+Axes: A microbatches (1), B rows, S tokens of a row.
+"""
+
+import argparse
+import dataclasses
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from mtp_jax.config import Config, ModelConfig
+from mtp_jax.feed import batch_sharding
+from mtp_jax.sharding import make_mesh
+from mtp_jax.train_step import make_init, make_step
+
+Ratio = tuple[float, float, float]  # median, lower and upper quartile
+
+
+def options(argv: list[str], description: str, **defaults: Any) -> argparse.Namespace:
+    """`--name=VALUE` for each default, of its type; a list takes several values."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    for name, default in defaults.items():
+        several = isinstance(default, list)
+        parser.add_argument(
+            f"--{name}",
+            default=default,
+            type=type(default[0] if several else default),
+            nargs="+" if several else None,
+            help="default: %(default)s",
+        )
+    return parser.parse_args(argv)
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], object]], rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of every call, by name; each function runs once before, untimed.
+
+    The functions wait for what they compute.
+    """
+    for function in functions.values():
+        function()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            began = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def ratio(a: Sequence[float], b: Sequence[float]) -> Ratio:
+    """Median and quartiles of a / b, round by round."""
+    low, median, high = np.percentile(np.divide(a, b), (25, 50, 75))
+    return float(median), float(low), float(high)
+
+
+def show_ratio(found: Ratio) -> str:
+    """`1.02 (0.99..1.05)`."""
+    return "{:.3g} ({:.3g}..{:.3g})".format(*found)
+
+
+def show_ms(seconds: Sequence[float]) -> str:
+    """The median in milliseconds."""
+    return f"{statistics.median(seconds) * 1e3:.1f}"
+
+
+def print_table(*rows: Sequence[object]) -> None:
+    """Aligned columns; the first row is the header, the first column names."""
+    texts = [[str(x) for x in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    for name, *figures in texts:
+        cells = [x.rjust(width) for x, width in zip(figures, widths[1:], strict=True)]
+        print("  ".join([name.ljust(widths[0]), *cells]))
+
+
+def print_environment(rounds: int) -> None:
+    """One line: versions and hardware, and what the spread is."""
+    device = jax.devices()[0].device_kind
+    cores = len(os.sched_getaffinity(0))
+    print(
+        f"python {platform.python_version()}, jax {jax.__version__}, device {device}, "
+        f"{cores} cores; medians of {rounds} rounds, quartiles in brackets",
+        flush=True,
+    )
+
+
+def fail(message: str) -> int:
+    """One line for what is missing, and the exit code."""
+    print(message, file=sys.stderr)
+    return 2
+
+
+def one_device() -> jax.sharding.Mesh:
+    """The mesh of the first device alone."""
+    return make_mesh(Config().mesh, jax.devices()[:1])
+
+
+def config_of(
+    *,
+    vocab_size: int,
+    d_model: int,
+    num_layers: int,
+    n: int,
+    num_heads: int,
+    d_ff: int,
+    seq_len: int,
+    batch_size: int,
+    **of_compute: Any,
+) -> Config:
+    """A float32 run of a shape: `num_heads` of attention, n of prediction."""
+    base = Config()
+    return dataclasses.replace(
+        base,
+        model=ModelConfig(
+            vocab_size=vocab_size,
+            d_model=d_model,
+            num_layers=num_layers,
+            n_future_tokens=n,
+            num_query_heads=num_heads,
+            num_kv_heads=num_heads,
+            d_head=d_model // num_heads,
+            d_ff=d_ff,
+        ),
+        data=dataclasses.replace(base.data, seq_len=seq_len, batch_size=batch_size),
+        compute=dataclasses.replace(base.compute, **of_compute),
+    )
+
+
+def random_batch(cfg: Config, documents: int = 4) -> dict[str, jax.Array]:
+    """A batch [1, B, S] on the mesh: random tokens, about so many documents a row."""
+    rng = np.random.default_rng(0)
+    shape = (1, cfg.data.batch_size, cfg.row_len)
+    begins = rng.random(shape) < (documents - 1) / cfg.row_len
+    begins[..., 0] = True
+    places = np.broadcast_to(np.arange(cfg.row_len), shape)
+    positions = places - np.maximum.accumulate(np.where(begins, places, 0), axis=-1)
+    batch = {
+        "tokens": rng.integers(cfg.model.vocab_size, size=shape, dtype=np.int32),
+        "segments": np.cumsum(begins, axis=-1, dtype=np.int32),
+        "positions": positions.astype(np.int32),
+        "hash": np.zeros((*shape[:2], 2), np.uint32),
+    }
+    return jax.device_put(batch, batch_sharding(jax.sharding.get_mesh()))
+
+
+def temporaries(compiled: jax.stages.Compiled) -> int:
+    """Bytes that a program allocates besides its arguments and results."""
+    found = compiled.memory_analysis()
+    assert found is not None, "the backend tells nothing of memory"
+    return found.temp_size_in_bytes
+
+
+class Training:
+    """A compiled step with its state and one batch. Needs the mesh to be set."""
+
+    def __init__(self, cfg: Config, documents: int = 4):
+        self.state = make_init(cfg)(jax.random.key(0))
+        self.batch = random_batch(cfg, documents)
+        step: Any = make_step(cfg)  # jitted, so it has more than its type says
+        self.compiled = step.lower(self.state, self.batch).compile()
+
+    def step(self) -> None:
+        """One step, waited for."""
+        self.state, metrics = self.compiled(self.state, self.batch)
+        jax.block_until_ready((self.state, metrics))

@@ -1,0 +1,138 @@
+"""The step of one head against transformers and torch, training the same shape on CPU.
+
+pip install '.[bench]'
+python -m benchmarks.torch_baseline --rounds=10
+"""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from benchmarks.timing import (
+    Training,
+    config_of,
+    fail,
+    interleaved,
+    one_device,
+    options,
+    print_environment,
+    print_table,
+    ratio,
+    show_ratio,
+)
+from mtp_jax.config import Config
+
+
+def main(argv: list[str]) -> int:
+    """Prints a row for each vocabulary."""
+    args = options(
+        argv,
+        "Tokens per second of mtp_jax with n=1, and of LlamaForCausalLM with AdamW.",
+        rounds=10,
+        vocab_sizes=[256, 32_000],
+        d_model=256,
+        num_layers=6,
+        d_ff=704,
+        num_heads=8,
+        seq_len=256,
+        batch_size=8,
+        remat="none",
+    )
+    if not all(map(importlib.util.find_spec, ("torch", "transformers"))):
+        return fail("torch and transformers are needed: pip install '.[bench]'.")
+    if jax.default_backend() != "cpu":
+        return fail("torch is measured on the CPU; set JAX_PLATFORMS=cpu.")
+    print_environment(args.rounds)
+    print(_torch_environment())
+    rows = []
+    with jax.set_mesh(one_device()):
+        for vocab_size in args.vocab_sizes:
+            cfg = config_of(
+                vocab_size=vocab_size,
+                d_model=args.d_model,
+                num_layers=args.num_layers,
+                n=1,
+                num_heads=args.num_heads,
+                d_ff=args.d_ff,
+                seq_len=args.seq_len,
+                batch_size=args.batch_size,
+                remat=args.remat,
+            )
+            ours = Training(cfg, documents=1)
+            theirs = _torch_step(cfg, np.asarray(ours.batch["tokens"][0]))
+            seconds = interleaved({"jax": ours.step, "torch": theirs}, args.rounds)
+            tokens = args.batch_size * args.seq_len
+            per_s = (tokens / np.median(s) for s in seconds.values())
+            rows.append(
+                (
+                    vocab_size,
+                    *(f"{x:.0f}" for x in per_s),
+                    show_ratio(ratio(seconds["torch"], seconds["jax"])),
+                )
+            )
+    print_table(("V", "mtp_jax, tokens/s", "torch, tokens/s", "ratio"), *rows)
+    return 0
+
+
+def _torch_environment() -> str:
+    """Versions, and as many threads as there are cores."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    return (
+        f"torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"{torch.get_num_threads()} threads"
+    )
+
+
+def _torch_step(cfg: Config, tokens_BS: np.ndarray) -> Callable[[], None]:
+    """One step of the same model, batch and optimizer, in torch."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    of = cfg.model
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=of.vocab_size,
+            hidden_size=of.d_model,
+            intermediate_size=of.d_ff,
+            num_hidden_layers=of.num_layers,
+            num_attention_heads=of.num_query_heads,
+            num_key_value_heads=of.num_kv_heads,
+            max_position_embeddings=cfg.data.seq_len,
+            rms_norm_eps=of.norm_eps,
+            tie_word_embeddings=False,
+            use_cache=False,
+        )
+    )
+    model.train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=cfg.optim.peak_lr,
+        betas=(cfg.optim.b1, cfg.optim.b2),
+        eps=cfg.optim.eps,
+        weight_decay=cfg.optim.weight_decay,
+        fused=True,
+    )
+    tokens = torch.from_numpy(tokens_BS.astype(np.int64))
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].reshape(-1)
+
+    def step() -> None:
+        logits = model(input_ids=inputs).logits.flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.optim.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
+
+    return step
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,102 @@
+"""Every benchmark at its smallest size prints its table; speed is not judged here."""
+
+import importlib
+
+import pytest
+
+from benchmarks import timing
+from mtp_jax import flops
+
+SHAPE = ["--rounds=1", "--d_model=16", "--d_ff=24", "--num_heads=2"]
+ROWS = ["--seq_len=16", "--batch_size=2"]
+
+
+def run(name, *argv):
+    return importlib.import_module(f"benchmarks.{name}").main(list(argv))
+
+
+def test_ratios_are_taken_round_by_round():
+    assert timing.ratio([2, 6, 12, 4, 50], [1, 2, 3, 4, 10]) == (3, 2, 4)
+    assert timing.ratio([3.0], [2.0]) == (1.5, 1.5, 1.5)
+
+
+def test_functions_take_turns_after_one_call_each():
+    calls = []
+    functions = {name: lambda name=name: calls.append(name) for name in "ab"}
+
+    seconds = timing.interleaved(functions, rounds=2)
+
+    assert "".join(calls) == "ababab"
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_tables_are_aligned(capsys):
+    timing.print_table(("name", "ms"), ("a", 1), ("longer", 100))
+
+    assert capsys.readouterr().out == "name     ms\na         1\nlonger  100\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "argv", "rows"),
+    [
+        (
+            "head_loss",
+            [*SHAPE, *ROWS, "--vocab_size=32", "--trunk_layers=1", "--chunk_tokens=8"],
+            ["fused", "remat", "naive"],
+        ),
+        (
+            "heads",
+            [*SHAPE, *ROWS, "--vocab_sizes", "32", "--num_layers=2", "--n=2"],
+            ["32"],
+        ),
+        ("dispatch", ["--steps=3"], ["call", "call and step"]),
+        (
+            "input_pipeline",
+            ["--rounds=1", "--batches=2", "--seq_len=64", "--batch_size=2"],
+            ["pipeline", "step"],
+        ),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_a_benchmark_prints_its_table(name, argv, rows, capsys):
+    assert run(name, *argv) == 0
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("python ")
+    for row in rows:
+        assert any(line.startswith(f"{row} ") for line in lines), (row, lines)
+
+
+def test_torch_trains_the_same_shape(capsys):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+
+    argv = [*SHAPE, *ROWS, "--vocab_sizes", "32", "--num_layers=2"]
+    assert run("torch_baseline", *argv) == 0
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("torch ")
+    assert lines[-1].startswith("32 ")
+
+
+def test_torch_that_is_absent_is_named(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+
+    assert run("torch_baseline") == 2
+    assert "pip install '.[bench]'" in capsys.readouterr().err
+
+
+def test_an_unknown_device_has_no_peak(capsys):
+    assert run("matmul_share") == 2
+
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_the_share_of_a_known_peak(monkeypatch, capsys):
+    monkeypatch.setattr(flops, "peak_flops", lambda device: 1e12)
+
+    argv = ["--rounds=1", "--shapes=1m", "--n=1", "--seq_len=8", "--batch_size=1"]
+    assert run("matmul_share", *argv, "--matmul=16") == 0
+
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[-2:]] == ["1m-n1", "matmul"]

@@ -1,13 +1,21 @@
-"""Python's part of a step: how long the call takes that does not wait for it.
+"""The call of a step that does not wait for it: Python's part, and the rest.
+
+Called right after another that waits, as the caches of an idle thread are cold; once as
+it is, and once as a program that has the step's arguments and results and does next to
+nothing: what Python and jax take to hand a program over. What the step's own call takes
+beyond that is its launch, which on a CPU is work of the thread that calls.
 
 python -m benchmarks.dispatch --steps=200
 """
 
+import dataclasses
 import pathlib
 import sys
 import time
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.timing import (
@@ -24,30 +32,45 @@ TINY = pathlib.Path(__file__).parent.parent / "configs" / "tiny.py"
 
 
 def main(argv: list[str]) -> int:
-    """Prints the call's time, its thread's work in it, and the time of the step."""
+    """Prints the time of handing over, of the call, and of the step."""
     args = options(argv, "Time of a step's call, not waited for.", steps=200)
     cfg = config_from(str(TINY), [])
     print_environment(args.steps)
-    called, worked, done = [], [], []
+    called: list[float] = []
+    handed: list[float] = []
+    done: list[float] = []
     with jax.set_mesh(one_device()):
         training = Training(cfg)
         state, batch, step = training.state, training.batch, make_step(cfg)
-        state, _ = jax.block_until_ready(step(state, batch))
-        state, _ = jax.block_until_ready(step(state, batch))
+        little = _little(jax.eval_shape(step, state, batch)[1])
+        for f in (step, little, step, little):
+            state, _ = jax.block_until_ready(f(state, batch))
         for _ in range(args.steps):
-            began, began_work = time.perf_counter(), time.thread_time()
-            state, metrics = step(state, batch)
-            worked.append(time.thread_time() - began_work)
-            called.append(time.perf_counter() - began)
-            jax.block_until_ready((state, metrics))
+            for f, calls in ((little, []), (little, handed), (step, called)):
+                began = time.perf_counter()
+                state, metrics = f(state, batch)
+                calls.append(time.perf_counter() - began)
+                jax.block_until_ready((state, metrics))
             done.append(time.perf_counter() - began)
     print_table(
         ("microseconds", "median", "quartiles"),
+        ("handed over", *_microseconds(handed)),
         ("call", *_microseconds(called)),
-        ("call, CPU time", *_microseconds(worked)),  # of its thread alone
         ("call and step", *_microseconds(done)),
     )
     return 0
+
+
+def _little(metrics: Any) -> Any:
+    """`f(state, batch)` that takes and gives what a step does, the state donated."""
+
+    @jax.jit(donate_argnums=0)
+    def little(state, batch):
+        del batch
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
+        return dataclasses.replace(state, step=state.step + 1), zeros
+
+    return little
 
 
 def _microseconds(seconds: list[float]) -> tuple[str, str]:

@@ -41,7 +41,7 @@ def copy_unembedding(w_VD: jax.Array, dtype: str) -> jax.Array:
     """The output matrix, whole in width in every group of devices: [R, V, D].
 
     Copies of one matrix, and still an axis: what a group adds up for its copy stays
-    there until the gradient of this function adds up the groups, once a batch.
+    there until the gradient of this function adds up the groups.
     """
 
     def local(w_vd):
@@ -89,7 +89,6 @@ def score_tokens(
 def score_tokens_and_grad(
     hidden_BTD: jax.Array,
     w_RVD: jax.Array,
-    d_w_RVD: jax.Array,
     targets_BT: jax.Array,
     weight_BT: jax.Array,
     z_loss: float,
@@ -101,15 +100,16 @@ def score_tokens_and_grad(
 
     Args:
       hidden_BTD, w_RVD, targets_BT, chunk_tokens: as for `score_tokens`.
-      d_w_RVD: float32; the gradient of w_RVD is added to it.
       weight_BT: float32; 0 where nothing is to be predicted.
       z_loss: weight of the squared log-partition.
 
     Returns:
-      scores, the gradient of hidden_BTD in its dtype, and d_w_RVD, increased.
+      scores, the gradient of hidden_BTD in its dtype, and that of the unembedding,
+      float32 [V, D], split as the parameter is. It adds up in float32 on each device,
+      and crosses the network in the compute dtype.
     """
 
-    def local(hidden_btD, w_1vD, d_w_1vD, targets_bt, weight_bt):
+    def local(hidden_btD, w_1vD, targets_bt, weight_bt):
         w_vD = w_1vD[0]
 
         def one_chunk(d_w_vD, token):
@@ -128,17 +128,27 @@ def score_tokens_and_grad(
             return d_w_vD, (scores, d_hidden_CD.astype(hidden_CD.dtype))
 
         tokens = (hidden_btD, targets_bt, weight_bt)
+        zeros_vD = jnp.zeros_like(w_vD, jnp.float32)
         d_w_vD, (scores, d_hidden_btD) = _scan_chunks(
-            one_chunk, d_w_1vD[0], tokens, w_vD.shape[0], chunk_tokens
+            one_chunk, zeros_vD, tokens, w_vD.shape[0], chunk_tokens
         )
         d_hidden_btD = lax.psum(d_hidden_btD, axes_of("vocab"))
-        return scores, d_hidden_btD, d_w_vD[None]
+        return scores, d_hidden_btD, _add_copies(d_w_vD.astype(w_vD.dtype))
 
-    return jax.shard_map(
+    scores, d_hidden_BTD, d_w_VD = jax.shard_map(
         local,
-        in_specs=(_HIDDEN, _COPIES, _COPIES, _TOKENS, _TOKENS),
-        out_specs=(_TOKENS, _HIDDEN, _COPIES),
-    )(hidden_BTD, w_RVD, d_w_RVD, targets_BT, weight_BT)
+        in_specs=(_HIDDEN, _COPIES, _TOKENS, _TOKENS),
+        out_specs=(_TOKENS, _HIDDEN, spec("vocab", "embed")),
+    )(hidden_BTD, w_RVD, targets_BT, weight_BT)
+    return scores, d_hidden_BTD, d_w_VD.astype(jnp.float32)
+
+
+def _add_copies(d_w_vD: jax.Array) -> jax.Array:
+    """The sum over the groups of devices; each keeps its share of the width."""
+    width = axes_of("embed")
+    others = tuple(axis for axis in axes_of("batch") if axis != width)
+    d_w_vd = lax.psum_scatter(d_w_vD, width, scatter_dimension=1, tiled=True)
+    return lax.psum(d_w_vd, others)
 
 
 def _scan_chunks(

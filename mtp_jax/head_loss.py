@@ -154,39 +154,28 @@ def _forward_and_backward(parts, rows, targets, z_loss, compute):
     run = jax.checkpoint(
         lambda *of: run_head(of[0], of[1], of[2], rows, compute.attention), policy=keep
     )
-    w_RVD, add_copies = jax.vjp(
-        lambda w_VD: copy_unembedding(w_VD, trunk_BTD.dtype), parts.unembedding_VD
-    )
+    w_RVD = copy_unembedding(parts.unembedding_VD, trunk_BTD.dtype)
 
     def one_head(total, x):
-        total_norm_D, total_w_RVD, total_trunk_BTD = total
         head, token_BT, weight_BT = x
         hidden_BTD, backward = jax.vjp(run, head, parts.norm_D, trunk_BTD)
-        scores, d_hidden_BTD, total_w_RVD = score_tokens_and_grad(
-            hidden_BTD,
-            w_RVD,
-            total_w_RVD,
-            token_BT,
-            weight_BT,
-            z_loss,
-            compute.chunk_tokens,
+        scores, d_hidden_BTD, d_w_VD = score_tokens_and_grad(
+            hidden_BTD, w_RVD, token_BT, weight_BT, z_loss, compute.chunk_tokens
         )
+        # The head's backward pass waits until the unembedding's whole gradient is gone
+        # from the device: they need not be there together.
+        d_hidden_BTD, d_w_VD = lax.optimization_barrier((d_hidden_BTD, d_w_VD))
         d_head, d_norm_D, d_trunk_BTD = backward(d_hidden_BTD)
-        total = (total_norm_D + d_norm_D, total_w_RVD, total_trunk_BTD + d_trunk_BTD)
+        total = jax.tree.map(jnp.add, total, (d_norm_D, d_w_VD, d_trunk_BTD))
         return total, (scores, d_head)
 
-    start = tuple(
-        jnp.zeros_like(x, jnp.float32) for x in (parts.norm_D, w_RVD, trunk_BTD)
-    )
+    shared = (parts.norm_D, parts.unembedding_VD, trunk_BTD)
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), shared)
     xs = (parts.heads, targets.token_NBT, targets.weight_NBT)
-    total, (scores, d_heads) = lax.scan(one_head, start, xs)
-    d_norm_D, d_w_RVD, d_trunk_BTD = total
-    (d_w_VD,) = add_copies(d_w_RVD.astype(w_RVD.dtype))
-    grads = Parts(d_heads, d_norm_D, d_w_VD, d_trunk_BTD)
-    grads = jax.tree.map(lambda grad, x: grad.astype(x.dtype), grads, parts)
-    # The trunk's backward pass must wait, or the whole gradient of the unembedding
-    # would stay beside it until the compiler finds time to add up its copies.
-    grads = lax.optimization_barrier(grads)
+    total, (scores, d_heads) = lax.scan(one_head, zeros, xs)
+    grads = jax.tree.map(
+        lambda grad, x: grad.astype(x.dtype), Parts(d_heads, *total), parts
+    )
     return (_weighted(scores, targets.weight_NBT, z_loss), scores), grads
 
 

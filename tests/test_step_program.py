@@ -129,9 +129,9 @@ def test_collectives_are_those_that_the_mesh_calls_for(mesh, n):
     # Weights are gathered for the forward and for the backward pass of a layer; the
     # unembedding once for all heads, and the tokens once for the embeddings.
     assert found["all-gather"].count == MATRICES * 2 * layers + 2
-    # The copies' gradients are added up once for all heads.
-    assert found["reduce-scatter"].count == 1
-    copies = V // tensor * D * 4
+    # The gradients of the copies are added up once a head.
+    assert found["reduce-scatter"].count == n
+    copies = n * V // tensor * D * 4
     assert found["reduce-scatter"].bytes == copies * (fsdp - 1) / fsdp
     # Embeddings change their layout, and their gradients change it back.
     assert found["all-to-all"].count == 2

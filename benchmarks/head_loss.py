@@ -47,8 +47,8 @@ def main(argv: list[str]) -> int:
         vocab_size=32_000,
         seq_len=256,
         batch_size=8,
-        chunk_tokens=512,
-        remat="none",
+        chunk_tokens=128,
+        remat="full",
         n_of_step=3,
         n_of_part=4,
     )

@@ -79,3 +79,17 @@ def test_the_recipes_are_those_of_the_paper():
 def test_an_unknown_model_of_the_paper_is_refused(argument):
     with pytest.raises(UserError):
         load("paper", argument)
+
+
+def test_llama_has_its_size_and_a_layer_for_each_further_head(one_device):
+    sizes = {n: parameters(load("llama", f"8b-n{n}")) for n in (1, 4)}
+
+    assert sizes[1] == 8_030_261_248  # as its weights on Hugging Face count
+    layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14_336 + 2 * 4096
+    assert sizes[4] - sizes[1] == 3 * layer
+
+
+@pytest.mark.parametrize("argument", ["8b", "8b-n0", "70b-n4", "8b-nx"])
+def test_an_unknown_llama_is_refused(argument):
+    with pytest.raises(UserError):
+        load("llama", argument)

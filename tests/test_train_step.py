@@ -278,3 +278,32 @@ def test_learning_one_batch_by_heart_lowers_every_loss(all_axes):
         found.append(np.asarray(metrics["loss_N"]))
 
     assert (found[-1] < 0.97 * found[0]).all(), found
+
+
+def test_two_hundred_guarded_steps_neither_compile_nor_touch_the_host(one_device):
+    step_fn, state, batch = (
+        make_step(CFG),
+        make_init(CFG)(jax.random.key(0)),
+        batch_of(0),
+    )
+    state, _ = step_fn(state, batch)
+    compiled = []
+
+    def listen(event, *_, **__):
+        if "compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+
+    try:
+        with jax.transfer_guard("disallow"):
+            for _ in range(200):
+                state, metrics = step_fn(state, batch)
+                jax.block_until_ready(metrics)
+        assert compiled == []
+        jax.jit(lambda x: x * 3 + 1)(state.step)
+        assert compiled  # so the listener hears what there is to hear
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+    assert int(state.step) == 201

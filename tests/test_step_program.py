@@ -85,15 +85,15 @@ def test_memory_of_all_logits_at_once_does():
 
 
 def test_memory_does_not_depend_on_the_vocabulary():
-    """But for the unembedding's own: its copy, and its gradient's float32 sum.
+    """But for the unembedding's own: its copy, and the gradients of a head and of all.
 
-    Both are [V, D], however many heads and chunks there are. The gradients of the two
-    tables themselves are results, not temporaries.
+    They are three arrays of [V, D], however many heads and chunks there are. What the
+    function gives, the gradients of the two tables among it, is no temporary.
     """
     chunk_logits = 2**20
     small, large = (
         temporaries(config(vocab=vocab, chunk_tokens=chunk_logits // vocab))
-        - 2 * vocab * D * 4
+        - 3 * vocab * D * 4
         for vocab in (2**13, 2**17)
     )
 

@@ -11,6 +11,7 @@ import pytest
 FLAGS = ["--xla_backend_optimization_level=0"]
 if jax.__version_info__ < (0, 11):  # later versions do not know it, and abort
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # where libtpu is installed, too
 os.environ.setdefault("NPROC", "16")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 

@@ -91,9 +91,11 @@ def test_memory_does_not_depend_on_the_vocabulary():
     function gives, the gradients of the two tables among it, is no temporary.
     """
     chunk_logits = 2**20
+    # The CPU compiler of later versions makes a copy of one of them.
+    arrays = 3 if jax.__version_info__ < (0, 11) else 4
     small, large = (
         temporaries(config(vocab=vocab, chunk_tokens=chunk_logits // vocab))
-        - 3 * vocab * D * 4
+        - arrays * vocab * D * 4
         for vocab in (2**13, 2**17)
     )
 

@@ -105,7 +105,7 @@ def compile_step(cfg: Config, devices: list[jax.Device]) -> Compiled:
     # Not jax.set_mesh: it would want to make arrays on the devices.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         state = abstract_tree(jax.eval_shape(make_init(cfg), key), mesh)
-        batch = _abstract_batch(cfg, mesh)
+        batch = abstract_batch(cfg, mesh)
         step: Any = make_step(cfg)  # jitted, so it has more than its type says
         lowered = step.lower(state, batch)
     try:
@@ -125,7 +125,8 @@ def compile_step(cfg: Config, devices: list[jax.Device]) -> Compiled:
     )
 
 
-def _abstract_batch(cfg: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+def abstract_batch(cfg: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Shapes, types and shardings of what a step takes, [A, B, ...]."""
     rows = (cfg.train.accumulation, cfg.data.batch_size // cfg.train.accumulation)
     sharding = batch_sharding(mesh)
 

@@ -132,18 +132,6 @@ def _sums(scores: TokenScores, token_NBT: jax.Array, valid_NBT: jax.Array) -> He
     )
 
 
-def most_likely(logits_BTV: jax.Array) -> jax.Array:
-    """The first token of the highest score, int32 [B, T].
-
-    Two plain reductions instead of argmax: they stay on their shards when V is split,
-    and compilers make vector code of them.
-    """
-    vocab = logits_BTV.shape[-1]
-    top_BT1 = jnp.max(logits_BTV, axis=-1, keepdims=True)
-    ids_11V = jnp.arange(vocab, dtype=jnp.int32)[None, None]
-    return jnp.min(jnp.where(logits_BTV == top_BT1, ids_11V, vocab - 1), axis=-1)
-
-
 def _acceptance(said_NBT: jax.Array, valid_NBT: jax.Array) -> dict[str, jax.Array]:
     """How far heads 2..n, at t, agree with what head 1 says once it gets there.
 

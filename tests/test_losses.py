@@ -19,6 +19,7 @@ from models import (
 
 from mtp_jax import losses
 from mtp_jax.config import ComputeConfig, LossConfig
+from mtp_jax.decoders.state import most_likely
 from mtp_jax.train_step import make_gradients, model_builder
 
 ROWS, T = 32, 13
@@ -306,7 +307,7 @@ def test_the_most_likely_token_is_the_first_of_equals():
         [[[0.0, 3, 3, 1], [-2, -1, -3, -1], [5, 0, 0, 5]]], np.float32
     )
 
-    tokens_BT = losses.most_likely(logits_BTV)
+    tokens_BT = most_likely(logits_BTV)
 
     np.testing.assert_array_equal(tokens_BT, np.argmax(logits_BTV, axis=-1))
 

@@ -6,17 +6,16 @@ Compiled for CPU devices, from shapes alone; nothing runs.
 import functools
 
 import jax
-import jax.numpy as jnp
 import pytest
 from models import mesh_of
 
+from mtp_jax.ahead import abstract_batch
 from mtp_jax.config import (
     ComputeConfig,
     Config,
     DataConfig,
     ModelConfig,
 )
-from mtp_jax.feed import batch_sharding
 from mtp_jax.program import read_program
 from mtp_jax.sharding import abstract_tree
 from mtp_jax.train_step import make_gradients, make_init, make_step
@@ -50,17 +49,10 @@ def compiled(cfg, shape=(1, 1, 1), make=make_gradients):
     with jax.set_mesh(mesh):
         init = jax.eval_shape(make_init(cfg), jax.random.key(0))
         state = abstract_tree(init, mesh)
-        leading = (1, ROWS)
-
-        def array(width, dtype):
-            sharding = batch_sharding(mesh)
-            return jax.ShapeDtypeStruct((*leading, width), dtype, sharding=sharding)
-
-        names = ("tokens", "segments", "positions")
-        batch = {name: array(cfg.row_len, jnp.int32) for name in names}
-        if make is make_gradients:
-            return jax.jit(make(cfg)).lower(state.params, batch).compile()
-        return make(cfg).lower(state, {**batch, "hash": array(2, jnp.uint32)}).compile()
+        batch = abstract_batch(cfg, mesh)
+        if make is make_step:
+            return make(cfg).lower(state, batch).compile()
+        return jax.jit(make(cfg)).lower(state.params, batch).compile()
 
 
 def program(cfg, shape=(1, 1, 1)):

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.cache import Cache, at_slot
-from mtp_jax.losses import most_likely
 from mtp_jax.model import LanguageModel
 
 
@@ -99,3 +98,15 @@ def say(model: LanguageModel, heads_BWD: jax.Array) -> jax.Array:
 def last_token(state: DecodeState) -> jax.Array:
     """The last committed token of each text, int32 [B, 1]."""
     return at_slot(state.tokens_BS, state.length_B - 1)[:, None]
+
+
+def most_likely(logits_BTV: jax.Array) -> jax.Array:
+    """The first token of the highest score, int32 [B, T].
+
+    Two plain reductions instead of argmax: they stay on their shards when V is split,
+    and compilers make vector code of them.
+    """
+    vocab = logits_BTV.shape[-1]
+    top_BT1 = jnp.max(logits_BTV, axis=-1, keepdims=True)
+    ids_11V = jnp.arange(vocab, dtype=jnp.int32)[None, None]
+    return jnp.min(jnp.where(logits_BTV == top_BT1, ids_11V, vocab - 1), axis=-1)

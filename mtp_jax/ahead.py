@@ -154,7 +154,7 @@ def _refused(message: str, state: TrainState, batch: dict[str, Any]) -> Compiled
     )
     params = _count(state.params)
     arguments = sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * _itemsize(x.dtype)
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves((state, batch))
     )
     if used:
@@ -170,11 +170,6 @@ def _refused(message: str, state: TrainState, batch: dict[str, Any]) -> Compiled
 
 def _count(tree: Any) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
-
-
-def _itemsize(dtype: Any) -> int:
-    # A random key is an extended type, of two words, which NumPy does not know.
-    return 8 if jax.dtypes.issubdtype(dtype, jax.dtypes.extended) else dtype.itemsize
 
 
 def _size(text: str) -> int:

@@ -204,8 +204,6 @@ def _sums(tree: Any) -> Any:
     changed by any flipped bit. Orbax itself notices missing bytes, not altered ones."""
 
     def bits(x: jax.Array) -> jax.Array:
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            x = jax.random.key_data(x)
         unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
         return jnp.sum(jax.lax.bitcast_convert_type(x, unsigned), dtype=jnp.uint32)
 
@@ -229,8 +227,6 @@ def _refuse_mismatch(
     """Raises UserError with the difference of two trees of arrays, if there is one."""
 
     def told(x: Any) -> str:
-        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-            x = jax.eval_shape(jax.random.key_data, x)  # what is on disk
         return f"{x.dtype}{list(x.shape)}"
 
     def shapes(tree: Any) -> dict[str, str]:

@@ -182,7 +182,8 @@ class _Run:
 
     def sample(self, state: TrainState, step: int) -> tuple[str, str]:
         """A held-out prompt, drawn by the run's key, and how the model goes on."""
-        draw = jax.random.bits(jax.random.fold_in(state.key, step), (2,))
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), step)
+        draw = jax.random.bits(key, (2,))
         splits = [corpus.documents("heldout") for corpus in self.corpora]
         documents = next(split for split in splits if len(split))
         which, where = (int(x) for x in jax.device_get(draw))

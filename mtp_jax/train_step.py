@@ -34,7 +34,9 @@ class TrainState:
 
     step: jax.Array  # global batches consumed, int32
     bad_steps: jax.Array  # non-finite steps in a row, skipped, int32
-    key: jax.Array  # of whatever a run draws at random besides its parameters
+    # Of whatever a run draws at random besides its parameters, uint32 [2]. Plain data:
+    # a typed key costs Python at every call of the step; `wrap_key_data` makes it one.
+    key: jax.Array
     params: Any
     opt_state: optax.OptState
 
@@ -71,7 +73,13 @@ def make_init(cfg: Config) -> Callable[[jax.Array], TrainState]:
         params_key, run_key = jax.random.split(key)
         params = init_params(params_key)
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, zero, run_key, params, optimizer.init(params))
+        return TrainState(
+            step=zero,
+            bad_steps=zero,
+            key=jax.random.key_data(run_key),
+            params=params,
+            opt_state=optimizer.init(params),
+        )
 
     return init
 

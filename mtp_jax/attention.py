@@ -1,10 +1,12 @@
 """Attention, and the choice of the kernel that carries it out on every device.
 
-Axes: B batch, T queries, S keys, H query heads, G key-value heads, K head width.
+Axes: B batch, T queries, S keys or slots of a cache, W new tokens, H query heads,
+G key-value heads, K head width.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mtp_jax import kernels
 from mtp_jax.config import Attention, Config
@@ -39,25 +41,45 @@ def causal_attention(
 
 
 def cached_attention(
-    q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, positions_BT: jax.Array
+    q_BWHK: jax.Array,
+    k_BGSK: jax.Array,
+    v_BGSK: jax.Array,
+    start_B: jax.Array,
+    ancestors_WW: np.ndarray | None,
 ) -> jax.Array:
-    """Each query reads the cache up to its own position.
+    """New tokens read the cache: what was there before them, and their ancestors.
 
     Args:
-      q_BTHK: queries of the tokens that are being decoded.
-      k_BSGK, v_BSGK: the cache; slot s holds the token at position s.
-      positions_BT: position of each query.
+      q_BWHK: queries of the new tokens, the w-th of which is in slot start + w.
+      k_BGSK, v_BGSK: the cache with them; slots after heads.
+      start_B: slot of the first new token.
+      ancestors_WW: [w, u] is true if w is u or descends from it; None: a chain.
 
     Returns:
-      [B, T, H, K], in the dtype of the queries.
+      [B, W, H, K], in the dtype of the queries.
     """
 
-    def local(q_BTHK, k_BSGK, v_BSGK, positions_BT):
-        slots_S = jnp.arange(k_BSGK.shape[1])
-        mask_BTS = slots_S[None, None, :] <= positions_BT[:, :, None]
-        return kernels.xla(q_BTHK, k_BSGK, v_BSGK, mask_BTS)
+    def local(q_BWHK, k_BGSK, v_BGSK, start_B):
+        offset_BS = jnp.arange(k_BGSK.shape[2])[None] - start_B[:, None]
+        if ancestors_WW is None:
+            w_W = jnp.arange(q_BWHK.shape[1])
+            mask_BWS = offset_BS[:, None, :] <= w_W[None, :, None]
+        else:
+            w = ancestors_WW.shape[0]
+            inside_BS = (offset_BS >= 0) & (offset_BS < w)
+            seen_WBS = jnp.asarray(ancestors_WW)[:, jnp.clip(offset_BS, 0, w - 1)]
+            own_BWS = jnp.swapaxes(seen_WBS, 0, 1) & inside_BS[:, None]
+            mask_BWS = own_BWS | (offset_BS < 0)[:, None]
+        # The kernel has slots before heads; swapping them twice costs nothing.
+        k_BSGK, v_BSGK = (jnp.swapaxes(x, 1, 2) for x in (k_BGSK, v_BGSK))
+        return kernels.xla(q_BWHK, k_BSGK, v_BSGK, mask_BWS)
 
-    return _on_each_device(local, "xla")(q_BTHK, k_BSGK, v_BSGK, positions_BT)
+    store = spec("batch", "heads", None, None)
+    return jax.shard_map(
+        local,
+        in_specs=(_BY_HEAD, store, store, spec("batch")),
+        out_specs=_BY_HEAD,
+    )(q_BWHK, k_BGSK, v_BGSK, start_B)
 
 
 def check_attention(cfg: Config, mesh: jax.sharding.Mesh) -> None:

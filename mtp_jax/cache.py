@@ -1,92 +1,110 @@
 """Keys and values of what was read so far, and the forward pass that uses them.
 
-Axes: L layers (the trunk's, then one a head), B batch, S slots, W new tokens of each
-sequence, N heads, D model width, H query heads, G key-value heads, K head width.
-
-Slot s holds the token at position s. A rejected draft leaves its slot behind, and the
-token that is committed there instead overwrites it before anything reads it.
+Axes: B batch, S slots, W new tokens of each sequence, N heads, D model width, H query
+heads, G key-value heads, K head width, P tokens of a path.
 
 A forward pass is `run_trunk`, then each head by one of the two other functions: head 1
 at every new token if drafts are to be verified, a drafting head at one token only.
+Slot s holds the token at position s. A rejected draft leaves its slot behind, and the
+token that is committed there instead overwrites it before anything reads it.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from mtp_jax.attention import cached_attention
 from mtp_jax.config import ModelConfig
-from mtp_jax.model import Block, LanguageModel
+from mtp_jax.decode_model import DecodeModel
 from mtp_jax.sharding import spec
 
-_STORE = spec(None, "batch", "heads", None, None)
+_STORE = spec("batch", "heads", None, None)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values of every layer, in the compute dtype.
+    """Keys and values of every layer, the trunk's and then the heads'.
 
-    Slots come after heads, so that what a query head reads is one matrix.
+    In the compute dtype. Slots come after heads, so that what a query head reads is one
+    matrix.
     """
 
-    k_LBGSK: jax.Array
-    v_LBGSK: jax.Array
+    k_BGSK: tuple[jax.Array, ...]
+    v_BGSK: tuple[jax.Array, ...]
+
+    @property
+    def slots(self) -> int:
+        return self.k_BGSK[0].shape[2]
 
 
-def make_cache(cfg: ModelConfig, batch: int, slots: int) -> Cache:
+@dataclasses.dataclass(frozen=True)
+class NewTokens:
+    """What a forward pass reads: a chain, or a tree whose nodes follow their parents.
+
+    The w-th goes into slot start + w. It sees what is in the slots before `start`, and
+    of its own kind itself and its ancestors.
+    """
+
+    tokens_BW: jax.Array  # int32
+    positions_BW: jax.Array  # int32
+    start_B: jax.Array  # slot of the first, and its position, int32
+    # ancestors_WW[w, u]: w is u or comes after it; None: a chain, where all before do
+    ancestors_WW: np.ndarray | None = None
+
+
+def chain(tokens_BW: jax.Array, start_B: jax.Array) -> NewTokens:
+    """Tokens one after another, from the position `start` on."""
+    positions_BW = start_B[:, None] + jnp.arange(tokens_BW.shape[1])[None]
+    return NewTokens(tokens_BW, positions_BW, start_B)
+
+
+def make_cache(cfg: ModelConfig, layers: int, batch: int, slots: int) -> Cache:
     """An empty cache of `slots` positions for each of `batch` sequences."""
-    shape = (cfg.num_layers, batch, cfg.num_kv_heads, slots, cfg.d_head)
+    shape = (batch, cfg.num_kv_heads, slots, cfg.d_head)
 
     def zeros():
-        return jnp.zeros(shape, cfg.compute_dtype, out_sharding=_STORE)
+        return tuple(
+            jnp.zeros(shape, cfg.compute_dtype, out_sharding=_STORE)
+            for _ in range(layers)
+        )
 
     return Cache(zeros(), zeros())
 
 
+def grow(cache: Cache, slots: int) -> Cache:
+    """The same cache with more slots."""
+    more = [(0, 0), (0, 0), (0, slots - cache.slots), (0, 0)]
+    return jax.tree.map(lambda x_BGSK: jnp.pad(x_BGSK, more), cache)
+
+
 def run_trunk(
-    model: LanguageModel, tokens_BW: jax.Array, positions_BW: jax.Array, cache: Cache
+    model: DecodeModel, new: NewTokens, cache: Cache
 ) -> tuple[jax.Array, Cache]:
-    """The trunk's output for W more tokens of each sequence, [B, W, D], and the cache.
-
-    Args:
-      model: the model.
-      tokens_BW: token ids, of prompts and drafts alike.
-      positions_BW: where they stand; a position without a slot is not written.
-      cache: holds every earlier position of each sequence.
-    """
-    angles_BWk = model.angles(positions_BW)
-
-    # The cache is a carry, not a scanned input: so its slots are written in place.
-    def one_layer(carry, block_and_layer):
-        x_BWD, cache = carry
-        block, layer = block_and_layer
-        attend = _write_and_read(cache, layer, positions_BW)
-        return block(x_BWD, angles_BWk, attend), None
-
-    start = (model.embed(tokens_BW), cache)
-    layers = jnp.arange(model.cfg.num_trunk_layers)
-    return jax.lax.scan(one_layer, start, (model.trunk, layers))[0]
+    """The trunk's output for the new tokens, [B, W, D], and the cache with them."""
+    angles_BWk = model.angles(new.positions_BW)
+    x_BWD = model.embed(new.tokens_BW)
+    for layer, block in enumerate(model.trunk):
+        x_BWD, cache = block(x_BWD, angles_BWk, _write_and_read(cache, layer, new))
+    return x_BWD, cache
 
 
 def run_head(
-    model: LanguageModel,
-    i: int,
-    trunk_BWD: jax.Array,
-    positions_BW: jax.Array,
-    cache: Cache,
+    model: DecodeModel, i: int, trunk_BWD: jax.Array, new: NewTokens, cache: Cache
 ) -> tuple[jax.Array, Cache]:
     """The output of head i (0 is the next token) at every new token, and the cache."""
-    attend = _write_and_read(cache, model.cfg.num_trunk_layers + i, positions_BW)
-    return _head(model, i)(trunk_BWD, model.angles(positions_BW), attend)
+    attend = _write_and_read(cache, len(model.trunk) + i, new)
+    return model.heads[i](trunk_BWD, model.angles(new.positions_BW), attend)
 
 
 def run_heads_at(
-    model: LanguageModel,
+    model: DecodeModel,
     heads: range,
     trunk_BWD: jax.Array,
-    positions_BW: jax.Array,
+    new: NewTokens,
     slot_B: jax.Array,
     cache: Cache,
 ) -> tuple[jax.Array, Cache]:
@@ -98,35 +116,58 @@ def run_heads_at(
       model: the model.
       heads: which; 0 is the next token.
       trunk_BWD: the trunk's output for the new tokens.
-      positions_BW: where the new tokens stand.
+      new: the new tokens, a chain.
       slot_B: which of them is asked for, 0 to W - 1; anything else gives nonsense.
       cache: as `run_trunk` left it.
 
     Returns:
-      [N, B, D], N being the number of `heads`, and the cache.
+      [B, N, D], N being the number of `heads`, and the cache.
     """
-    angles_BWk = model.angles(positions_BW)
-    position_B1 = at_slot(positions_BW, slot_B)[:, None]
-    angles_B1k = model.angles(position_B1)
+    angles_BWk = model.angles(new.positions_BW)
+    asked = chain(at_slot(new.tokens_BW, slot_B)[:, None], new.start_B + slot_B)
+    angles_B1k = model.angles(asked.positions_BW)
     trunk_B1D = at_slot(trunk_BWD, slot_B)[:, None]
+    outputs = []
+    for i in heads:
+        layer = len(model.trunk) + i
 
-    def one_head(cache, i):
-        block, layer = _head(model, i), model.cfg.num_trunk_layers + i
-
-        def write(q_BWHK, k_BWGK, v_BWGK):
-            return q_BWHK, _write(cache, k_BWGK, v_BWGK, positions_BW, layer)
-
-        def read(q_B1HK, k_B1GK, v_B1GK):
-            del k_B1GK, v_B1GK  # in the cache already
-            return _read(q_B1HK, written, position_B1, layer), None
+        def write(q_BWHK, k_BWGK, v_BWGK, layer=layer, cache=cache):
+            return q_BWHK, _write(cache, layer, k_BWGK, v_BWGK, new)
 
         # What nobody uses of this, all but keys and values, is never computed.
-        _, written = block(trunk_BWD, angles_BWk, write)
-        head_B1D, _ = block(trunk_B1D, angles_B1k, read)
-        return written, head_B1D[:, 0]
+        _, cache = model.heads[i](trunk_BWD, angles_BWk, write)
 
-    cache, heads_NBD = jax.lax.scan(one_head, cache, jnp.array(heads, jnp.int32))
-    return heads_NBD, cache
+        def read(q_B1HK, k_B1GK, v_B1GK, layer=layer, cache=cache):
+            del k_B1GK, v_B1GK  # in the cache already
+            return _read(q_B1HK, cache, layer, asked), None
+
+        outputs.append(model.heads[i](trunk_B1D, angles_B1k, read)[0])
+    if not outputs:
+        return trunk_B1D[:, :0], cache
+    return jnp.concatenate(outputs, axis=1), cache
+
+
+def keep_path(cache: Cache, start_B: jax.Array, path_BP: jax.Array) -> Cache:
+    """Moves the entries of a path through a tree to where a chain has them.
+
+    Args:
+      cache: after a forward pass over a tree.
+      start_B: slot of the tree's first node.
+      path_BP: nodes, from the first on; the p-th goes into slot start + p. Nodes after
+        the end of a path may be any.
+    """
+
+    def local(store_BGSK, start_B, path_BP):
+        def one(store_GSK, start, path_P):
+            # The slots of a path rise, so reading all before writing is enough.
+            kept_GPK = jnp.take(store_GSK, start + path_P, axis=1)
+            return lax.dynamic_update_slice(store_GSK, kept_GPK, (0, start, 0))
+
+        return jax.vmap(one)(store_BGSK, start_B, path_BP)
+
+    in_specs = (_STORE, spec("batch"), spec("batch", None))
+    move = jax.shard_map(local, in_specs=in_specs, out_specs=_STORE)
+    return jax.tree.map(lambda x_BGSK: move(x_BGSK, start_B, path_BP), cache)
 
 
 def at_slot(x_BWX: jax.Array, slot_B: jax.Array) -> jax.Array:
@@ -140,43 +181,36 @@ def at_slot(x_BWX: jax.Array, slot_B: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(is_slot_BWX, x_BWX, 0), axis=1, dtype=x_BWX.dtype)
 
 
-def _head(model: LanguageModel, i: int | jax.Array) -> Block:
-    return jax.tree.map(lambda w: w[i], model.heads)
-
-
-def _write_and_read(cache: Cache, layer: int | jax.Array, positions_BW: jax.Array):
+def _write_and_read(cache: Cache, layer: int, new: NewTokens):
     """Attention through the cache, which keeps the cache."""
 
     def attend(q_BWHK, k_BWGK, v_BWGK):
-        written = _write(cache, k_BWGK, v_BWGK, positions_BW, layer)
-        return _read(q_BWHK, written, positions_BW, layer), written
+        written = _write(cache, layer, k_BWGK, v_BWGK, new)
+        return _read(q_BWHK, written, layer, new), written
 
     return attend
 
 
-def _read(q_BWHK, cache, positions_BW, layer):
-    # attention.py has slots before heads; swapping them twice costs nothing.
-    k_BSGK = jnp.swapaxes(cache.k_LBGSK[layer], 1, 2)
-    v_BSGK = jnp.swapaxes(cache.v_LBGSK[layer], 1, 2)
-    return cached_attention(q_BWHK, k_BSGK, v_BSGK, positions_BW)
+def _read(q_BWHK, cache, layer, new):
+    k_BGSK, v_BGSK = cache.k_BGSK[layer], cache.v_BGSK[layer]
+    return cached_attention(q_BWHK, k_BGSK, v_BGSK, new.start_B, new.ancestors_WW)
 
 
-def _write(cache, k_BWGK, v_BWGK, positions_BW, layer):
-    """The cache with new entries of a layer in the slots of their positions."""
+def _write(cache, layer, k_BWGK, v_BWGK, new):
+    """The cache with the entries of the new tokens in a layer."""
 
-    def local(store_LBGSK, new_BWGK, positions_BW, layer):
-        rows_B1 = jnp.arange(new_BWGK.shape[0])[:, None]
-        slots_BWGK = store_LBGSK.at[layer, rows_B1, :, positions_BW]
-        return slots_BWGK.set(new_BWGK, mode="drop")
+    def local(store_BGSK, new_BWGK, start_B):
+        def one(store_GSK, new_WGK, start):
+            new_GWK = jnp.swapaxes(new_WGK, 0, 1)
+            return lax.dynamic_update_slice(store_GSK, new_GWK, (0, start, 0))
 
-    by_head = spec("batch", None, "heads", None)
-    write = jax.shard_map(
-        local,
-        in_specs=(_STORE, by_head, spec("batch", None), spec()),
-        out_specs=_STORE,
-    )
-    layer = jnp.asarray(layer)
-    return Cache(
-        write(cache.k_LBGSK, k_BWGK, positions_BW, layer),
-        write(cache.v_LBGSK, v_BWGK, positions_BW, layer),
-    )
+        return jax.vmap(one)(store_BGSK, new_BWGK, start_B)
+
+    in_specs = (_STORE, spec("batch", None, "heads", None), spec("batch"))
+    write = jax.shard_map(local, in_specs=in_specs, out_specs=_STORE)
+
+    def with_layer(stores, new_BWGK):
+        written = write(stores[layer], new_BWGK, new.start_B)
+        return (*stores[:layer], written, *stores[layer + 1 :])
+
+    return Cache(with_layer(cache.k_BGSK, k_BWGK), with_layer(cache.v_BGSK, v_BWGK))

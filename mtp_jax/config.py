@@ -94,6 +94,11 @@ class ModelConfig:
     def num_trunk_layers(self) -> int:
         return self.num_layers - self.n_future_tokens
 
+    def with_heads(self, n: int) -> "ModelConfig":
+        """The model that keeps the trunk and the first n heads."""
+        layers = self.num_trunk_layers + n
+        return dataclasses.replace(self, num_layers=layers, n_future_tokens=n)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:

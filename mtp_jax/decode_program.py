@@ -1,122 +1,198 @@
-"""The two compiled halves of decoding: reading the prompts, and writing on.
+"""The compiled parts of decoding: reading the prompts, and writing on.
 
-Axes: B batch, P prompt, S slots, N heads, D model width, W tokens of a piece of prompt.
+Axes: B batch, P prompt, E tokens of a text at most, S slots, N heads, D model width, W
+tokens of a piece of prompt, V vocabulary.
 """
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.cache import Cache, make_cache, run_heads_at, run_trunk
+from mtp_jax.cache import Cache, chain, make_cache, run_heads_at, run_trunk
 from mtp_jax.config import ModelConfig
+from mtp_jax.decode_model import DecodeModel, build
 from mtp_jax.decoders.state import Decoder, DecodeState
-from mtp_jax.model import LanguageModel
 from mtp_jax.sharding import spec
-from mtp_jax.train_step import model_builder
 
 _PIECE = 256  # tokens of a prompt read at once: bounds the memory of long prompts
 
+# begin(params, prompts) -> state; advance(params, state, forward passes) -> state, the
+# old state given up, ends early where all texts are done or one has no slots left.
+Begin = Callable[..., DecodeState]
+Advance = Callable[..., DecodeState]
 
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """Compiled for one decoder, number of heads and shape."""
+class Prompts:
+    """A batch of prompts, padded at the end."""
 
-    # (params, tokens_BP, length_B, limit_B, done_B) -> state
-    begin: Callable[..., DecodeState]
-    # (params, state, forward passes at most) -> state; the old state is given up
-    advance: Callable[..., DecodeState]
+    tokens_BP: jax.Array  # int32
+    length_B: jax.Array  # int32, at least 1
+    limit_B: jax.Array  # of the whole text, int32
+    done_B: jax.Array  # true for a row that only fills up the batch
+    law: Any  # sampling.Law
+    chance: Any  # sampling.Chance
 
 
-def compile_program(
-    cfg: ModelConfig,
-    params: Any,
-    decoder: Decoder,
-    eos_id: int,
-    slots: int,
-    batch: list[jax.Array],
-) -> Program:
-    """Compiles ahead of time, so that no compilation is ever measured.
+class Programs:
+    """What was compiled for a model, so that equal shapes share it."""
 
-    Args:
-      cfg: of the model, which has only the heads that the decoder runs.
-      params: its parameters, in the compute dtype.
-      decoder: whose steps are to be compiled.
-      eos_id: end of text.
-      slots: S, room for prompt and new tokens.
-      batch: tokens_BP, length_B, limit_B and done_B of the shapes to compile for.
-    """
-    _, build = model_builder(cfg)
+    def __init__(self, cfg: ModelConfig, eos_id: int):
+        self._cfg = cfg
+        self._eos_id = eos_id
+        self._compiled: dict[Any, Any] = {}
+        self.compile_s = 0.0  # seconds that it took so far
 
-    @jax.jit
-    def begin(params, tokens_BP, length_B, limit_B, done_B):
-        model = build(params)
-        b, p = tokens_BP.shape
-        cache = make_cache(cfg, b, slots)
-        heads_NBD, cache = _read_prompt(model, tokens_BP, length_B, cache)
-        tokens_BS = jnp.pad(tokens_BP, ((0, 0), (0, slots - p)))
-        zeros_BS = jnp.zeros_like(tokens_BS)
-        state = DecodeState(
-            tokens_BS=tokens_BS,
-            forward_BS=zeros_BS,
-            agreed_BS=zeros_BS,
-            length_B=length_B,
-            limit_B=limit_B,
-            done_B=done_B,
-            forward=jnp.zeros((), jnp.int32),
-            cache=cache,
-            carry=None,
-            eos_id=eos_id,
-        )
-        return decoder.begin(model, state, heads_NBD)
+    def begin(
+        self, decoder: Decoder, params: Any, prompts: Prompts, room: int, slots: int
+    ) -> tuple[Begin, Any]:
+        """The program that reads such prompts, and the shapes of what it gives.
 
-    @jax.jit(donate_argnames="state")
-    def advance(params, state, forwards):
-        step = functools.partial(decoder.step, build(params))
-        end = state.forward + forwards
+        Args:
+          decoder: which commits the first token.
+          params: from `decode_model.unstack`, with the heads that the decoder runs.
+          prompts: of the shapes to compile for.
+          room: E.
+          slots: of the cache; at least P.
+        """
 
-        def unfinished(state):
-            return (state.forward < end) & ~jnp.all(state.done_B)
+        def compiled():
+            lowered = _begin(self._cfg, decoder, self._eos_id, room, slots).lower(
+                params, prompts
+            )
+            return lowered.compile(), jax.tree.map(_abstract, lowered.out_info)
 
-        return jax.lax.while_loop(unfinished, step, state)
+        key = ("begin", decoder, room, slots, *_kind(params), *_kind(prompts))
+        return self._get(key, compiled)
 
-    first = begin.lower(params, *batch)
-    state = jax.tree.map(_abstract, first.out_info)
-    loop = advance.lower(params, state, jax.ShapeDtypeStruct((), jnp.int32))
-    return Program(first.compile(), loop.compile())
+    def advance(self, decoder: Decoder, params: Any, depth: int, state: Any) -> Advance:
+        """The program that writes on from such a state with `depth` heads in use."""
+
+        def compiled():
+            forwards = jax.ShapeDtypeStruct((), jnp.int32)
+            advance = _advance(self._cfg, decoder, depth)
+            abstract = jax.tree.map(_abstract, state)
+            return advance.lower(params, abstract, forwards).compile()
+
+        key = ("advance", decoder, depth, *_kind(params), *_kind(state))
+        return self._get(key, compiled)
+
+    def _get(self, key: Any, compiled: Callable[[], Any]) -> Any:
+        if key not in self._compiled:
+            began = time.perf_counter()
+            self._compiled[key] = compiled()
+            self.compile_s += time.perf_counter() - began
+        return self._compiled[key]
+
+
+def _kind(tree: Any) -> tuple[Any, ...]:
+    """What a compilation depends on: structure, shapes, types and shardings."""
+    leaves, structure = jax.tree.flatten(tree)
+    return (structure, *((x.shape, str(x.dtype), x.sharding) for x in leaves))
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
+def _begin(
+    cfg: ModelConfig, decoder: Decoder, eos_id: int, room: int, slots: int
+) -> Any:
+    @jax.jit
+    def begin(params, prompts):
+        model = build(cfg, params)
+        b, p = prompts.tokens_BP.shape
+        layers = len(model.trunk) + len(model.heads)
+        cache = make_cache(cfg, layers, b, slots)
+        heads_BND, cache = _read_prompt(model, prompts, cache)
+        tokens_BE = jnp.pad(prompts.tokens_BP, ((0, 0), (0, room - p)))
+        zeros_BE = jnp.zeros_like(tokens_BE)
+        state = DecodeState(
+            tokens_BE=tokens_BE,
+            forward_BE=zeros_BE,
+            agreed_BE=zeros_BE,
+            length_B=prompts.length_B,
+            limit_B=prompts.limit_B,
+            done_B=prompts.done_B,
+            forward=jnp.zeros((), jnp.int32),
+            seen_BV=_seen(cfg, prompts) if prompts.law.penalized else None,
+            cache=cache,
+            carry=None,
+            law=prompts.law,
+            chance=prompts.chance,
+            eos_id=eos_id,
+        )
+        return decoder.begin(model, state, heads_BND)
+
+    return begin
+
+
+def _advance(cfg: ModelConfig, decoder: Decoder, depth: int) -> Any:
+    @jax.jit(donate_argnames="state")
+    def advance(params, state, forwards):
+        model = build(cfg, params)
+        step = functools.partial(decoder.step, model, depth=depth)
+        width = decoder.width(len(model.heads))
+        end = state.forward + forwards
+
+        def goes_on(state):
+            fits_B = state.length_B - 1 + width <= state.cache.slots
+            return (
+                (state.forward < end)
+                & ~jnp.all(state.done_B)
+                & jnp.all(state.done_B | fits_B)
+            )
+
+        return jax.lax.while_loop(goes_on, step, state)
+
+    return advance
+
+
+def _seen(cfg: ModelConfig, prompts: Prompts) -> jax.Array:
+    """Which tokens a prompt has, bool [B, V]."""
+    tokens_BP = prompts.tokens_BP
+
+    def local(tokens_BP, length_B):
+        inside_BP = jnp.arange(tokens_BP.shape[1])[None] < length_B[:, None]
+        rows_B1 = jnp.arange(tokens_BP.shape[0])[:, None]
+        none_BV = jnp.zeros((tokens_BP.shape[0], cfg.vocab_size), bool)
+        return none_BV.at[rows_B1, tokens_BP].max(inside_BP)
+
+    in_specs = (spec("batch", None), spec("batch"))
+    seen = jax.shard_map(local, in_specs=in_specs, out_specs=spec("batch", None))
+    return seen(tokens_BP, prompts.length_B)
+
+
 def _read_prompt(
-    model: LanguageModel, tokens_BP: jax.Array, length_B: jax.Array, cache: Cache
+    model: DecodeModel, prompts: Prompts, cache: Cache
 ) -> tuple[jax.Array, Cache]:
-    """What the heads say at the end of each prompt, [N, B, D], and the cache.
+    """What the heads say at the end of each prompt, [B, N, D], and the cache.
 
     Piece by piece: what is alive for every token of a prompt is the cache alone.
     """
-    b, p = tokens_BP.shape
-    w = min(p, _PIECE)
-    n, d, dtype = model.cfg.n_future_tokens, model.cfg.d_model, model.cfg.compute_dtype
+    b, p = prompts.tokens_BP.shape
+    w, n = min(p, _PIECE), len(model.heads)
+    cfg = model.cfg
 
     def piece(carry, start):
-        heads_NBD, cache = carry
-        tokens_BW = jax.lax.dynamic_slice_in_dim(tokens_BP, start, w, axis=1)
-        positions_BW = start + jnp.arange(w)[None] + jnp.zeros_like(tokens_BW)
-        trunk_BWD, cache = run_trunk(model, tokens_BW, positions_BW, cache)
-        slot_B = length_B - 1 - start
-        here_NBD, cache = run_heads_at(
-            model, range(n), trunk_BWD, positions_BW, slot_B, cache
-        )
-        is_here_1B1 = ((slot_B >= 0) & (slot_B < w))[None, :, None]
-        return (jnp.where(is_here_1B1, here_NBD, heads_NBD), cache), None
+        heads_BND, cache = carry
+        tokens_BW = jax.lax.dynamic_slice_in_dim(prompts.tokens_BP, start, w, axis=1)
+        new = chain(tokens_BW, start + jnp.zeros_like(prompts.length_B))
+        trunk_BWD, cache = run_trunk(model, new, cache)
+        slot_B = prompts.length_B - 1 - start
+        here_BND, cache = run_heads_at(model, range(n), trunk_BWD, new, slot_B, cache)
+        is_here_B11 = ((slot_B >= 0) & (slot_B < w))[:, None, None]
+        return (jnp.where(is_here_B11, here_BND, heads_BND), cache), None
 
-    nothing_NBD = jnp.zeros((n, b, d), dtype, out_sharding=spec(None, "batch", None))
+    nothing_BND = jnp.zeros(
+        (b, n, cfg.d_model), cfg.compute_dtype, out_sharding=spec("batch", None, None)
+    )
     starts = jnp.arange(0, p, w)
-    (heads_NBD, cache), _ = jax.lax.scan(piece, (nothing_NBD, cache), starts)
-    return heads_NBD, cache
+    (heads_BND, cache), _ = jax.lax.scan(piece, (nothing_BND, cache), starts)
+    return heads_BND, cache

@@ -7,6 +7,7 @@ Weights carry no shape suffix, because a stack adds an axis to them. Matrices ar
 `w_*`, which is also what decides weight decay.
 """
 
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -14,11 +15,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.sharding import axes_of, spec
 
 M = TypeVar("M", bound=nnx.Module)
+
+_FEW_TOKENS = 32  # of a product that takes as long as reading its weights
 
 
 def weight(
@@ -122,4 +126,46 @@ def project(
     equation: str, x: jax.Array, w: nnx.Param, out: jax.sharding.PartitionSpec
 ) -> jax.Array:
     """einsum of activations with a weight cast to their dtype, laid out as `out`."""
-    return jnp.einsum(equation, x, w[...].astype(x.dtype), out_sharding=out)
+    return product(equation, x, w[...].astype(x.dtype), out)
+
+
+def product(
+    equation: str,
+    x: jax.Array,
+    w: jax.Array,
+    out: jax.sharding.PartitionSpec,
+    dtype: DTypeLike | None = None,
+) -> jax.Array:
+    """einsum of x [B, T, ...] with a matrix, laid out as `out`, in `dtype` or theirs.
+
+    On a CPU the product with few tokens is written in the one form in which XLA reads
+    the weights where they lie; in the others it copies them first.
+    """
+    if math.prod(x.shape[:2]) > _FEW_TOKENS or not _on_one_cpu():
+        return jnp.einsum(
+            equation, x, w, out_sharding=out, preferred_element_type=dtype
+        )
+    (of_x, of_w), of_y = equation.split("->")[0].split(","), equation.split("->")[1]
+    inputs, outputs = of_x[2:], of_y[2:]
+    order = [of_w.index(axis) for axis in outputs + inputs]
+    width = math.prod(x.shape[2:])
+
+    def local(x, w):
+        w = jnp.transpose(w, order)
+        y_OM = lax.dot_general(
+            w.reshape(-1, width),
+            x.reshape(-1, width),
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=dtype,
+        )
+        return y_OM.T.reshape(x.shape[:2] + w.shape[: len(outputs)])
+
+    # With one device every layout is the same; the specs only name it as the types do.
+    in_specs = (jax.typeof(x).sharding.spec, jax.typeof(w).sharding.spec)
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out, check_vma=False)(x, w)
+
+
+def _on_one_cpu() -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    device = mesh.abstract_device
+    return mesh.size == 1 and device is not None and device.platform == "cpu"

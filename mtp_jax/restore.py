@@ -81,8 +81,7 @@ def restore_model(
 
 def with_heads(config: Config, heads: int) -> Config:
     """The config of a model that keeps the trunk and the first heads."""
-    layers = config.model.num_trunk_layers + heads
-    model = dataclasses.replace(config.model, num_layers=layers, n_future_tokens=heads)
+    model = config.model.with_heads(heads)
     loss = dataclasses.replace(
         config.loss, head_weights=config.loss.head_weights[:heads]
     )

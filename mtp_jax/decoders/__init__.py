@@ -1,9 +1,12 @@
-"""Ways to turn what the heads say into text, by name.
+"""Ways to turn what the heads say into text, by name; see `state.Decoder`."""
 
-Each is a module, or any object, with the four functions of `state.Decoder`.
-"""
-
-from mtp_jax.decoders import blockwise, plain
+from mtp_jax.decoders.blockwise import Blockwise
+from mtp_jax.decoders.plain import Plain
+from mtp_jax.decoders.speculative import Speculative
 from mtp_jax.decoders.state import Decoder
 
-DECODERS: dict[str, Decoder] = {"plain": plain, "blockwise": blockwise}
+DECODERS: dict[str, type[Decoder]] = {
+    "plain": Plain,
+    "blockwise": Blockwise,
+    "speculative": Speculative,
+}

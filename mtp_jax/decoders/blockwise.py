@@ -5,6 +5,9 @@ at each of them what really comes next; the drafts up to the first wrong one are
 and so is what head 1 says after them. Verifying and drafting are one forward pass
 (section 4 there). The text is that of `plain`, in fewer forward passes.
 
+What head 1 says may be its most likely token, or one drawn from its law: a draft is
+right if it is the token that was drawn, so texts have the law of `plain`'s.
+
 Axes: N heads, M = N - 1 drafts, B batch, D model width.
 """
 
@@ -13,45 +16,65 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.cache import run_head, run_heads_at, run_trunk
-from mtp_jax.decoders.state import DecodeState, commit, last_token, say
-from mtp_jax.model import LanguageModel
+from mtp_jax.cache import chain, run_head, run_heads_at, run_trunk
+from mtp_jax.decode_model import DecodeModel
+from mtp_jax.decoders.sampling import Draws
+from mtp_jax.decoders.state import (
+    DecodeState,
+    choose,
+    commit,
+    last_token,
+    next_logits,
+    say,
+)
 from mtp_jax.sharding import spec
 
 
-def heads(n: int) -> int:
-    """All of them."""
-    return n
+@dataclasses.dataclass(frozen=True)
+class Blockwise:
+    """Drafts are the heads' most likely tokens; exact, greedy or sampled."""
 
+    def heads(self, n: int) -> int:
+        """All of them."""
+        return n
 
-def begin(
-    model: LanguageModel, state: DecodeState, heads_NBD: jax.Array
-) -> DecodeState:
-    """Commits what head 1 says at the prompt's end, and drafts with the others."""
-    said_BN = say(model, jnp.swapaxes(heads_NBD, 0, 1))
-    none_B = jnp.zeros_like(state.length_B)
-    state = commit(state, said_BN[:, :1], none_B + 1, none_B)
-    # Indexing a batch of one row may forget that it is split like any other.
-    drafts_BM = jax.sharding.reshard(said_BN[:, 1:], spec("batch", None))
-    return dataclasses.replace(state, carry=drafts_BM)
+    def width(self, n: int) -> int:
+        """The last committed token and the drafts."""
+        return n
 
+    def begin(
+        self, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
+    ) -> DecodeState:
+        """Commits what head 1 says at the prompt's end, and drafts with the others."""
+        draws = Draws(state.chance, state.length_B)
+        said_B1 = choose(state, next_logits(model, state, heads_BND[:, :1]), draws)
+        # Indexing a batch of one row may forget that it is split like any other.
+        drafts_BM = jax.sharding.reshard(
+            say(model, heads_BND)[:, 1:], spec("batch", None)
+        )
+        none_B = jnp.zeros_like(state.length_B)
+        state = dataclasses.replace(state, carry=drafts_BM, chance=draws.after())
+        return commit(state, said_B1, none_B + 1, none_B)
 
-def step(model: LanguageModel, state: DecodeState) -> DecodeState:
-    """Verifies the drafts, commits the right ones and one more, and drafts again."""
-    drafts_BM = state.carry
-    tokens_BN = jnp.concatenate([last_token(state), drafts_BM], axis=1)
-    order_1N = jnp.arange(tokens_BN.shape[1])[None]
-    positions_BN = state.length_B[:, None] - 1 + order_1N
-    trunk_BND, cache = run_trunk(model, tokens_BN, positions_BN, state.cache)
-    head_BND, cache = run_head(model, 0, trunk_BND, positions_BN, cache)
-    said_BN = say(model, head_BND)
-    right_BM = (drafts_BM == said_BN[:, :-1]).astype(jnp.int32)
-    agreed_B = jnp.sum(jnp.cumprod(right_BM, axis=1), axis=1)
+    def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
+        """Verifies drafts, commits the right ones and one more, and drafts again."""
+        drafts_BM = state.carry[:, : depth - 1]
+        new = chain(
+            jnp.concatenate([last_token(state), drafts_BM], axis=1), state.length_B - 1
+        )
+        trunk_BND, cache = run_trunk(model, new, state.cache)
+        head_BND, cache = run_head(model, 0, trunk_BND, new, cache)
+        draws = Draws(state.chance, state.length_B)
+        said_BN = choose(state, next_logits(model, state, head_BND, new), draws)
+        right_BM = (drafts_BM == said_BN[:, :-1]).astype(jnp.int32)
+        agreed_B = jnp.sum(jnp.cumprod(right_BM, axis=1), axis=1)
 
-    drafting = range(1, tokens_BN.shape[1])
-    heads_MBD, cache = run_heads_at(
-        model, drafting, trunk_BND, positions_BN, agreed_B, cache
-    )
-    drafts_BM = say(model, jnp.swapaxes(heads_MBD, 0, 1))
-    state = dataclasses.replace(state, cache=cache, carry=drafts_BM)
-    return commit(state, said_BN, agreed_B + 1, agreed_B)
+        drafting = range(1, len(model.heads))
+        heads_BMD, cache = run_heads_at(
+            model, drafting, trunk_BND, new, agreed_B, cache
+        )
+        drafts_BM = say(model, heads_BMD)
+        state = dataclasses.replace(
+            state, cache=cache, carry=drafts_BM, chance=draws.after()
+        )
+        return commit(state, said_BN, agreed_B + 1, agreed_B)

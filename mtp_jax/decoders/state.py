@@ -1,6 +1,7 @@
 """What decoding carries from one forward pass to the next, and how tokens enter it.
 
-Axes: B batch, S slots, W tokens of a forward pass, N heads, D model width.
+Axes: B batch, E tokens of a text at most, W tokens of a forward pass, N heads, D model
+width, V vocabulary.
 """
 
 import dataclasses
@@ -8,9 +9,19 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from mtp_jax.cache import Cache, at_slot
-from mtp_jax.model import LanguageModel
+from mtp_jax.cache import Cache, NewTokens, at_slot
+from mtp_jax.decode_model import DecodeModel
+from mtp_jax.decoders.sampling import (
+    Chance,
+    Draws,
+    Law,
+    most_likely,
+    penalize,
+    probabilities,
+)
+from mtp_jax.sharding import spec
 
 
 @jax.tree_util.register_dataclass
@@ -22,33 +33,43 @@ class DecodeState:
     token that the next forward pass reads.
     """
 
-    tokens_BS: jax.Array  # prompt, then the committed tokens, int32
-    forward_BS: jax.Array  # which forward pass committed each of them; 0: the prompt
-    agreed_BS: jax.Array  # how many drafts that forward pass found to be right
+    tokens_BE: jax.Array  # prompt, then the committed tokens, int32
+    forward_BE: jax.Array  # which forward pass committed each of them; 0: the prompt
+    agreed_BE: jax.Array  # how many drafts that forward pass found to be right
     length_B: jax.Array  # prompt and committed tokens
     limit_B: jax.Array  # the length that ends a text
     done_B: jax.Array  # a text that no longer changes
     forward: jax.Array  # forward passes so far; the prompt is the first
+    seen_BV: jax.Array | None  # tokens of the text, where repetition is penalized
     cache: Cache
     carry: Any  # whatever else the decoder wants to keep
+    law: Law
+    chance: Chance
     eos_id: int = dataclasses.field(metadata={"static": True})
 
 
 class Decoder(Protocol):
-    """A way of decoding."""
+    """A way of decoding: a frozen dataclass, whose fields are its options."""
 
     def heads(self, n: int) -> int:
         """How many of a model's n heads it runs."""
         ...
 
+    def width(self, n: int) -> int:
+        """Tokens that a forward pass of a model with n heads reads, at most."""
+        ...
+
     def begin(
-        self, model: LanguageModel, state: DecodeState, heads_NBD: jax.Array
+        self, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
     ) -> DecodeState:
         """Commits the first token, from what the heads say at the prompt's end."""
         ...
 
-    def step(self, model: LanguageModel, state: DecodeState) -> DecodeState:
-        """One forward pass; commits at least one token of each unfinished text."""
+    def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
+        """One forward pass; commits at least one token of each unfinished text.
+
+        `depth` heads are used: up to depth - 1 drafts in a row are verified.
+        """
         ...
 
 
@@ -71,42 +92,81 @@ def commit(
     new_B = jnp.sum(kept_BW, axis=1, dtype=jnp.int32)
     length_B = state.length_B + new_B
 
-    order_1S = jnp.arange(state.tokens_BS.shape[1])[None]
-    offset_BS = order_1S - state.length_B[:, None]
-    new_BS = (offset_BS >= 0) & (offset_BS < new_B[:, None])
-    is_token_BSW = offset_BS[:, :, None] == order_1W[:, None]
-    token_BS = jnp.sum(jnp.where(is_token_BSW, tokens_BW[:, None], 0), axis=2)
+    order_1E = jnp.arange(state.tokens_BE.shape[1])[None]
+    offset_BE = order_1E - state.length_B[:, None]
+    new_BE = (offset_BE >= 0) & (offset_BE < new_B[:, None])
+    is_token_BEW = offset_BE[:, :, None] == order_1W[:, None]
+    token_BE = jnp.sum(jnp.where(is_token_BEW, tokens_BW[:, None], 0), axis=2)
     forward = state.forward + 1
+    seen_BV = state.seen_BV
+    if seen_BV is not None:
+        kept = jnp.where(kept_BW, tokens_BW, -1)
+        seen_BV = seen_BV | jnp.any(_one_hot(kept, seen_BV.shape[1]), axis=1)
     return dataclasses.replace(
         state,
-        tokens_BS=jnp.where(new_BS, token_BS, state.tokens_BS),
-        forward_BS=jnp.where(new_BS, forward, state.forward_BS),
-        agreed_BS=jnp.where(new_BS, agreed_B[:, None], state.agreed_BS),
+        tokens_BE=jnp.where(new_BE, token_BE, state.tokens_BE),
+        forward_BE=jnp.where(new_BE, forward, state.forward_BE),
+        agreed_BE=jnp.where(new_BE, agreed_B[:, None], state.agreed_BE),
         length_B=length_B,
         done_B=state.done_B
         | (length_B >= state.limit_B)
         | jnp.any(kept_BW & ends_BW, axis=1),
         forward=forward,
+        seen_BV=seen_BV,
     )
-
-
-def say(model: LanguageModel, heads_BWD: jax.Array) -> jax.Array:
-    """The most likely token of each output of a head, int32 [B, W]."""
-    return most_likely(model.logits(heads_BWD, model.unembedding()))
 
 
 def last_token(state: DecodeState) -> jax.Array:
     """The last committed token of each text, int32 [B, 1]."""
-    return at_slot(state.tokens_BS, state.length_B - 1)[:, None]
+    return at_slot(state.tokens_BE, state.length_B - 1)[:, None]
 
 
-def most_likely(logits_BTV: jax.Array) -> jax.Array:
-    """The first token of the highest score, int32 [B, T].
+def say(model: DecodeModel, heads_BWD: jax.Array) -> jax.Array:
+    """The most likely token of each output of a head, int32 [B, W]."""
+    return most_likely(model.logits(heads_BWD))
 
-    Two plain reductions instead of argmax: they stay on their shards when V is split,
-    and compilers make vector code of them.
+
+def next_logits(
+    model: DecodeModel,
+    state: DecodeState,
+    head_BWD: jax.Array,
+    new: NewTokens | None = None,
+) -> jax.Array:
+    """Penalized logits, float32 [B, W, V], of outputs of head 1.
+
+    Args:
+      model: the model.
+      state: before the forward pass.
+      head_BWD: the outputs.
+      new: what the forward pass read; None: nothing that is not committed yet.
     """
-    vocab = logits_BTV.shape[-1]
-    top_BT1 = jnp.max(logits_BTV, axis=-1, keepdims=True)
-    ids_11V = jnp.arange(vocab, dtype=jnp.int32)[None, None]
-    return jnp.min(jnp.where(logits_BTV == top_BT1, ids_11V, vocab - 1), axis=-1)
+    logits_BWV = model.logits(head_BWD)
+    if state.seen_BV is None:
+        return logits_BWV
+    seen_BWV = state.seen_BV[:, None]
+    if new is not None:
+        w = new.tokens_BW.shape[1]
+        own_WW = new.ancestors_WW
+        own_WW = np.tril(np.ones((w, w), bool)) if own_WW is None else own_WW
+        is_BUV = _one_hot(new.tokens_BW, seen_BWV.shape[-1])
+        own_BWV = jnp.any(own_WW[None, :, :, None] & is_BUV[:, None], axis=2)
+        seen_BWV = seen_BWV | own_BWV
+    return penalize(state.law, logits_BWV, seen_BWV)
+
+
+def choose(state: DecodeState, logits_BWV: jax.Array, draws: Draws) -> jax.Array:
+    """A next token from each of the logits by the law of the state, int32 [B, W]."""
+    if state.law.greedy:
+        return most_likely(logits_BWV)
+    return draws.pick(law_probs(state, logits_BWV))
+
+
+def law_probs(state: DecodeState, logits_BWV: jax.Array) -> jax.Array:
+    """The law of the next token, float32 [B, W, V], whole on every device."""
+    whole = spec("batch", None, None)
+    return probabilities(state.law, jax.sharding.reshard(logits_BWV, whole))
+
+
+def _one_hot(tokens_BW: jax.Array, vocab: int) -> jax.Array:
+    """bool [B, W, V]; all false for a token of -1."""
+    return tokens_BW[:, :, None] == jnp.arange(vocab)[None, None]

@@ -1,0 +1,180 @@
+"""From logits to the law of the next token, and the one door of chance.
+
+Axes: B batch, W tokens of a forward pass, V vocabulary, J draws of a forward pass.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """What a user sets; it applies in this order, as in Hugging Face's generate."""
+
+    repetition_penalty: float = 1.0  # 1: none (CTRL, arXiv:1909.05858, section 4.1)
+    temperature: float = 0.0  # 0: the most likely token
+    top_k: int = 0  # only the so many most likely; 0: all
+    top_p: float = 1.0  # only the fewest that have this share (arXiv:1904.09751)
+    seed: int = 0
+
+    def __post_init__(self):
+        _require(self.temperature >= 0, "temperature", self.temperature, "0 or more")
+        _require(self.top_k >= 0, "top_k", self.top_k, "0 (all) or more")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        _require(
+            self.repetition_penalty > 0,
+            "repetition_penalty",
+            self.repetition_penalty,
+            "above 0",
+        )
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
+
+
+def _require(ok: bool, name: str, value: float, right: str) -> None:
+    if not ok:  # also where the value is not a number
+        raise UserError(f"{name} is {value}; it must be {right}.")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Law:
+    """The same in a compiled program: numbers are arguments of it, kinds are not."""
+
+    penalty: jax.Array  # float32
+    temperature: jax.Array  # float32
+    top_k: jax.Array  # int32
+    top_p: jax.Array  # float32
+    greedy: bool = dataclasses.field(metadata={"static": True})
+    filtered: bool = dataclasses.field(metadata={"static": True})
+    penalized: bool = dataclasses.field(metadata={"static": True})
+
+
+def law_of(sampling: Sampling, vocab_size: int) -> Law:
+    """The numbers as arrays of one value."""
+    return Law(
+        penalty=jnp.float32(sampling.repetition_penalty),
+        temperature=jnp.float32(sampling.temperature or 1.0),
+        top_k=jnp.int32(sampling.top_k or vocab_size),
+        top_p=jnp.float32(sampling.top_p),
+        greedy=sampling.temperature == 0,
+        filtered=sampling.temperature > 0
+        and (sampling.top_k > 0 or sampling.top_p < 1),
+        penalized=sampling.repetition_penalty != 1,
+    )
+
+
+def penalize(law: Law, logits_BWV: jax.Array, seen_BWV: jax.Array | None) -> jax.Array:
+    """Logits with tokens that were there before made less likely (CTRL)."""
+    if not law.penalized or seen_BWV is None:
+        return logits_BWV
+    less_BWV = jnp.where(
+        logits_BWV > 0, logits_BWV / law.penalty, logits_BWV * law.penalty
+    )
+    return jnp.where(seen_BWV, less_BWV, logits_BWV)
+
+
+def probabilities(law: Law, logits_BWV: jax.Array) -> jax.Array:
+    """What the next token is drawn from, float32 [B, W, V], of penalized logits.
+
+    Greedy laws have all their mass on the most likely token, the first of equals.
+    """
+    if law.greedy:
+        return jax.nn.one_hot(most_likely(logits_BWV), logits_BWV.shape[-1])
+    scaled_BWV = logits_BWV / law.temperature
+    if law.filtered:
+        scaled_BWV = _filter(law, scaled_BWV)
+    return jax.nn.softmax(scaled_BWV, axis=-1)
+
+
+def _filter(law: Law, logits_BWV: jax.Array) -> jax.Array:
+    """-inf outside of the top k and, of what these leave, of the top p.
+
+    Tokens as likely as the last one that is kept are kept too.
+    """
+    lowest = jnp.finfo(jnp.float32).min
+    vocab = logits_BWV.shape[-1]
+    sorted_BWV = jnp.sort(logits_BWV, axis=-1, descending=True)
+    rank_11V = jnp.arange(vocab)[None, None]
+    within_BWV = jnp.where(rank_11V < law.top_k, sorted_BWV, lowest)
+    share_BWV = jax.nn.softmax(within_BWV, axis=-1)
+    # A token stays if those before it do not have the share yet; the first always.
+    before_BWV = jnp.cumsum(share_BWV, axis=-1) - share_BWV
+    kept_BWV = (rank_11V < law.top_k) & ((before_BWV < law.top_p) | (rank_11V == 0))
+    last_BW1 = jnp.min(jnp.where(kept_BWV, sorted_BWV, jnp.inf), -1, keepdims=True)
+    return jnp.where(logits_BWV >= last_BW1, logits_BWV, -jnp.inf)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chance:
+    """Where the draws of a text come from.
+
+    Ordinarily from its key and the place in the text, so that they do not depend on the
+    other texts of a batch. For proofs, `forced` says what every draw gives: its j-th
+    column is the rank, by likelihood, of what the j-th draw of a forward pass gives;
+    `log_prob` adds up how likely that was.
+    """
+
+    key_B2: jax.Array  # uint32
+    forced_BJ: jax.Array | None = None  # int32
+    log_prob_B: jax.Array | None = None  # float32
+
+
+class Draws:
+    """The draws of one forward pass, in the order in which they are asked for."""
+
+    def __init__(self, chance: Chance, length_B: jax.Array):
+        self._chance = chance
+        self._length_B = length_B
+        self._asked = 0  # known while tracing: every pass asks for the same
+
+    def pick(self, probs_BWV: jax.Array) -> jax.Array:
+        """An index for each of the distributions, independently, int32 [B, W].
+
+        The distributions need not be normalised.
+        """
+        width = probs_BWV.shape[1]
+        if self._chance.forced_BJ is not None:
+            return self._forced(probs_BWV, width)
+        self._asked += 1
+
+        def one(key_2, length, probs_WV):
+            key = jax.random.wrap_key_data(key_2)
+            key = jax.random.fold_in(jax.random.fold_in(key, length), self._asked)
+            noise_WV = jax.random.gumbel(key, probs_WV.shape)
+            return jnp.argmax(jnp.log(probs_WV) + noise_WV, axis=-1).astype(jnp.int32)
+
+        return jax.vmap(one)(self._chance.key_B2, self._length_B, probs_BWV)
+
+    def _forced(self, probs_BWV: jax.Array, width: int) -> jax.Array:
+        chance = self._chance
+        assert chance.forced_BJ is not None and chance.log_prob_B is not None
+        rank_BW = chance.forced_BJ[:, self._asked : self._asked + width]
+        self._asked += width
+        order_BWV = jnp.argsort(-probs_BWV, axis=-1)
+        index_BW1 = jnp.take_along_axis(order_BWV, rank_BW[..., None], axis=-1)
+        total_BW = jnp.sum(probs_BWV, axis=-1)
+        prob_BW = jnp.take_along_axis(probs_BWV, index_BW1, axis=-1)[..., 0] / total_BW
+        log_prob_B = chance.log_prob_B + jnp.sum(jnp.log(prob_BW), axis=1)
+        self._chance = dataclasses.replace(chance, log_prob_B=log_prob_B)
+        return index_BW1[..., 0].astype(jnp.int32)
+
+    def after(self) -> Chance:
+        """For the next forward pass."""
+        return self._chance
+
+
+def most_likely(logits_BTV: jax.Array) -> jax.Array:
+    """The first token of the highest score, int32 [B, T].
+
+    Two plain reductions instead of argmax: they stay on their shards when V is split,
+    and compilers make vector code of them.
+    """
+    vocab = logits_BTV.shape[-1]
+    top_BT1 = jnp.max(logits_BTV, axis=-1, keepdims=True)
+    ids_11V = jnp.arange(vocab, dtype=jnp.int32)[None, None]
+    return jnp.min(jnp.where(logits_BTV == top_BT1, ids_11V, vocab - 1), axis=-1)

@@ -1,0 +1,132 @@
+"""Speculative sampling with the model's own heads (arXiv:2211.17192, algorithm 1).
+
+Head i draws a draft from its own law q; head 1, with law p, accepts it with probability
+min(1, p / q), and at the first rejection draws from the rest, max(0, p - q), instead.
+Texts have exactly the law of `plain`'s, whatever the heads say. The drafts of a forward
+pass are independent given the text, which is all that the proof there asks for.
+
+Axes: N heads, M = N - 1 drafts, B batch, D model width, V vocabulary.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.cache import at_slot, chain, run_head, run_heads_at, run_trunk
+from mtp_jax.decode_model import DecodeModel
+from mtp_jax.decoders.sampling import Draws
+from mtp_jax.decoders.state import (
+    DecodeState,
+    choose,
+    commit,
+    last_token,
+    law_probs,
+    next_logits,
+)
+from mtp_jax.sharding import spec
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Drafts:
+    token_BM: jax.Array
+    law_BMV: jax.Array  # what each was drawn from, float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Speculative:
+    """Drafts are drawn from the heads' laws; exact at any temperature."""
+
+    def heads(self, n: int) -> int:
+        """All of them."""
+        return n
+
+    def width(self, n: int) -> int:
+        """The last committed token and the drafts."""
+        return n
+
+    def begin(
+        self, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
+    ) -> DecodeState:
+        """Commits a draw of head 1 at the prompt's end, and drafts with the others."""
+        draws = Draws(state.chance, state.length_B)
+        said_B1 = choose(state, next_logits(model, state, heads_BND[:, :1]), draws)
+        drafts = _draft(model, state, heads_BND[:, 1:], draws)
+        state = dataclasses.replace(state, carry=drafts, chance=draws.after())
+        none_B = jnp.zeros_like(state.length_B)
+        return commit(state, said_B1, none_B + 1, none_B)
+
+    def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
+        """Verifies drafts, commits the right ones and one more, and drafts again."""
+        drafts = jax.tree.map(lambda x: x[:, : depth - 1], state.carry)
+        new = chain(
+            jnp.concatenate([last_token(state), drafts.token_BM], axis=1),
+            state.length_B - 1,
+        )
+        trunk_BND, cache = run_trunk(model, new, state.cache)
+        head_BND, cache = run_head(model, 0, trunk_BND, new, cache)
+        p_BNV = law_probs(state, next_logits(model, state, head_BND, new))
+        draws = Draws(state.chance, state.length_B)
+        said_BN, agreed_B = accept(p_BNV, drafts.law_BMV, drafts.token_BM, draws)
+
+        drafting = range(1, len(model.heads))
+        heads_BMD, cache = run_heads_at(
+            model, drafting, trunk_BND, new, agreed_B, cache
+        )
+        drafts = _draft(model, state, heads_BMD, draws)
+        state = dataclasses.replace(
+            state, cache=cache, carry=drafts, chance=draws.after()
+        )
+        return commit(state, said_BN, agreed_B + 1, agreed_B)
+
+
+def accept(
+    p_BNV: jax.Array, q_BMV: jax.Array, drafts_BM: jax.Array, draws: Draws
+) -> tuple[jax.Array, jax.Array]:
+    """The tokens to commit, int32 [B, N], and how many drafts are among them, [B].
+
+    Args:
+      p_BNV: head 1's law after the last committed token and after each draft.
+      q_BMV: the law that each draft was drawn from.
+      drafts_BM: the drafts.
+      draws: chance.
+    """
+    m = drafts_BM.shape[1]
+    is_draft_BMV = drafts_BM[:, :, None] == jnp.arange(p_BNV.shape[-1])[None, None]
+
+    def of_draft(law_BMV):
+        return jnp.sum(jnp.where(is_draft_BMV, law_BMV, 0.0), axis=-1)
+
+    # A draft was drawn, so q is above 0; a quotient of more than 1 is a sure yes.
+    ratio_BM = of_draft(p_BNV[:, :m]) / of_draft(q_BMV)
+    yes_BM = jnp.minimum(ratio_BM, 1.0)
+    coin_BM2 = jnp.stack([yes_BM, 1.0 - yes_BM], axis=-1)
+    right_BM = (draws.pick(coin_BM2) == 0).astype(jnp.int32)
+    agreed_B = jnp.sum(jnp.cumprod(right_BM, axis=1), axis=1)
+
+    rest_BMV = jnp.maximum(p_BNV[:, :m] - q_BMV, 0.0)
+    # p and q may be equal but for rounding; then any rejection is rounding, too.
+    nothing_BM1 = jnp.sum(rest_BMV, axis=-1, keepdims=True) == 0
+    rest_BMV = jnp.where(nothing_BM1, p_BNV[:, :m], rest_BMV)
+    rest_BNV = jnp.concatenate([rest_BMV, p_BNV[:, m:]], axis=1)
+    last_B1 = draws.pick(at_slot(rest_BNV, agreed_B)[:, None])
+    order_1N = jnp.arange(m + 1)[None]
+    drafts_BN = jnp.pad(drafts_BM, ((0, 0), (0, 1)))
+    return jnp.where(order_1N < agreed_B[:, None], drafts_BN, last_B1), agreed_B
+
+
+def _draft(
+    model: DecodeModel, state: DecodeState, heads_BMD: jax.Array, draws: Draws
+) -> _Drafts:
+    # Tokens that the text repeats are not penalized here: any law of drafts will do.
+    law_BMV = law_probs(state, model.logits(heads_BMD))
+    token_BM = choose_from(law_BMV, state, draws)
+    return _Drafts(jax.sharding.reshard(token_BM, spec("batch", None)), law_BMV)
+
+
+def choose_from(law_BMV: jax.Array, state: DecodeState, draws: Draws) -> jax.Array:
+    """A draw from each law; of a greedy one there is nothing to draw."""
+    if state.law.greedy:
+        return jnp.argmax(law_BMV, axis=-1).astype(jnp.int32)
+    return draws.pick(law_BMV)

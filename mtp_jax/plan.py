@@ -40,6 +40,7 @@ from mtp_jax.ahead import (
     topology_devices,
     use_no_devices,
 )
+from mtp_jax.attention import check_attention
 from mtp_jax.cli_args import Parser, config_from, positive_int
 from mtp_jax.config import Config, ModelConfig
 from mtp_jax.errors import UserError
@@ -91,7 +92,9 @@ def main(argv: list[str]) -> int:
     use_no_devices()
     for topology in args.topology:
         devices = topology_devices(topology)
-        check_divisible(cfg, make_mesh(cfg.mesh, devices))
+        mesh = make_mesh(cfg.mesh, devices)
+        check_divisible(cfg, mesh)
+        check_attention(cfg, mesh)
         _figures(topology, devices)
     rows = []
     for topology in args.topology:

@@ -361,6 +361,10 @@ def test_topologies_and_meshes_are_refused_before_compiling(refused, monkeypatch
     assert "(8) is not divisible by the 16 devices" in refused("--topology=v5e:4x4")
     mesh = "--config.mesh.fsdp=3"
     assert "does not multiply to the 4 devices" in refused("--topology=v5e:2x2", mesh)
+    cudnn = "--config.compute.attention=cudnn"
+    assert "runs on NVIDIA GPUs" in refused("--topology=v5e:2x2", cudnn)
+    splash = "--config.compute.attention=splash"
+    assert "config.data.seq_len is 64" in refused("--topology=v5e:2x2", splash)
 
 
 @needs_libtpu

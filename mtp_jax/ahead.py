@@ -27,6 +27,15 @@ from mtp_jax.sharding import abstract_tree, check_divisible, make_mesh
 from mtp_jax.train_step import TrainState, make_init, make_step
 
 _EXAMPLES = "v4:2x2x1, v5e:4x4, v5p:4x4x4, v6e:8x8 or tpu7x:2x2x1"
+# Dimensions of a pod and chips of its largest slice; libtpu compiles for more, too.
+# docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x, "System architecture".
+_PODS = {
+    "v4": (3, 4096),
+    "v5e": (2, 256),
+    "v5p": (3, 6144),
+    "v6e": (2, 256),
+    "tpu7x": (3, 9216),
+}
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -59,15 +68,23 @@ def topology_devices(name: str) -> list[jax.Device]:
     """The devices of a topology such as v5e:4x4, one a chip or one a core.
 
     Raises:
-      UserError: libtpu is not installed, or knows no such topology.
+      UserError: libtpu is not installed, or there is no such topology.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("plan needs libtpu: pip install 'mtp-jax[tpu]'.")
     if not re.fullmatch(r"\w+:\d+(x\d+)+", name):
         raise UserError(f"--topology={name} is not a topology such as {_EXAMPLES}.")
+    kind, _, shape = name.partition(":")
+    sizes = [int(size) for size in shape.split("x")]
+    dimensions, chips = _PODS.get(kind.lower(), (math.inf, math.inf))
+    if len(sizes) > dimensions or math.prod(sizes) > chips:
+        raise UserError(
+            f"--topology={name} is no part of a pod of {kind}, which has {dimensions} "
+            f"dimensions and slices of up to {chips} chips."
+        )
     # A v4 chip is one device of jax, as on hosts that have one; the others are as they
     # are without being told.
-    options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
+    options = {"chip_config_name": "megacore"} if kind.lower() == "v4" else {}
     try:
         with _silenced_stderr():
             return topologies.get_topology_desc(name, "tpu", **options).devices

@@ -242,7 +242,7 @@ def find_remedy(cfg: Config, topology: str, compile_: Compile) -> str | None:
         try:
             if compile_(changed, place).program:
                 return option
-        except UserError:  # the change does not suit the mesh, or there is no such pod
+        except UserError:  # it does not suit the mesh, or no pod is as large
             continue
     return None
 

@@ -357,6 +357,8 @@ def test_topologies_and_meshes_are_refused_before_compiling(refused, monkeypatch
     assert "such as v4:2x2x1, v5e:4x4" in refused("--topology=v5e:3x3")
     assert "such as v4:2x2x1, v5e:4x4" in refused("--topology=v5e:2x2,v9:2x2")
     assert "such as v4:2x2x1, v5e:4x4" in refused("--topology=moon")
+    assert "slices of up to 256 chips" in refused("--topology=v5e:16x32")
+    assert "v6e, which has 2 dimensions" in refused("--topology=v6e:2x2x2")
     assert "no figures of a TPU v2" in refused("--topology=v2:2x2")
     assert "(8) is not divisible by the 16 devices" in refused("--topology=v5e:4x4")
     mesh = "--config.mesh.fsdp=3"

@@ -207,12 +207,15 @@ def hbm_traffic(cfg: Config, compiled: Compiled, tensor: int) -> float:
     """Bytes that a device must move to and from its memory in a step, at least.
 
     The state is read and written once; of every microbatch the forward and the backward
-    pass each read all gathered weights, in the compute dtype, and remat=full reads them
-    once more. Activations are left out: kernels may keep them on the chip.
+    pass each read all gathered weights, in the compute dtype, and where trunk layers
+    are computed again, theirs once more. Activations are left out: kernels may keep
+    them on the chip.
     """
-    passes = 3 if cfg.compute.remat == "full" else 2
-    weights = compiled.params * _ITEMSIZE[cfg.model.compute_dtype] / tensor
-    return 2 * compiled.argument_bytes + cfg.train.accumulation * passes * weights
+    read = 2 * compiled.params
+    if cfg.compute.remat in ("full", "offload"):
+        read += cfg.model.num_trunk_layers * flops.layer_params(cfg.model)
+    weights = read * _ITEMSIZE[cfg.model.compute_dtype] / tensor
+    return 2 * compiled.argument_bytes + cfg.train.accumulation * weights
 
 
 def overhead(row: Row, base: Row) -> float:
@@ -228,12 +231,14 @@ def breakeven(cfg: ModelConfig) -> float:
     """Accepted tokens a pass from which blockwise decoding is faster than plain.
 
     Decoding of few sequences waits for memory: a pass takes the time of reading its
-    weights. A plain pass reads the trunk, head 1 and the unembedding, a blockwise pass
-    the other heads too. (Caches and the one row of the embedding are left out.)
+    weights. A plain pass reads the trunk, head 1 and the unembedding; a blockwise pass
+    the other heads too, and the unembedding once more, as they draft when head 1 has
+    verified. (Caches and the one row of the embedding are left out.)
     """
-    layer = flops.layer_params(cfg)
-    plain = (cfg.num_trunk_layers + 1) * layer + cfg.vocab_size * cfg.d_model
-    return (plain + (cfg.n_future_tokens - 1) * layer) / plain
+    layer, unembedding = flops.layer_params(cfg), cfg.vocab_size * cfg.d_model
+    plain = (cfg.num_trunk_layers + 1) * layer + unembedding
+    drafts = cfg.n_future_tokens - 1
+    return (plain + drafts * layer + (unembedding if drafts else 0)) / plain
 
 
 def find_remedy(cfg: Config, topology: str, compile_: Compile) -> str | None:

@@ -149,7 +149,8 @@ def test_breakeven_is_the_ratio_of_weights_read():
     model = dataclasses.replace(TINY, num_layers=3, n_future_tokens=2)
     layer, table = layer_params(model), model.vocab_size * model.d_model
 
-    assert plan.breakeven(model) == (3 * layer + table) / (2 * layer + table)
+    # The table is read by head 1, and again by the head that drafts after it.
+    assert plan.breakeven(model) == (3 * layer + 2 * table) / (2 * layer + table)
     assert plan.breakeven(dataclasses.replace(model, n_future_tokens=1)) == 1.0
 
 
@@ -271,9 +272,19 @@ def test_rows_and_table(four_chips):
 
 def test_hbm_traffic(cfg):
     compiled = dataclasses.replace(FITS, params=1000, argument_bytes=64)
-    cfg = dataclasses.replace(cfg, train=TrainConfig(accumulation=2))
-
-    assert plan.hbm_traffic(cfg, compiled, tensor=2) == 128 + 2 * 3 * 1000 * 4 / 2
+    trunk = 3 * layer_params(cfg.model)  # three layers, of two heads none
+    for remat, read in (
+        ("none", 2000),
+        ("dots", 2000),
+        ("full", 2000 + trunk),
+        ("offload", 2000 + trunk),
+    ):
+        compute = dataclasses.replace(cfg.compute, remat=remat)
+        changed = dataclasses.replace(
+            cfg, compute=compute, train=TrainConfig(accumulation=2)
+        )
+        traffic = plan.hbm_traffic(changed, compiled, tensor=2)
+        assert traffic == 128 + 2 * read * 4 / 2
 
 
 def placed_on_one(shape, dtype):

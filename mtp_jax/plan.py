@@ -6,8 +6,9 @@ is for people; `--json` prints a list of objects, one a topology and number of h
 
 - topology, chips, devices (of jax), heads, params;
 - argument_bytes (state and batch), temp_bytes (what else is alive at the peak),
-  hbm_bytes (both, and the program), hbm_limit_bytes: of a device; temp_sum_bytes: what
-  XLA calls the size of temporaries, more than are ever alive at the same time;
+  hbm_bytes (both, and the program), hbm_limit_bytes: of a device; the limit is the
+  compiler's where it refused, else all that the device has; temp_sum_bytes: what XLA
+  calls the size of temporaries, more than are ever alive at the same time;
 - fits: the compiler's verdict; remedy: the one change to the command that makes it fit,
   null if it fits or if none of those tried does;
 - flops_per_step and its parts flops_trunk, flops_heads, flops_unembedding: useful work
@@ -58,7 +59,13 @@ def main(argv: list[str]) -> int:
         "mtp-jax plan",
         "Compile the training step for TPUs that are not there, and tell its cost.",
         epilog="Any field of the config: --config.section.field=value. The batch is "
-        "the config's; compiling a large model takes minutes.",
+        "the config's; compiling a large model takes minutes, for every topology and "
+        "number of heads. Columns: state: parameters, moments and batch; temp: what "
+        "else is alive at the peak; of: what a device has; step s: the least time of a "
+        "step, which arithmetic (compute), memory traffic (hbm) or the interconnect "
+        "(links) bounds; tokens/s: of a chip at that time; vs n=1: time to that of one "
+        "head on as many layers; even: accepted tokens a pass from which blockwise "
+        "decoding is faster than plain.",
     )
     parser.add_argument(
         "--config",
@@ -244,6 +251,7 @@ def breakeven(cfg: ModelConfig) -> float:
 def find_remedy(cfg: Config, topology: str, compile_: Compile) -> str | None:
     """The first of `remedies` with which the step compiles, None if there is none."""
     for option, changed, place in remedies(cfg, topology):
+        print(f"trying {option}", file=sys.stderr, flush=True)
         try:
             if compile_(changed, place).program:
                 return option
@@ -326,7 +334,8 @@ def table(rows: list[Row]) -> str:
     notes = [_remedy(row) for row in rows if not row["fits"]]
     return "\n".join(
         [
-            "GiB of a device; the least time of a step by the roofline; tokens a chip.",
+            "GiB of a device; the least time of a step by the roofline; tokens a chip. "
+            "More: --help.",
             *_aligned(memory),
             "",
             "Useful FLOPs of a step, all chips; GB that a device sends in it.",

@@ -24,6 +24,7 @@ from benchmarks.timing import (
     options,
     print_environment,
     print_table,
+    script,
 )
 from mtp_jax.cli_args import config_from
 from mtp_jax.train_step import make_step
@@ -31,6 +32,7 @@ from mtp_jax.train_step import make_step
 TINY = pathlib.Path(__file__).parent.parent / "configs" / "tiny.py"
 
 
+@script
 def main(argv: list[str]) -> int:
     """Prints the time of handing over, of the call, and of the step."""
     args = options(argv, "Time of a step's call, not waited for.", steps=200)

@@ -21,6 +21,7 @@ from benchmarks.timing import (
     print_table,
     random_batch,
     ratio,
+    script,
     show_ms,
     show_ratio,
     temporaries,
@@ -34,6 +35,7 @@ from mtp_jax.train_step import model_builder
 FORMS = get_args(HeadLoss)
 
 
+@script
 def main(argv: list[str]) -> int:
     """Prints two tables."""
     args = options(
@@ -54,19 +56,7 @@ def main(argv: list[str]) -> int:
     )
 
     def config(form: HeadLoss, n: int) -> Config:
-        return config_of(
-            vocab_size=args.vocab_size,
-            d_model=args.d_model,
-            num_layers=args.trunk_layers + n,
-            n=n,
-            num_heads=args.num_heads,
-            d_ff=args.d_ff,
-            seq_len=args.seq_len,
-            batch_size=args.batch_size,
-            chunk_tokens=args.chunk_tokens,
-            remat=args.remat,
-            head_loss=form,
-        )
+        return config_of(args, n=n, num_layers=args.trunk_layers + n, head_loss=form)
 
     print_environment(args.rounds)
     with jax.set_mesh(one_device()):

@@ -16,13 +16,14 @@ from benchmarks.timing import (
     print_environment,
     print_table,
     ratio,
+    script,
     show_ms,
     show_ratio,
 )
-from mtp_jax.config import Config
 from mtp_jax.flops import executed_flops
 
 
+@script
 def main(argv: list[str]) -> int:
     """Prints a row for each vocabulary."""
     args = options(
@@ -42,26 +43,13 @@ def main(argv: list[str]) -> int:
         head_loss="fused",
     )
 
-    def config(vocab_size: int, n: int) -> Config:
-        return config_of(
-            vocab_size=vocab_size,
-            d_model=args.d_model,
-            num_layers=args.num_layers,
-            n=n,
-            num_heads=args.num_heads,
-            d_ff=args.d_ff,
-            seq_len=args.seq_len,
-            batch_size=args.batch_size,
-            chunk_tokens=args.chunk_tokens,
-            remat=args.remat,
-            head_loss=args.head_loss,
-        )
-
     print_environment(args.rounds)
     rows = []
     with jax.set_mesh(one_device()):
         for vocab_size in args.vocab_sizes:
-            one, many = config(vocab_size, 1), config(vocab_size, args.n)
+            one, many = (
+                config_of(args, vocab_size=vocab_size, n=n) for n in (1, args.n)
+            )
             steps = {"one": Training(one).step, "many": Training(many).step}
             seconds = interleaved(steps, args.rounds)
             measured = ratio(seconds["many"], seconds["one"])

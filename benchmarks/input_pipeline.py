@@ -22,6 +22,7 @@ from benchmarks.timing import (
     print_environment,
     print_table,
     ratio,
+    script,
     show_ratio,
 )
 from mtp_jax import prepare
@@ -32,6 +33,7 @@ from mtp_jax.data import open_sources, train_batches
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+@script
 def main(argv: list[str]) -> int:
     """Prints a row for the pipeline and one for the step."""
     args = options(

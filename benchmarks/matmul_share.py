@@ -15,23 +15,25 @@ import numpy as np
 
 from benchmarks.timing import (
     Training,
-    fail,
     interleaved,
     one_device,
     options,
     print_environment,
     print_table,
     ratio,
+    script,
     show_ms,
     show_ratio,
 )
 from mtp_jax import flops
 from mtp_jax.cli_args import config_from
 from mtp_jax.config import Config
+from mtp_jax.errors import UserError
 
 PAPER = pathlib.Path(__file__).parent.parent / "configs" / "paper.py"
 
 
+@script
 def main(argv: list[str]) -> int:
     """Prints a row for each model and number of heads, and one for a plain product."""
     args = options(
@@ -51,7 +53,7 @@ def main(argv: list[str]) -> int:
     device = jax.devices()[0]
     peak = flops.peak_flops(device)
     if peak is None:
-        return fail(f"there are no peak figures for {device.device_kind!r}.")
+        raise UserError(f"there are no peak figures for {device.device_kind!r}.")
     print_environment(args.rounds)
     print(f"peak {peak / 1e12:.0f} TFLOP/s, bfloat16; {args.batch_size} rows a step")
     rows = []

@@ -5,8 +5,9 @@ Axes: A microbatches (1), B rows, S tokens of a row.
 """
 
 import argparse
-import dataclasses
+import functools
 import os
+import pathlib
 import platform
 import statistics
 import sys
@@ -17,24 +18,50 @@ from typing import Any
 import jax
 import numpy as np
 
-from mtp_jax.config import Config, ModelConfig
+from mtp_jax.cli_args import Parser, positive_int
+from mtp_jax.config import Config, default, freeze
+from mtp_jax.errors import UserError
 from mtp_jax.feed import batch_sharding
 from mtp_jax.sharding import make_mesh
 from mtp_jax.train_step import make_init, make_step
 
 Ratio = tuple[float, float, float]  # median, lower and upper quartile
 
+_COUNTS = ("rounds", "steps", "batches", "matmul")  # options that no config checks
+
+
+def script(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
+    """`main`, which tells bad input in one line on stderr and returns 2."""
+
+    @functools.wraps(main)
+    def run(argv: list[str]) -> int:
+        try:
+            return main(argv)
+        except UserError as error:
+            print(error, file=sys.stderr)
+            return 2
+
+    return run
+
 
 def options(argv: list[str], description: str, **defaults: Any) -> argparse.Namespace:
-    """`--name=VALUE` for each default, of its type; a list takes several values."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    for name, default in defaults.items():
-        several = isinstance(default, list)
+    """`--name=VALUE` for each default, of its type; a list takes several values.
+
+    Raises:
+      UserError: an unknown option, or a value that is not of its type.
+    """
+    parser = Parser(
+        f"python -m benchmarks.{pathlib.Path(sys.argv[0]).stem}", description
+    )
+    for name, value in defaults.items():
+        several = isinstance(value, list)
+        of = type(value[0] if several else value)
         parser.add_argument(
             f"--{name}",
-            default=default,
-            type=type(default[0] if several else default),
+            default=value,
+            type=positive_int if name in _COUNTS else of,
             nargs="+" if several else None,
+            metavar=of.__name__.upper(),
             help="default: %(default)s",
         )
     return parser.parse_args(argv)
@@ -94,46 +121,33 @@ def print_environment(rounds: int) -> None:
     )
 
 
-def fail(message: str) -> int:
-    """One line for what is missing, and the exit code."""
-    print(message, file=sys.stderr)
-    return 2
-
-
 def one_device() -> jax.sharding.Mesh:
     """The mesh of the first device alone."""
     return make_mesh(Config().mesh, jax.devices()[:1])
 
 
-def config_of(
-    *,
-    vocab_size: int,
-    d_model: int,
-    num_layers: int,
-    n: int,
-    num_heads: int,
-    d_ff: int,
-    seq_len: int,
-    batch_size: int,
-    **of_compute: Any,
-) -> Config:
-    """A float32 run of a shape: `num_heads` of attention, n of prediction."""
-    base = Config()
-    return dataclasses.replace(
-        base,
-        model=ModelConfig(
-            vocab_size=vocab_size,
-            d_model=d_model,
-            num_layers=num_layers,
-            n_future_tokens=n,
-            num_query_heads=num_heads,
-            num_kv_heads=num_heads,
-            d_head=d_model // num_heads,
-            d_ff=d_ff,
-        ),
-        data=dataclasses.replace(base.data, seq_len=seq_len, batch_size=batch_size),
-        compute=dataclasses.replace(base.compute, **of_compute),
-    )
+def config_of(args: argparse.Namespace, **changed: Any) -> Config:
+    """The float32 run that a benchmark's options describe.
+
+    Args:
+      args: options named as fields of config.model, config.data and config.compute,
+        and `n` heads of prediction, `num_heads` of attention; others do not count, and
+        what is not an option is the default of the config.
+      changed: instead of options of these names, or besides them.
+
+    Raises:
+      UserError: a value that the config refuses, named as its field.
+    """
+    of = vars(args) | changed
+    tree = default()
+    of |= {
+        "n_future_tokens": of["n"],
+        "d_head": of["d_model"] // max(of["num_heads"], 1),
+    }
+    of |= dict.fromkeys(("num_query_heads", "num_kv_heads"), of["num_heads"])
+    for section in (tree.model, tree.data, tree.compute):
+        section.update({name: of[name] for name in section if name in of})
+    return freeze(tree)
 
 
 def random_batch(cfg: Config, documents: int = 4) -> dict[str, jax.Array]:

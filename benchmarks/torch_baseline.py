@@ -15,18 +15,20 @@ import numpy as np
 from benchmarks.timing import (
     Training,
     config_of,
-    fail,
     interleaved,
     one_device,
     options,
     print_environment,
     print_table,
     ratio,
+    script,
     show_ratio,
 )
 from mtp_jax.config import Config
+from mtp_jax.errors import UserError
 
 
+@script
 def main(argv: list[str]) -> int:
     """Prints a row for each vocabulary."""
     args = options(
@@ -43,25 +45,15 @@ def main(argv: list[str]) -> int:
         remat="none",
     )
     if not all(map(importlib.util.find_spec, ("torch", "transformers"))):
-        return fail("torch and transformers are needed: pip install '.[bench]'.")
+        raise UserError("torch and transformers are needed: pip install '.[bench]'.")
     if jax.default_backend() != "cpu":
-        return fail("torch is measured on the CPU; set JAX_PLATFORMS=cpu.")
+        raise UserError("torch is measured on the CPU; set JAX_PLATFORMS=cpu.")
     print_environment(args.rounds)
     print(_torch_environment())
     rows = []
     with jax.set_mesh(one_device()):
         for vocab_size in args.vocab_sizes:
-            cfg = config_of(
-                vocab_size=vocab_size,
-                d_model=args.d_model,
-                num_layers=args.num_layers,
-                n=1,
-                num_heads=args.num_heads,
-                d_ff=args.d_ff,
-                seq_len=args.seq_len,
-                batch_size=args.batch_size,
-                remat=args.remat,
-            )
+            cfg = config_of(args, vocab_size=vocab_size, n=1)
             ours = Training(cfg, documents=1)
             theirs = _torch_step(cfg, np.asarray(ours.batch["tokens"][0]))
             seconds = interleaved({"jax": ours.step, "torch": theirs}, args.rounds)
@@ -74,7 +66,7 @@ def main(argv: list[str]) -> int:
                     show_ratio(ratio(seconds["torch"], seconds["jax"])),
                 )
             )
-    print_table(("V", "mtp_jax, tokens/s", "torch, tokens/s", "ratio"), *rows)
+    print_table(("V", "mtp_jax, tokens/s", "torch, tokens/s", "mtp_jax / torch"), *rows)
     return 0
 
 

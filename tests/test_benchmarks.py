@@ -67,6 +67,45 @@ def test_a_benchmark_prints_its_table(name, argv, rows, capsys):
         assert any(line.startswith(f"{row} ") for line in lines), (row, lines)
 
 
+def test_options_become_a_config():
+    argv = [*SHAPE, *ROWS, "--remat=dots"]
+    shape = {"rounds": 9, "d_model": 64, "d_ff": 8, "num_heads": 4, "num_layers": 3}
+    rows = {"seq_len": 8, "batch_size": 1, "remat": "none"}
+    args = timing.options(argv, "", **shape, **rows)
+
+    cfg = timing.config_of(args, n=2, vocab_size=32)
+
+    model = cfg.model
+    assert (model.d_model, model.d_ff, model.num_layers) == (16, 24, 3)
+    assert (model.num_query_heads, model.num_kv_heads, model.d_head) == (2, 2, 8)
+    assert (model.n_future_tokens, model.vocab_size) == (2, 32)
+    assert (cfg.data.seq_len, cfg.data.batch_size) == (16, 2)
+    assert (cfg.compute.remat, cfg.compute.head_loss) == ("dots", "fused")
+    assert timing.config_of(args, n=1, num_layers=5).model.num_layers == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "argv", "words"),
+    [
+        ("heads", ["--rounds=0"], "'0' is not a whole number above 0"),
+        ("heads", ["--rounds=x"], "'x' is not a whole number above 0"),
+        ("heads", ["--n=9"], "more than config.model.num_layers (8)"),
+        ("heads", ["--num_heads=3"], "is not config.model.d_model (512)"),
+        ("heads", ["--num_heads=0"], "config.model.num_query_heads is 0"),
+        ("heads", ["--remat=most"], "config.compute.remat is 'most'"),
+        ("head_loss", ["--head_loss=naive"], "unrecognized arguments: --head_loss"),
+        ("dispatch", ["--steps=0"], "--steps"),
+        ("input_pipeline", ["--config=nowhere.py"], "--config=nowhere.py is not a"),
+        ("input_pipeline", ["--input=nowhere"], "--input=nowhere does not exist"),
+    ],
+)
+def test_bad_input_is_one_line(name, argv, words, capsys):
+    assert run(name, *argv) == 2
+
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+
+
 def test_torch_trains_the_same_shape(capsys):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")

@@ -69,10 +69,14 @@ def _what_is_wrong(path: str, error: Exception) -> str:
     if "Error whilst parsing config file" in text:
         return f"{path}: {text.strip().splitlines()[-1]}"
     if isinstance(error, absl.flags.Error):
-        return text
+        flag, separator, _ = text.partition(": Failed to parse ")
+        is_section = separator and "as a ConfigDict" in text
+        return (
+            f"{flag}: this is a section; set one of its fields." if is_section else text
+        )
     if not isinstance(error, (AttributeError, KeyError)) or "get_config" in text:
         return f"{path}: {type(error).__name__}: {error}"
-    hint = text.partition("Did you mean ")[2].partition("?")[0]
+    hint = text.partition("Did you mean ")[2].partition("?")[0].partition(" instead")[0]
     name = text.strip("\\'\"").partition("'")[0].partition('"')[0].strip("\\ ")
     return f"config has no field {name!r}" + (
         f"; did you mean {hint}?" if hint else "."

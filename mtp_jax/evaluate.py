@@ -97,16 +97,24 @@ def measure(
 def main(argv: list[str]) -> int:
     """Runs the verb; writes eval.json into the workdir and prints a table."""
     parser = Parser("mtp-jax evaluate", "Measure a trained model on held-out text.")
-    parser.add_argument("--workdir", required=True, help="folder of a run")
+    parser.add_argument("--workdir", required=True, metavar="D", help="folder of a run")
     parser.add_argument(
-        "--step", type=int, help="which checkpoint; default: the newest"
-    )
-    parser.add_argument("--heads", type=int, help="keep only the first heads")
-    parser.add_argument(
-        "--data", action="append", help="another prepared corpus; may be repeated"
+        "--step", type=int, metavar="S", help="which checkpoint; default: the newest"
     )
     parser.add_argument(
-        "--max_batches", type=positive_int, help="measure only so many, evenly spread"
+        "--heads", type=int, metavar="K", help="keep only the first K heads"
+    )
+    parser.add_argument(
+        "--data",
+        action="append",
+        metavar="DIR",
+        help="another prepared corpus instead of the run's own; may be repeated",
+    )
+    parser.add_argument(
+        "--max_batches",
+        type=positive_int,
+        metavar="B",
+        help="measure only so many batches, evenly spread; default: all",
     )
     args = parser.parse_args(argv)
     restored = restore_model(args.workdir, step=args.step, heads=args.heads)

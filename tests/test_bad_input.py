@@ -47,6 +47,11 @@ def assert_refused(result, *words):
     [
         ("model.d_modle=3", ["d_modle", "d_model"]),
         ("modle.d_model=3", ["modle"]),
+        ("compute.rematt=full", ["'rematt'", 'did you mean "remat"?']),
+        ("compute=full", ["--config.compute=full: this is a section"]),
+        ("compute.remat=most", ["config.compute.remat is 'most'", "offload"]),
+        ("compute.head_loss=fast", ["config.compute.head_loss is 'fast'", "naive"]),
+        ("compute.chunk_tokens=-1", ["config.compute.chunk_tokens is -1"]),
         ("model.d_model=wide", ["config.model.d_model", "wide"]),
         (
             "model.n_future_tokens=0",

@@ -76,6 +76,7 @@ class Generator:
         heads: int | None = None,
         sampling: Sampling = _GREEDY,
         stop: Sequence[str] = (),
+        adaptive: bool = False,
     ) -> list[Generation]:
         """Continues every prompt, all in one batch.
 
@@ -86,6 +87,7 @@ class Generator:
           heads: use the first so many heads; all if None.
           sampling: the law of the next token; greedy if not given.
           stop: a continuation ends before the first of these that it contains.
+          adaptive: use as many of the heads as is fastest, from moment to moment.
 
         Returns:
           A generation a prompt. Its `tokens_per_s` counts the new tokens of the batch
@@ -104,7 +106,13 @@ class Generator:
             assert self._params is not None, "no parameters in use"
             params = {**self._params, "heads": self._params["heads"][:heads]}
             batch = Batch(
-                self._programs, params, decoder, rows, max_new_tokens, sampling
+                self._programs,
+                params,
+                decoder,
+                rows,
+                max_new_tokens,
+                sampling,
+                adaptive,
             )
             started, compiled = time.perf_counter(), self._programs.compile_s
             batch.begin()

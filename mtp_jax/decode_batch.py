@@ -5,20 +5,25 @@ Axes: B batch, P prompt, E tokens of a text at most.
 
 import dataclasses
 import functools
+import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
+from mtp_jax.adaptive import DepthChooser, leave_heads
 from mtp_jax.cache import grow
-from mtp_jax.decode_program import Programs, Prompts
+from mtp_jax.decode_program import Programs, Prompts, slack
 from mtp_jax.decoders.sampling import Chance, Sampling, law_of
-from mtp_jax.decoders.state import Decoder, DecodeState
+from mtp_jax.decoders.state import Decoder, DecodeState, Drafter
 from mtp_jax.sharding import batch_shards, spec
 
+_STRETCH_S = 0.03  # between two decisions on the depth: looking costs about 1 ms
+_FEWEST = 4  # forward passes between them
+_TRIALS = 3  # of every depth, to see how long a pass takes
 _LEAST = 64  # room for a text; it comes in doubles of this, so that programs are shared
 
 
@@ -53,6 +58,7 @@ class Batch:
         rows: Sequence[np.ndarray],
         max_new_tokens: int,
         sampling: Sampling,
+        adaptive: bool = False,
     ):
         """Compiles what is not compiled yet, so that no compilation is measured.
 
@@ -63,56 +69,120 @@ class Batch:
           rows: token ids of the prompts, int32, at least one of each.
           max_new_tokens: most tokens of a continuation.
           sampling: the law of the next token.
+          adaptive: use fewer heads where that is faster.
         """
         self._programs = programs
         self._params = params
         self._decoder = decoder
         self._depth = len(params["heads"])
-        self._width = decoder.width(self._depth)
+        width = slack(decoder, self._depth)
         longest = max(map(len, rows))
         # A finished text is still read with the others: its drafts need room, too.
-        self._room = _ladder(longest + max_new_tokens + self._width)
-        self._slots = min(self._room, _ladder(longest + 2 * self._width))
+        self._room = _ladder(longest + max_new_tokens + width)
+        self._slots = min(self._room, _ladder(longest + 2 * width))
         self._prompts = _prompts(rows, max_new_tokens, sampling, params)
-        self._count = len(rows)
-        self._begin, shapes = programs.begin(
+        self._begin, (shapes, _) = programs.begin(
             decoder, params, self._prompts, self._room, self._slots
         )
-        programs.advance(decoder, params, self._depth, shapes)
         self._state: DecodeState | None = None
+        self._chooser: DepthChooser | None = None
+        self._costs: dict[int, float] = {}
+        if adaptive and self._depth > 1:
+            self._costs = self._measure()
+        else:
+            programs.advance(decoder, params, self._depth, shapes)
 
     def begin(self) -> None:
         """Reads the prompts and commits the first token of each text."""
-        self._state = self._begin(self._params, self._prompts)
+        self._state, confidence_M = self._begin(self._params, self._prompts)
+        if self._costs:
+            self._chooser = DepthChooser(self._costs, _host(confidence_M).tolist())
 
     def advance(self, forwards: int) -> Texts:
         """Goes on for so many forward passes, or until all texts are done."""
-        assert self._state is not None, "begin comes first"
-        end = int(self._state.forward) + forwards
-        while True:
-            state = self._state
-            program = self._programs.advance(
-                self._decoder, self._params, self._depth, state
+        end = int(self._at().forward) + forwards
+        while not _host(self._at().done_B).all() and int(self._at().forward) < end:
+            left = end - int(self._at().forward)
+            if self._chooser is None:
+                self._run(self._depth, left)
+            else:
+                self._stretch(self._chooser, left)
+        return self._fetch()
+
+    def _stretch(self, chooser: DepthChooser, left: int) -> None:
+        """A few forward passes at the depth that promises most, watched."""
+        depth = chooser.depth()
+        before = self._at()
+        passes, agreed_N = int(before.forward), _host(before.agreed_N)
+        self._use_heads(depth > 1)
+        count = int(_STRETCH_S / self._costs[depth])
+        began, compiled = time.perf_counter(), self._programs.compile_s
+        self._run(depth, min(left, max(_FEWEST, count)))
+        after = self._at()
+        passes = int(after.forward) - passes
+        seconds = time.perf_counter() - began - self._programs.compile_s + compiled
+        if passes:
+            chooser.saw(depth, _host(after.agreed_N) - agreed_N, passes, seconds)
+            if after.alone is not None:
+                chooser.saw_entropy(float(after.alone.entropy))
+
+    def _use_heads(self, wanted: bool) -> None:
+        """Has the drafting heads catch up, or leaves them alone."""
+        state = self._at()
+        if wanted and state.alone is not None:
+            program = self._programs.catch_up(
+                cast(Drafter, self._decoder), self._params, state
             )
-            left = np.int32(end - int(state.forward))
-            state = self._state = program(self._params, state, left)
-            texts = self._fetch()
-            if texts.done_B.all() or int(state.forward) >= end:
-                return texts
+            rest = dataclasses.replace(state, alone=None)
+            self._state = program(self._params, rest, state.alone)
+        elif not wanted and state.alone is None:
+            self._state = _without_heads(state, self._params["norm"].shape[0])
+
+    def _run(self, depth: int, forwards: int) -> None:
+        """Forward passes at a depth; the cache grows when it is full."""
+        state = self._at()
+        program = self._programs.advance(self._decoder, self._params, depth, state)
+        end = int(state.forward) + forwards
+        state = self._state = program(self._params, state, np.int32(forwards))
+        if int(state.forward) < end and not _host(state.done_B).all():
             self._state = _with_slots(state, 2 * state.cache.slots)
+
+    def _measure(self) -> dict[int, float]:
+        """Seconds of a forward pass at every depth that there is to choose from."""
+        n = self._depth
+        depths = sorted({1, n, *(2**i for i in range(1, n.bit_length()) if 2**i < n)})
+        self._state, _ = self._begin(self._params, self._prompts)
+        self._use_heads(False)
+        self._use_heads(True)  # compiled as well
+        costs = {}
+        for depth in reversed(depths):
+            self._use_heads(depth > 1)
+            seconds = []
+            for _ in range(_TRIALS):
+                passes = int(self._at().forward)
+                began = time.perf_counter()
+                self._run(depth, 2)
+                passes = int(self._at().forward) - passes
+                seconds.append((time.perf_counter() - began) / max(passes, 1))
+            costs[depth] = min(seconds[1:])  # the first one compiled
+        self._state = None
+        return costs
+
+    def _at(self) -> DecodeState:
+        assert self._state is not None, "begin comes first"
+        return self._state
 
     def end(self, rows: Iterable[int]) -> None:
         """Ends texts where they are."""
-        assert self._state is not None, "begin comes first"
-        done_B = _host(self._state.done_B).copy()
+        state = self._at()
+        done_B = _host(state.done_B).copy()
         done_B[list(rows)] = True
-        done_B = jax.device_put(done_B, self._state.done_B.sharding)
-        self._state = dataclasses.replace(self._state, done_B=done_B)
+        done_B = jax.device_put(done_B, state.done_B.sharding)
+        self._state = dataclasses.replace(state, done_B=done_B)
 
     def _fetch(self) -> Texts:
-        assert self._state is not None, "begin comes first"
         names = ("tokens_BE", "forward_BE", "agreed_BE", "length_B", "done_B")
-        arrays = {name: _host(getattr(self._state, name)) for name in names}
+        arrays = {name: _host(getattr(self._at(), name)) for name in names}
         return Texts(**arrays, start_B=_host(self._prompts.length_B))
 
 
@@ -148,6 +218,11 @@ def _prompts(
 def _put(mesh: Mesh, x: np.ndarray) -> jax.Array:
     axes = ("batch", *[None] * (x.ndim - 1))
     return jax.device_put(x, NamedSharding(mesh, spec(*axes)))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _without_heads(state: DecodeState, d_model: int) -> DecodeState:
+    return leave_heads(state, d_model)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -5,7 +5,6 @@ tokens of a piece of prompt, V vocabulary.
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,17 +12,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mtp_jax.adaptive import CATCH_UP, catch_up, step_alone
 from mtp_jax.cache import Cache, chain, make_cache, run_heads_at, run_trunk
 from mtp_jax.config import ModelConfig
 from mtp_jax.decode_model import DecodeModel, build
-from mtp_jax.decoders.state import Decoder, DecodeState
+from mtp_jax.decoders.state import Decoder, DecodeState, Drafter
 from mtp_jax.sharding import spec
 
 _PIECE = 256  # tokens of a prompt read at once: bounds the memory of long prompts
 
-# begin(params, prompts) -> state; advance(params, state, forward passes) -> state, the
-# old state given up, ends early where all texts are done or one has no slots left.
-Begin = Callable[..., DecodeState]
+# begin(params, prompts) -> (state, confidence_M): how likely the first drafts are by
+# their own heads, a mean over the texts.
+Begin = Callable[..., tuple[DecodeState, jax.Array]]
+# advance(params, state, forward passes) -> state; the old state is given up. It ends
+# early where all texts are done or one has no slots left.
 Advance = Callable[..., DecodeState]
 
 
@@ -71,6 +73,21 @@ class Programs:
         key = ("begin", decoder, room, slots, *_kind(params), *_kind(prompts))
         return self._get(key, compiled)
 
+    def catch_up(self, decoder: Drafter, params: Any, state: Any) -> Advance:
+        """The program (params, state, alone) -> state that asks the heads again."""
+
+        def compiled():
+            @jax.jit(donate_argnames="state")
+            def caught_up(params, state, alone):
+                return catch_up(build(self._cfg, params), state, alone, decoder)
+
+            rest = dataclasses.replace(state, alone=None)
+            abstract = jax.tree.map(_abstract, (params, rest, state.alone))
+            return caught_up.lower(*abstract).compile()
+
+        key = ("catch up", decoder, *_kind(params), *_kind(state))
+        return self._get(key, compiled)
+
     def advance(self, decoder: Decoder, params: Any, depth: int, state: Any) -> Advance:
         """The program that writes on from such a state with `depth` heads in use."""
 
@@ -89,6 +106,11 @@ class Programs:
             self._compiled[key] = compiled()
             self.compile_s += time.perf_counter() - began
         return self._compiled[key]
+
+
+def slack(decoder: Decoder, heads: int) -> int:
+    """How many slots a forward pass may write after those of committed tokens."""
+    return max(decoder.width(heads), CATCH_UP)
 
 
 def _kind(tree: Any) -> tuple[Any, ...]:
@@ -121,25 +143,43 @@ def _begin(
             limit_B=prompts.limit_B,
             done_B=prompts.done_B,
             forward=jnp.zeros((), jnp.int32),
+            agreed_N=jnp.zeros(len(model.heads), jnp.int32),
             seen_BV=_seen(cfg, prompts) if prompts.law.penalized else None,
             cache=cache,
             carry=None,
             law=prompts.law,
             chance=prompts.chance,
+            alone=None,
             eos_id=eos_id,
         )
-        return decoder.begin(model, state, heads_BND)
+        confidence_M = _confidence(model, heads_BND[:, 1:], prompts.done_B)
+        return decoder.begin(model, state, heads_BND), confidence_M
 
     return begin
+
+
+def _confidence(
+    model: DecodeModel, heads_BMD: jax.Array, done_B: jax.Array
+) -> jax.Array:
+    """How likely each head finds its most likely token, float32 [M]."""
+    logits_BMV = model.logits(heads_BMD)
+    top_BM = jnp.max(jax.nn.log_softmax(logits_BMV, axis=-1), axis=-1)
+    counts_B1 = jnp.where(done_B, 0.0, 1.0)[:, None]
+    return jnp.sum(jnp.exp(top_BM) * counts_B1, axis=0) / jnp.sum(counts_B1)
 
 
 def _advance(cfg: ModelConfig, decoder: Decoder, depth: int) -> Any:
     @jax.jit(donate_argnames="state")
     def advance(params, state, forwards):
-        model = build(cfg, params)
-        step = functools.partial(decoder.step, model, depth=depth)
-        width = decoder.width(len(model.heads))
+        width = slack(decoder, len(params["heads"]))
         end = state.forward + forwards
+
+        def step(state):
+            # Built in the loop: what enters it are the weights as they are stored.
+            model = build(cfg, params)
+            if state.alone is not None:
+                return step_alone(model, state)
+            return decoder.step(model, state, depth)
 
         def goes_on(state):
             fits_B = state.length_B - 1 + width <= state.cache.slots

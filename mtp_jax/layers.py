@@ -158,7 +158,9 @@ def product(
             (((1,), (1,)), ((), ())),
             preferred_element_type=dtype,
         )
-        return y_OM.T.reshape(x.shape[:2] + w.shape[: len(outputs)])
+        # Without the barrier XLA would turn the product round again.
+        y_MO = lax.optimization_barrier(y_OM).T
+        return y_MO.reshape(x.shape[:2] + w.shape[: len(outputs)])
 
     # With one device every layout is the same; the specs only name it as the types do.
     in_specs = (jax.typeof(x).sharding.spec, jax.typeof(w).sharding.spec)

@@ -48,10 +48,7 @@ class Blockwise:
         """Commits what head 1 says at the prompt's end, and drafts with the others."""
         draws = Draws(state.chance, state.length_B)
         said_B1 = choose(state, next_logits(model, state, heads_BND[:, :1]), draws)
-        # Indexing a batch of one row may forget that it is split like any other.
-        drafts_BM = jax.sharding.reshard(
-            say(model, heads_BND)[:, 1:], spec("batch", None)
-        )
+        drafts_BM = self.draft(model, state, heads_BND[:, 1:], draws)
         none_B = jnp.zeros_like(state.length_B)
         state = dataclasses.replace(state, carry=drafts_BM, chance=draws.after())
         return commit(state, said_B1, none_B + 1, none_B)
@@ -73,8 +70,20 @@ class Blockwise:
         heads_BMD, cache = run_heads_at(
             model, drafting, trunk_BND, new, agreed_B, cache
         )
-        drafts_BM = say(model, heads_BMD)
+        drafts_BM = self.draft(model, state, heads_BMD, draws)
         state = dataclasses.replace(
             state, cache=cache, carry=drafts_BM, chance=draws.after()
         )
         return commit(state, said_BN, agreed_B + 1, agreed_B)
+
+    def draft(
+        self,
+        model: DecodeModel,
+        state: DecodeState,
+        heads_BMD: jax.Array,
+        draws: Draws,
+    ) -> jax.Array:
+        """The most likely token of each drafting head, int32 [B, M]."""
+        del state, draws
+        # Indexing a batch of one row may forget that it is split like any other.
+        return jax.sharding.reshard(say(model, heads_BMD), spec("batch", None))

@@ -52,7 +52,7 @@ class Speculative:
         """Commits a draw of head 1 at the prompt's end, and drafts with the others."""
         draws = Draws(state.chance, state.length_B)
         said_B1 = choose(state, next_logits(model, state, heads_BND[:, :1]), draws)
-        drafts = _draft(model, state, heads_BND[:, 1:], draws)
+        drafts = self.draft(model, state, heads_BND[:, 1:], draws)
         state = dataclasses.replace(state, carry=drafts, chance=draws.after())
         none_B = jnp.zeros_like(state.length_B)
         return commit(state, said_B1, none_B + 1, none_B)
@@ -74,11 +74,24 @@ class Speculative:
         heads_BMD, cache = run_heads_at(
             model, drafting, trunk_BND, new, agreed_B, cache
         )
-        drafts = _draft(model, state, heads_BMD, draws)
+        drafts = self.draft(model, state, heads_BMD, draws)
         state = dataclasses.replace(
             state, cache=cache, carry=drafts, chance=draws.after()
         )
         return commit(state, said_BN, agreed_B + 1, agreed_B)
+
+    def draft(
+        self,
+        model: DecodeModel,
+        state: DecodeState,
+        heads_BMD: jax.Array,
+        draws: Draws,
+    ) -> _Drafts:
+        """A draw of each drafting head, and what it was drawn from."""
+        # Tokens that the text repeats are not penalized: any law of drafts will do.
+        law_BMV = law_probs(state, model.logits(heads_BMD))
+        token_BM = _from_each(law_BMV, state, draws)
+        return _Drafts(jax.sharding.reshard(token_BM, spec("batch", None)), law_BMV)
 
 
 def accept(
@@ -116,16 +129,7 @@ def accept(
     return jnp.where(order_1N < agreed_B[:, None], drafts_BN, last_B1), agreed_B
 
 
-def _draft(
-    model: DecodeModel, state: DecodeState, heads_BMD: jax.Array, draws: Draws
-) -> _Drafts:
-    # Tokens that the text repeats are not penalized here: any law of drafts will do.
-    law_BMV = law_probs(state, model.logits(heads_BMD))
-    token_BM = choose_from(law_BMV, state, draws)
-    return _Drafts(jax.sharding.reshard(token_BM, spec("batch", None)), law_BMV)
-
-
-def choose_from(law_BMV: jax.Array, state: DecodeState, draws: Draws) -> jax.Array:
+def _from_each(law_BMV: jax.Array, state: DecodeState, draws: Draws) -> jax.Array:
     """A draw from each law; of a greedy one there is nothing to draw."""
     if state.law.greedy:
         return jnp.argmax(law_BMV, axis=-1).astype(jnp.int32)

@@ -26,6 +26,16 @@ from mtp_jax.sharding import spec
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Alone:
+    """What is left behind for drafting heads that are not asked; see `adaptive`."""
+
+    trunk_BED: jax.Array  # what the trunk said, where they have not read it
+    since_B: jax.Array  # the first position that they have not read
+    entropy: jax.Array  # of head 1's law, nats, a running mean over the batch
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class DecodeState:
     """A batch of texts in the making; they may differ in length.
 
@@ -40,11 +50,13 @@ class DecodeState:
     limit_B: jax.Array  # the length that ends a text
     done_B: jax.Array  # a text that no longer changes
     forward: jax.Array  # forward passes so far; the prompt is the first
+    agreed_N: jax.Array  # passes of unfinished texts with 0, 1 ... right drafts, int32
     seen_BV: jax.Array | None  # tokens of the text, where repetition is penalized
     cache: Cache
     carry: Any  # whatever else the decoder wants to keep
     law: Law
     chance: Chance
+    alone: Alone | None  # None: the drafting heads have read what head 1 has
     eos_id: int = dataclasses.field(metadata={"static": True})
 
 
@@ -73,6 +85,20 @@ class Decoder(Protocol):
         ...
 
 
+class Drafter(Decoder, Protocol):
+    """A decoder that can leave its heads alone for a while."""
+
+    def draft(
+        self,
+        model: DecodeModel,
+        state: DecodeState,
+        heads_BMD: jax.Array,
+        draws: Draws,
+    ) -> Any:
+        """What it carries to the next pass, from what the drafting heads say."""
+        ...
+
+
 def commit(
     state: DecodeState, tokens_BW: jax.Array, count_B: jax.Array, agreed_B: jax.Array
 ) -> DecodeState:
@@ -98,6 +124,8 @@ def commit(
     is_token_BEW = offset_BE[:, :, None] == order_1W[:, None]
     token_BE = jnp.sum(jnp.where(is_token_BEW, tokens_BW[:, None], 0), axis=2)
     forward = state.forward + 1
+    is_count_BN = agreed_B[:, None] == jnp.arange(state.agreed_N.shape[0])[None]
+    passed_BN = is_count_BN & ~state.done_B[:, None]
     seen_BV = state.seen_BV
     if seen_BV is not None:
         kept = jnp.where(kept_BW, tokens_BW, -1)
@@ -112,6 +140,7 @@ def commit(
         | (length_B >= state.limit_B)
         | jnp.any(kept_BW & ends_BW, axis=1),
         forward=forward,
+        agreed_N=state.agreed_N + jnp.sum(passed_BN, axis=0, dtype=jnp.int32),
         seen_BV=seen_BV,
     )
 

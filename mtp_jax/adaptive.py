@@ -1,0 +1,212 @@
+"""How many heads to use, from one stretch of forward passes to the next.
+
+Drafting pays where more tokens are accepted than the wider pass costs. Both are
+measured: the seconds of a pass at every depth, for the batch at hand, and how far the
+drafts of the last passes were right. At depth 1 the drafting heads are left alone
+altogether; what the trunk says is kept, so that they can catch up later.
+
+Axes: B batch, E tokens of a text at most, W tokens that are caught up at once, N heads,
+M = N - 1 drafting heads, D model width, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from mtp_jax.cache import NewTokens, chain, run_head, run_heads_at, run_trunk
+from mtp_jax.decode_model import DecodeModel
+from mtp_jax.decoders.sampling import Draws
+from mtp_jax.decoders.state import (
+    Alone,
+    DecodeState,
+    Drafter,
+    choose,
+    commit,
+    last_token,
+    next_logits,
+)
+from mtp_jax.sharding import spec
+
+CATCH_UP = 16  # tokens that the drafting heads read at once when they are asked again
+
+_GAIN = 1.03  # drafting must promise so much more than not drafting
+_MEMORY = 32.0  # passes of all texts, after which what was seen counts half
+_CALMER = 0.6  # share of the entropy at which heads are asked again before their time
+
+
+def leave_heads(state: DecodeState, d_model: int) -> DecodeState:
+    """From now on only the trunk and head 1 read: `state.alone` says since when."""
+    b, e = state.tokens_BE.shape
+    dtype = state.cache.k_BGSK[0].dtype
+    trunk_BED = jnp.zeros((b, e, d_model), dtype, out_sharding=_ROWS)
+    alone = Alone(trunk_BED, state.length_B - 1, jnp.zeros(()))
+    return dataclasses.replace(state, alone=alone)
+
+
+def step_alone(model: DecodeModel, state: DecodeState) -> DecodeState:
+    """One token by head 1, which all exact decoders agree on at depth 1."""
+    alone = state.alone
+    assert alone is not None, "leave_heads comes first"
+    new = chain(last_token(state), state.length_B - 1)
+    trunk_B1D, cache = run_trunk(model, new, state.cache)
+    head_B1D, cache = run_head(model, 0, trunk_B1D, new, cache)
+    logits_B1V = next_logits(model, state, head_B1D)
+    draws = Draws(state.chance, state.length_B)
+    token_B1 = choose(state, logits_B1V, draws)
+    entropy_B = _entropy(logits_B1V)[:, 0]
+    alone = Alone(
+        trunk_BED=_store(alone.trunk_BED, trunk_B1D, new.start_B),
+        since_B=alone.since_B,
+        entropy=0.9 * alone.entropy + 0.1 * jnp.mean(entropy_B),
+    )
+    state = dataclasses.replace(state, cache=cache, chance=draws.after(), alone=alone)
+    none_B = jnp.zeros_like(state.length_B)
+    return commit(state, token_B1, none_B + 1, none_B)
+
+
+def catch_up(
+    model: DecodeModel, state: DecodeState, alone: Alone, decoder: Drafter
+) -> DecodeState:
+    """The drafting heads read what they have missed, and draft again.
+
+    Args:
+      model: the model.
+      state: without what was left behind.
+      alone: what was left behind.
+      decoder: whose drafts are wanted.
+    """
+    drafting = range(1, len(model.heads))
+    b, d = state.tokens_BE.shape[0], model.cfg.d_model
+    nothing_BMD = jnp.zeros(
+        (b, len(drafting), d), alone.trunk_BED.dtype, out_sharding=_ROWS
+    )
+    last_B = state.length_B - 2  # the last position that was read
+
+    def behind(carry):
+        return jnp.any(carry[0] <= last_B)
+
+    def piece(carry):
+        from_B, heads_BMD, cache = carry
+        trunk_BWD = _slice(alone.trunk_BED, from_B, CATCH_UP)
+        nothing_BW = jnp.zeros(trunk_BWD.shape[:2], jnp.int32, out_sharding=_IDS)
+        new: NewTokens = chain(nothing_BW, from_B)
+        slot_B = last_B - from_B
+        here_BMD, cache = run_heads_at(model, drafting, trunk_BWD, new, slot_B, cache)
+        is_here_B11 = ((slot_B >= 0) & (slot_B < CATCH_UP))[:, None, None]
+        heads_BMD = jnp.where(is_here_B11, here_BMD, heads_BMD)
+        return jnp.minimum(from_B + CATCH_UP, last_B + 1), heads_BMD, cache
+
+    start = (alone.since_B, nothing_BMD, state.cache)
+    _, heads_BMD, cache = lax.while_loop(behind, piece, start)
+    draws = Draws(state.chance, state.length_B)
+    carry = decoder.draft(model, state, heads_BMD, draws)
+    return dataclasses.replace(state, cache=cache, carry=carry, chance=draws.after())
+
+
+class DepthChooser:
+    """Picks the depth that promises the most tokens a second."""
+
+    def __init__(self, cost_s: dict[int, float], confidence_M: Sequence[float]):
+        """Takes seconds of a pass by depth, and how sure the heads were at first.
+
+        Args:
+          cost_s: depth to seconds, of the batch at hand; 1 and others.
+          confidence_M: how likely the drafts are by their own heads, of each that
+            drafts: all there is to go by before any draft was verified.
+        """
+        self.cost_s = cost_s
+        self._right_M = np.cumprod(np.asarray(confidence_M, float))
+        self._seen_M = np.full(len(self._right_M), 4.0)  # passes that the guess counts
+        self._right_M = self._right_M * self._seen_M
+        self._alone = 0  # passes at depth 1 since the heads were last asked
+        self._patience = 64  # passes at depth 1 before they are asked again
+        self._entropy = 0.0  # of head 1, when they were left
+
+    def depth(self) -> int:
+        """The depth for the next stretch."""
+        right_M = self._right_M / self._seen_M
+
+        def speed(depth: int) -> float:
+            return (1.0 + float(right_M[: depth - 1].sum())) / self.cost_s[depth]
+
+        best = max(self.cost_s, key=speed)
+        if best > 1 and speed(best) > _GAIN * speed(1):
+            return best
+        # What was seen of the drafts may no longer hold: look again, ever more rarely.
+        return self._cheapest() if self._due() else 1
+
+    def _cheapest(self) -> int:
+        return min((d for d in self.cost_s if d > 1), key=lambda d: self.cost_s[d])
+
+    def _due(self) -> bool:
+        return self._alone >= self._patience
+
+    def saw(
+        self, depth: int, agreed_N: np.ndarray, passes: int, seconds: float
+    ) -> None:
+        """Tells what a stretch at a depth came to.
+
+        Args:
+          depth: that of its passes.
+          agreed_N: how often 0, 1 ... drafts were right, over passes and texts.
+          passes: how many.
+          seconds: how long they took.
+        """
+        self.cost_s[depth] += 0.2 * (seconds / passes - self.cost_s[depth])
+        if depth == 1:
+            self._alone += passes
+            return
+        if self._alone:  # the heads were asked again, for better or for worse
+            self._patience *= 2
+            self._alone = 0
+        fade = 0.5 ** (passes / _MEMORY)
+        for i in range(1, depth):
+            right, tried = float(agreed_N[i:].sum()), float(agreed_N.sum())
+            if tried:
+                self._right_M[i - 1] = fade * self._right_M[i - 1] + right * (
+                    passes / tried
+                )
+                self._seen_M[i - 1] = fade * self._seen_M[i - 1] + passes
+
+    def saw_entropy(self, entropy: float) -> None:
+        """Tells how open head 1's choices were lately, in nats, at depth 1."""
+        if self._alone and self._alone <= 2 * CATCH_UP:
+            self._entropy = entropy
+        elif entropy < _CALMER * self._entropy:
+            self._alone = max(self._alone, self._patience)
+
+
+_ROWS = spec("batch", None, None)
+_IDS = spec("batch", None)
+
+
+def _entropy(logits_BWV: jax.Array) -> jax.Array:
+    """Of each law, nats, float32 [B, W]."""
+    log_p_BWV = jax.nn.log_softmax(logits_BWV, axis=-1)
+    return -jnp.sum(jnp.exp(log_p_BWV) * log_p_BWV, axis=-1)
+
+
+def _store(to_BED: jax.Array, x_B1D: jax.Array, at_B: jax.Array) -> jax.Array:
+    def local(to_BED, x_B1D, at_B):
+        def one(to_ED, x_1D, at):
+            return lax.dynamic_update_slice(to_ED, x_1D, (at, 0))
+
+        return jax.vmap(one)(to_BED, x_B1D, at_B)
+
+    in_specs = (_ROWS, _ROWS, spec("batch"))
+    return jax.shard_map(local, in_specs=in_specs, out_specs=_ROWS)(to_BED, x_B1D, at_B)
+
+
+def _slice(x_BED: jax.Array, at_B: jax.Array, width: int) -> jax.Array:
+    def local(x_BED, at_B):
+        def one(x_ED, at):
+            return lax.dynamic_slice_in_dim(x_ED, at, width)
+
+        return jax.vmap(one)(x_BED, at_B)
+
+    in_specs = (_ROWS, spec("batch"))
+    return jax.shard_map(local, in_specs=in_specs, out_specs=_ROWS)(x_BED, at_B)

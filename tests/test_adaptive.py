@@ -1,0 +1,115 @@
+"""How many heads are used changes how fast a text is made, and nothing else."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from test_decode import NEW, Letters, case, expected
+
+from mtp_jax import decode_batch
+from mtp_jax.adaptive import DepthChooser
+from mtp_jax.decode_batch import Batch
+from mtp_jax.decode_program import Programs
+from mtp_jax.decoders import DECODERS
+from mtp_jax.decoders.sampling import Sampling
+
+
+@pytest.fixture
+def restless(monkeypatch):
+    """A depth of its own for every two forward passes."""
+    depths = itertools.cycle([4, 1, 1, 2, 1, 4, 2])
+    monkeypatch.setattr(DepthChooser, "depth", lambda self: next(depths))
+    monkeypatch.setattr(decode_batch, "_STRETCH_S", 0.0)
+    monkeypatch.setattr(decode_batch, "_FEWEST", 2)
+
+
+@pytest.mark.parametrize("decoder", ["blockwise", "speculative"])
+def test_any_change_of_depth_gives_the_same_text(restless, decoder):
+    c = case(4, 5)
+    results = c.generator.generate(
+        c.prompts, max_new_tokens=NEW, decoder=decoder, adaptive=True
+    )
+    for result, text in zip(results, c.texts, strict=True):
+        assert (result.tokens, result.finish) == expected(text, c.eos_id)
+    assert any(1 < r.tokens_per_forward < 4 for r in results)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_caches_are_what_reading_the_text_at_once_would_make(restless, adaptive):
+    c = case(4, 5)
+    rows = [np.concatenate([[0], p]).astype(np.int32) for p in c.prompts]
+    nothing_ends = Letters(eos_id=-1)
+    programs, params = Programs(c.cfg, nothing_ends.eos_id), c.generator._params
+    blockwise = DECODERS["blockwise"]()
+    with jax.set_mesh(c.generator.mesh):
+        batch = Batch(programs, params, blockwise, rows, 40, Sampling(), adaptive)
+        batch.begin()
+        texts = batch.advance(11)
+        batch._use_heads(True)  # they catch up, if they are behind
+        made = jax.device_get(batch._state.cache)
+        read = [
+            t[: n - 1] for t, n in zip(texts.tokens_BE, texts.length_B, strict=True)
+        ]
+        again = Batch(programs, params, blockwise, read, 1, Sampling())
+        again.begin()
+        fresh = jax.device_get(again._state.cache)
+    assert len(made.k_BGSK) == c.cfg.num_layers
+    for ours, theirs in zip(jax.tree.leaves(made), jax.tree.leaves(fresh), strict=True):
+        for b, row in enumerate(read):
+            np.testing.assert_allclose(
+                ours[b, :, : len(row)], theirs[b, :, : len(row)], atol=1e-5
+            )
+
+
+def chooser(cost_s, confidence_M):
+    return DepthChooser(dict(cost_s), confidence_M)
+
+
+def test_heads_that_are_sure_are_used_and_others_are_not():
+    cost_s = {1: 1.0, 2: 1.2, 4: 1.5}
+    assert chooser(cost_s, [0.95, 0.9, 0.9]).depth() == 4
+    assert chooser(cost_s, [0.9, 0.05, 0.05]).depth() == 2
+    assert chooser(cost_s, [0.05, 0.05, 0.05]).depth() == 1
+    # A pass four times as dear, as with a large batch, is not worth 3.5 tokens.
+    assert chooser({1: 1.0, 2: 2.1, 4: 4.0}, [0.95, 0.9, 0.9]).depth() == 1
+
+
+def test_what_is_seen_outweighs_what_the_heads_say():
+    choose = chooser({1: 1.0, 4: 1.5}, [0.95, 0.95, 0.95])
+    assert choose.depth() == 4
+    for _ in range(6):
+        choose.saw(4, np.array([8, 0, 0, 0]), passes=8, seconds=12.0)
+    assert choose.depth() == 1
+
+
+def test_heads_are_asked_again_ever_more_rarely():
+    choose = chooser({1: 1.0, 4: 1.5}, [0.1, 0.1, 0.1])
+    waits, wait = [], 0
+    while len(waits) < 3:
+        if choose.depth() == 1:
+            choose.saw(1, np.array([4, 0, 0, 0]), passes=4, seconds=4.0)
+            wait += 4
+        else:
+            choose.saw(4, np.array([4, 0, 0, 0]), passes=4, seconds=6.0)
+            waits, wait = [*waits, wait], 0
+    assert waits == [64, 128, 256]
+
+
+def test_a_text_that_becomes_calm_is_drafted_again():
+    choose = chooser({1: 1.0, 4: 1.5}, [0.1, 0.1, 0.1])
+    choose.saw(1, np.array([8, 0, 0, 0]), passes=8, seconds=8.0)
+    choose.saw_entropy(2.0)
+    choose.saw(1, np.array([40, 0, 0, 0]), passes=40, seconds=40.0)
+    choose.saw_entropy(1.9)
+    assert choose.depth() == 1
+    choose.saw_entropy(0.5)
+    assert choose.depth() == 4
+
+
+def test_costs_follow_what_passes_take():
+    choose = chooser({1: 1.0, 4: 1.5}, [0.9, 0.9, 0.9])
+    assert choose.depth() == 4
+    for _ in range(10):
+        choose.saw(4, np.array([0, 0, 0, 4]), passes=4, seconds=40.0)
+    assert choose.depth() == 1

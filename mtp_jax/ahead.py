@@ -26,7 +26,7 @@ from mtp_jax.program import Program, read_program
 from mtp_jax.sharding import abstract_tree, check_divisible, make_mesh
 from mtp_jax.train_step import TrainState, make_init, make_step
 
-_EXAMPLES = "v4:2x2x1, v5e:4x4, v5p:4x4x4, v6e:8x8 or tpu7x:2x2x1"
+_EXAMPLES = "v4:2x2x1, v5e:4x4, v5p:4x4x4, tpu7x:2x2x1, or 2xv5p:4x4x4 for two slices"
 # Dimensions of a pod and chips of its largest slice; libtpu compiles for more, too.
 # docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x, "System architecture".
 _PODS = {
@@ -67,14 +67,18 @@ def use_no_devices() -> None:
 def topology_devices(name: str) -> list[jax.Device]:
     """The devices of a topology such as v5e:4x4, one a chip or one a core.
 
+    With a number in front, as in 2xv5e:4x4, of so many slices.
+
     Raises:
       UserError: libtpu is not installed, or there is no such topology.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("plan needs libtpu: pip install 'mtp-jax[tpu]'.")
-    if not re.fullmatch(r"\w+:\d+(x\d+)+", name):
+    match = re.fullmatch(r"(?:([1-9]\d*)x)?([A-Za-z]\w*:\d+(?:x\d+)+)", name)
+    if not match:
         raise UserError(f"--topology={name} is not a topology such as {_EXAMPLES}.")
-    kind, _, shape = name.partition(":")
+    slices, topology = int(match[1] or 1), match[2]
+    kind, _, shape = topology.partition(":")
     sizes = [int(size) for size in shape.split("x")]
     dimensions, chips = _PODS.get(kind.lower(), (math.inf, math.inf))
     if len(sizes) > dimensions or math.prod(sizes) > chips:
@@ -82,12 +86,14 @@ def topology_devices(name: str) -> list[jax.Device]:
             f"--topology={name} is no part of a pod of {kind}, which has {dimensions} "
             f"dimensions and slices of up to {chips} chips."
         )
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     # A v4 chip is one device of jax, as on hosts that have one; the others are as they
     # are without being told.
-    options = {"chip_config_name": "megacore"} if kind.lower() == "v4" else {}
+    if kind.lower() == "v4":
+        options["chip_config_name"] = "megacore"
     try:
         with _silenced_stderr():
-            return topologies.get_topology_desc(name, "tpu", **options).devices
+            return topologies.get_topology_desc(topology, "tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
         said = str(error).partition("\n")[0].removeprefix("INVALID_ARGUMENT: ")
         raise UserError(

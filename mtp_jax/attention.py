@@ -2,18 +2,21 @@
 
 Axes: B batch, T queries, S keys or slots of a cache, W new tokens, H query heads,
 G key-value heads, K head width.
+
+Where rows are split over devices (context parallel), every device gathers the keys and
+values of its rows and reads them with its own queries. With grouped queries, keys are
+the smaller part by far.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from mtp_jax import kernels
+from mtp_jax import kernels, zigzag
 from mtp_jax.config import Attention, Config
 from mtp_jax.errors import UserError
-from mtp_jax.sharding import spec
-
-_BY_HEAD = spec("batch", None, "heads", None)
+from mtp_jax.sharding import axes_of, shards_of, spec, spec_like, time_parts
 
 
 def causal_attention(
@@ -26,9 +29,11 @@ def causal_attention(
     """Each position reads itself and what came before it in its document.
 
     Args:
-      q_BTHK, k_BTGK, v_BTGK: queries, keys and values of packed rows.
+      q_BTHK, k_BTGK, v_BTGK: queries, keys and values of packed rows. Their time may
+        be split over devices, and is then in the order of `zigzag`.
       segments_BT: number of the document each position belongs to; padding, 0, is a
-        document like any other, so that no query is without a key.
+        document like any other, so that no query is without a key. Not split, and in
+        the order of the rows.
       kernel: which one; `check_attention` says beforehand whether it can.
 
     Returns:
@@ -36,8 +41,27 @@ def causal_attention(
     """
     if kernel == "auto":
         kernel = _best(q_BTHK)
-    local = {"splash": kernels.splash, "cudnn": kernels.cudnn, "xla": _masked}[kernel]
-    return _on_each_device(local, kernel)(q_BTHK, k_BTGK, v_BTGK, segments_BT)
+    run = {"splash": kernels.splash, "cudnn": kernels.cudnn, "xla": _masked}[kernel]
+    by_head, time = spec_like(q_BTHK, "heads", None), axes_of("time")
+    parts = time_parts(q_BTHK)
+
+    def local(q_bthk, k_btgk, v_btgk, segments_bS):
+        if parts == 1:
+            return run(q_bthk, k_btgk, v_btgk, segments_bS, 0)
+        k_bSgk, v_bSgk = (
+            zigzag.restore(lax.all_gather(x, time, axis=1, tiled=True), parts, axis=1)
+            for x in (k_btgk, v_btgk)
+        )
+        return run(q_bthk, k_bSgk, v_bSgk, segments_bS, lax.axis_index(time))
+
+    return jax.shard_map(
+        local,
+        in_specs=(by_head, by_head, by_head, spec("batch", None)),
+        out_specs=by_head,
+        # A Pallas kernel does not say over which axes its results differ. They differ
+        # over all that split rows, heads and time, as the specs say.
+        check_vma=kernel != "splash",
+    )(q_BTHK, k_BTGK, v_BTGK, segments_BT)
 
 
 def cached_attention(
@@ -74,11 +98,12 @@ def cached_attention(
         k_BSGK, v_BSGK = (jnp.swapaxes(x, 1, 2) for x in (k_BGSK, v_BGSK))
         return kernels.xla(q_BWHK, k_BSGK, v_BSGK, mask_BWS)
 
+    by_head = spec("batch", None, "heads", None)
     store = spec("batch", "heads", None, None)
     return jax.shard_map(
         local,
-        in_specs=(_BY_HEAD, store, store, spec("batch")),
-        out_specs=_BY_HEAD,
+        in_specs=(by_head, store, store, spec("batch")),
+        out_specs=by_head,
     )(q_BWHK, k_BGSK, v_BGSK, start_B)
 
 
@@ -93,6 +118,7 @@ def check_attention(cfg: Config, mesh: jax.sharding.Mesh) -> None:
         kernel,
         mesh.abstract_mesh.abstract_device,
         seq_len=cfg.data.seq_len,
+        shards=shards_of("time", mesh),
         d_head=cfg.model.d_head,
         dtype=cfg.model.compute_dtype,
     )
@@ -110,28 +136,17 @@ def _best(q_BTHK: jax.Array) -> Attention:
     choices: tuple[Attention, ...] = ("splash", "cudnn")
     for kernel in choices:
         if not kernels.why_not(
-            kernel, device, seq_len=t, d_head=k, dtype=q_BTHK.dtype.name
+            kernel,
+            device,
+            seq_len=t,
+            shards=time_parts(q_BTHK),
+            d_head=k,
+            dtype=q_BTHK.dtype.name,
         ):
             return kernel
     return "xla"
 
 
-def _masked(q_BTHK, k_BTGK, v_BTGK, segments_BT):
-    same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
-    return kernels.xla(q_BTHK, k_BTGK, v_BTGK, jnp.tril(same_BTT))
-
-
-def _on_each_device(local, kernel: Attention):
-    """`local` on every device's own rows and heads.
-
-    No row and no head needs another, so the devices need not talk, and a kernel need
-    know nothing of meshes.
-    """
-    return jax.shard_map(
-        local,
-        in_specs=(_BY_HEAD, _BY_HEAD, _BY_HEAD, spec("batch", None)),
-        out_specs=_BY_HEAD,
-        # A Pallas kernel does not say over which axes its results differ. They differ
-        # over all that split rows and heads, as the specs say.
-        check_vma=kernel != "splash",
-    )
+def _masked(q_BTHK, k_BSGK, v_BSGK, segments_BS, part):
+    mask_BTS = kernels.causal_mask(segments_BS, q_BTHK.shape[1], part)
+    return kernels.xla(q_BTHK, k_BSGK, v_BSGK, mask_BTS)

@@ -223,8 +223,9 @@ class TrainConfig:
 class MeshConfig:
     """Devices along each axis; one of them may be -1: all that are left."""
 
-    replica: int = 1  # copies of the model
+    replica: int = 1  # copies of the model; a multiple of the number of slices
     fsdp: int = -1  # parameters and batch split
+    sequence: int = 1  # positions of a row split, and parameters as over fsdp
     tensor: int = 1  # attention heads, feed-forward width and vocabulary split
 
     def __post_init__(self):

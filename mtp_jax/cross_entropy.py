@@ -1,8 +1,8 @@
 """Cross entropy of hidden states against the vocabulary, a chunk of tokens at a time.
 
-Axes: B rows, T positions, D model width, V vocabulary, R groups of devices with rows of
-their own. On one device: b rows, M = b T tokens, C of them in a chunk, v tokens of the
-vocabulary.
+Axes: B rows, T positions, D model width, V vocabulary, R groups of devices with tokens
+of their own. On one device: b rows, t positions of them, M = b t tokens, C of them in a
+chunk, v tokens of the vocabulary.
 
 Every device works on its own tokens, so the only collectives are sums over the shards
 of the vocabulary: logits never leave the device that made them.
@@ -22,9 +22,9 @@ from mtp_jax.sharding import axes_of, spec
 # that large keep the products efficient; more would only take memory.
 _LOGITS = 2**27
 
-_TOKENS = spec("batch", None)
-_HIDDEN = spec("batch", None, None)
-_COPIES = spec("batch", "vocab", None)
+_TOKENS = spec("batch", "time")
+_HIDDEN = spec("batch", "time", None)
+_COPIES = spec("copies", "vocab", None)
 
 
 @jax.tree_util.register_dataclass
@@ -146,7 +146,7 @@ def score_tokens_and_grad(
 def _add_copies(d_w_vD: jax.Array) -> jax.Array:
     """The sum over the groups of devices; each keeps its share of the width."""
     width = axes_of("embed")
-    others = tuple(axis for axis in axes_of("batch") if axis != width)
+    others = tuple(axis for axis in axes_of("copies") if axis not in width)
     d_w_vd = lax.psum_scatter(d_w_vD, width, scatter_dimension=1, tiled=True)
     return lax.psum(d_w_vd, others)
 
@@ -158,7 +158,7 @@ def _scan_chunks(
     vocab: int,
     chunk_tokens: int,
 ) -> tuple[Any, Any]:
-    """`one_chunk` over the tokens [b, T, ...] of a device, C at a time.
+    """`one_chunk` over the tokens [b, t, ...] of a device, C at a time.
 
     The chunks are of one size, the smallest at which there are no more of them, so that
     few tokens are added to fill the last.

@@ -21,6 +21,7 @@ class Chip:
     hbm_bytes: float
     hbm_bytes_per_s: float
     link_bytes_per_s: float  # sent to other chips over all links at once, one way
+    dcn_bytes_per_s: float | None = None  # sent to other slices; None: not known
     cores: int = 1  # of a chip; a device of jax is a chip or one core of it
     cores_of_device: int = 1  # where the device does not say
 
@@ -31,16 +32,21 @@ class Chip:
             hbm_bytes=self.hbm_bytes * share,
             hbm_bytes_per_s=self.hbm_bytes_per_s * share,
             link_bytes_per_s=self.link_bytes_per_s * share,
+            dcn_bytes_per_s=self.dcn_bytes_per_s and self.dcn_bytes_per_s * share,
         )
 
 
 # Whole chips, by the beginning of jax's device_kind; the first that fits counts.
 # TPUs: docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x, "System
-# architecture"; links are half of the "bidirectional" figure, which counts both ways.
+# architecture"; links are half of the "bidirectional" figure, which counts both ways;
+# the network between slices is a chip's share of the NICs of its host, that of v5p from
+# jax-ml.github.io/scaling-book, "How to Parallelize a Transformer".
 # GPUs: NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM, HGX B200; NVLink.
-_V5E = Chip(197e12, 16 * GIB, 819 * GB, 200 * GB)
-_V5P = Chip(459e12, 95 * GIB, 2765 * GB, 600 * GB, cores=2, cores_of_device=2)
-_V6E = Chip(918e12, 32 * GIB, 1638 * GB, 400 * GB)
+_V5E = Chip(197e12, 16 * GIB, 819 * GB, 200 * GB, 3.125 * GB)
+_V5P = Chip(
+    459e12, 95 * GIB, 2765 * GB, 600 * GB, 6.25 * GB, cores=2, cores_of_device=2
+)
+_V6E = Chip(918e12, 32 * GIB, 1638 * GB, 400 * GB, 12.5 * GB)
 _CHIPS = {
     "TPU v4": Chip(275e12, 32 * GIB, 1228 * GB, 300 * GB, cores=2, cores_of_device=2),
     "TPU v5 lite": _V5E,

@@ -6,7 +6,7 @@
          only its gradients remain of a head (arXiv:2404.19737, section 2, figure 2).
 
 Axes: N heads, B rows, T positions, D model width, V vocabulary, R groups of devices
-with rows of their own.
+with tokens of their own.
 """
 
 import dataclasses
@@ -91,7 +91,7 @@ def _naive(parts, rows, targets, z_loss, compute):
         jax.sharding.reshard(
             parts.unembedding_VD.astype(hidden_NBTD.dtype), spec("vocab", None)
         ),
-        out_sharding=spec(None, "batch", None, "vocab"),
+        out_sharding=spec(None, "batch", "time", "vocab"),
         preferred_element_type=jnp.float32,
     )
     log_z_NBT = jax.nn.logsumexp(logits_NBTV, axis=-1)

@@ -22,7 +22,9 @@ class Rows:
     """What a layer must know of packed rows besides their activations."""
 
     angles_BTk: jax.Array  # rotary angles of the positions, float32
-    segments_BT: jax.Array  # document of each position, int32; 0 is padding
+    # Document of each position, int32; 0 is padding. Not split over devices that share
+    # a row, and in its order.
+    segments_BT: jax.Array
 
 
 def attend_within(rows: Rows, kernel: Attention) -> Attend:

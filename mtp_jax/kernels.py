@@ -5,12 +5,17 @@ width.
 
 A kernel runs on one device, over that device's rows and heads. The query head h reads
 the key-value head h // (H / G) (arXiv:2305.13245), and no kernel repeats the keys.
+
+Of a row that is split over devices, a kernel has all keys, in order, and one of S / T
+parts of the queries, those that `zigzag` gives to a device.
 """
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas.ops.tpu import splash_attention as splash_lib
 
+from mtp_jax import zigzag
 from mtp_jax.config import Attention
 
 # What a kernel keeps for its backward pass goes by this name in checkpoint policies.
@@ -19,11 +24,17 @@ KEPT = "attention"
 _LANES = 128  # of a TPU's vector registers: splash takes positions by so many
 
 
+def _step(parts: int) -> int:
+    """What the length of a row must be a multiple of for splash."""
+    return _LANES * len(zigzag.pieces(parts))
+
+
 def why_not(
     kernel: Attention,
     device: jax.sharding.AbstractDevice | None,
     *,
     seq_len: int,
+    shards: int,
     d_head: int,
     dtype: str,
 ) -> str:
@@ -33,6 +44,7 @@ def why_not(
       kernel: the one in question; "auto" and "xla" ask for nothing.
       device: of the mesh; None if it is not known, and then no kernel can run.
       seq_len: positions of a row.
+      shards: devices over which they are split.
       d_head: width of an attention head.
       dtype: of queries, keys and values.
     """
@@ -40,9 +52,10 @@ def why_not(
     if kernel == "splash":
         if platform != "tpu":
             return f"runs on TPUs, and the devices here are of kind {kind!r}"
-        if seq_len % _LANES:
+        if seq_len % _step(shards):
+            split = f" with config.mesh.sequence = {shards}" if shards > 1 else ""
             return (
-                f"takes rows of a multiple of {_LANES} positions, and "
+                f"takes rows of a multiple of {_step(shards)} positions{split}, and "
                 f"config.data.seq_len is {seq_len}"
             )
     if kernel == "cudnn":
@@ -66,9 +79,10 @@ def why_not(
 
 def splash(
     q_BTHK: jax.Array,
-    k_BTGK: jax.Array,
-    v_BTGK: jax.Array,
-    segments_BT: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    segments_BS: jax.Array,
+    part: jax.Array | int,
     interpret: bool = False,
 ) -> jax.Array:
     """Causal attention within documents by the splash kernel, for TPUs.
@@ -80,9 +94,12 @@ def splash(
       [B, T, H, K], in the dtype of the queries.
     """
     t, h = q_BTHK.shape[1:3]
-    # The largest block up to 512 that divides the row: fewer steps than small ones, and
-    # the float32 scores of a block still fit in the memory of the core.
-    block = max(b for b in range(_LANES, 512 + 1, _LANES) if t % b == 0)
+    s = k_BSGK.shape[1]
+    parts = s // t
+    piece = s // len(zigzag.pieces(parts))
+    # The largest block up to 512 that divides the row's pieces: fewer steps than small
+    # ones, and the float32 scores of a block still fit in the memory of the core.
+    block = max(b for b in range(_LANES, 512 + 1, _LANES) if piece % b == 0)
     sizes = splash_lib.BlockSizes(
         block_q=block,
         block_kv=block,
@@ -93,44 +110,97 @@ def splash(
         block_q_dq=block,
         block_kv_dq=block,
     )
-    mask = splash_lib.MultiHeadMask([splash_lib.CausalMask((t, t))] * h)
+    mask = splash_lib.CausalMask((s, s))
+    mask.q_sequence = zigzag.positions(s, parts)
     kernel = splash_lib.make_splash_mha(
-        mask,
+        splash_lib.MultiHeadMask([mask] * h),
         block_sizes=sizes,
         head_shards=1,
-        q_seq_shards=1,
+        q_seq_shards=parts,
         residual_checkpoint_name=KEPT,
         interpret=interpret,
     )
+    if parts > 1:
+        kernel = _of_part(kernel, part, parts)
 
-    def row(q_THK, k_TGK, v_TGK, segments_T):
-        q_HTK, k_GTK, v_GTK = (jnp.swapaxes(x, 0, 1) for x in (q_THK, k_TGK, v_TGK))
+    def row(q_THK, k_SGK, v_SGK, segments_T, segments_S):
+        q_HTK, k_GSK, v_GSK = (jnp.swapaxes(x, 0, 1) for x in (q_THK, k_SGK, v_SGK))
         scaled_HTK = q_HTK * q_HTK.shape[-1] ** -0.5  # the kernel does not scale
-        segments = splash_lib.SegmentIds(segments_T, segments_T)
-        return jnp.swapaxes(kernel(scaled_HTK, k_GTK, v_GTK, segments), 0, 1)
+        segments = splash_lib.SegmentIds(segments_T, segments_S)
+        return jnp.swapaxes(kernel(scaled_HTK, k_GSK, v_GSK, segments), 0, 1)
 
-    return jax.vmap(row)(q_BTHK, k_BTGK, v_BTGK, segments_BT)
+    segments_BT, _ = _queries(segments_BS, t, part)
+    return jax.vmap(row)(q_BTHK, k_BSGK, v_BSGK, segments_BT, segments_BS)
+
+
+def _of_part(kernel, part: jax.Array | int, parts: int):
+    """The kernel for one part of the queries, from one that was made for all of them.
+
+    Its tables of blocks, [heads, blocks of queries, blocks of keys], say for each part
+    what there is to be computed; the positions of the queries are a table [S].
+    """
+
+    def own(x: jax.Array) -> jax.Array:
+        axis = min(1, x.ndim - 1)
+        size = x.shape[axis] // parts
+        return lax.dynamic_slice_in_dim(x, part * size, size, axis)
+
+    return jax.tree.map(own, kernel)
 
 
 def cudnn(
-    q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, segments_BT: jax.Array
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    segments_BS: jax.Array,
+    part: jax.Array | int,
 ) -> jax.Array:
     """Causal attention within documents by cuDNN's flash kernel, for NVIDIA GPUs.
 
-    The documents are a mask [B, 1, T, T] in the dtype of the queries, the only form in
+    The documents are a mask [B, 1, T, S] in the dtype of the queries, the only form in
     which cuDNN takes them on every GPU; scores and weights are never stored.
 
     Returns:
       [B, T, H, K], in the dtype of the queries.
     """
-    same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
+    t, s = q_BTHK.shape[1], k_BSGK.shape[1]
+    # Told that it is causal, cuDNN leaves out what is hidden. It takes the queries to
+    # stand in a line from the first key on, which they do only if the row is whole.
+    whole = t == s
+    same_BSS = segments_BS[:, :, None] == segments_BS[:, None, :]
+    mask_BTS = same_BSS if whole else causal_mask(segments_BS, t, part)
     return jax.nn.dot_product_attention(
         q_BTHK,
-        k_BTGK,
-        v_BTGK,
-        mask=same_BTT[:, None],
-        is_causal=True,
+        k_BSGK,
+        v_BSGK,
+        mask=mask_BTS[:, None],
+        is_causal=whole,
         implementation="cudnn",
+    )
+
+
+def causal_mask(segments_BS: jax.Array, t: int, part: jax.Array | int) -> jax.Array:
+    """Whether a query of a part reads a key: of its document, and not after it.
+
+    Returns:
+      bool [B, T, S] for `t` queries.
+    """
+    segments_BT, positions_T = _queries(segments_BS, t, part)
+    same_BTS = segments_BT[:, :, None] == segments_BS[:, None, :]
+    past_TS = jnp.arange(segments_BS.shape[1])[None] <= positions_T[:, None]
+    return same_BTS & past_TS[None]
+
+
+def _queries(
+    segments_BS: jax.Array, t: int, part: jax.Array | int
+) -> tuple[jax.Array, jax.Array]:
+    """The documents [B, T] and the positions [T] of a part's queries."""
+    s = segments_BS.shape[1]
+    dealt_BS = zigzag.deal(segments_BS, s // t, axis=1)
+    positions_S = jnp.asarray(zigzag.positions(s, s // t))
+    return (
+        lax.dynamic_slice_in_dim(dealt_BS, part * t, t, axis=1),
+        lax.dynamic_slice_in_dim(positions_S, part * t, t),
     )
 
 
@@ -157,7 +227,7 @@ def xla(
         preferred_element_type=jnp.float32,
     ).reshape(b, g, h // g, t, s)
     scores = jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    top = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     read = jnp.einsum(

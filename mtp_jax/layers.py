@@ -18,7 +18,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from mtp_jax.config import ModelConfig
-from mtp_jax.sharding import axes_of, spec
+from mtp_jax.sharding import axes_of, spec, spec_like
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -50,19 +50,30 @@ def embed(table_VD: jax.Array, tokens_BT: jax.Array, dtype: str) -> jax.Array:
     look each other's tokens up and exchange what they found. That is less to move than
     the table, and the gradient adds up in the table's own shards and dtype.
     """
+    width, vocab = axes_of("embed"), axes_of("vocab")
+    rows = spec_like(tokens_BT)
+    # Where time is whole, devices that differ along its axis have the same tokens.
+    same = () if rows[1] else axes_of("time")
+    own = tuple(axis for axis in width if axis not in same)
 
-    def local(table_vd, tokens_bT):
-        width, vocab = axes_of("embed"), axes_of("vocab")
-        tokens_BT = lax.all_gather(tokens_bT, width, axis=0, tiled=True)
+    def local(table_vd, tokens_bt):
+        tokens_BT = lax.all_gather(tokens_bt, own, axis=0, tiled=True)
         v = table_vd.shape[0]
         slots_BT = tokens_BT - lax.axis_index(vocab) * v
         here_BT1 = ((slots_BT >= 0) & (slots_BT < v))[:, :, None]
         found_BTd = table_vd[jnp.clip(slots_BT, 0, v - 1)]
-        found_BTd = lax.psum(jnp.where(here_BT1, found_BTd, 0).astype(dtype), vocab)
-        return lax.all_to_all(found_BTd, width, split_axis=0, concat_axis=2, tiled=True)
+        found_BTd = jnp.where(here_BT1, found_BTd, 0).astype(dtype)
+        if same and lax.axis_size(same) > 1:
+            found_BTd = lax.psum(found_BTd, vocab)
+            found_BTd = lax.all_gather(
+                found_BTd, same, axis=2, tiled=True, to="invarying"
+            )
+        else:
+            found_BTd = lax.psum(found_BTd, vocab + same)
+        return lax.all_to_all(found_BTd, own, split_axis=0, concat_axis=2, tiled=True)
 
-    in_specs = (spec("vocab", "embed"), spec("batch", None))
-    out_specs = spec("batch", None, None)
+    in_specs = (spec("vocab", "embed"), rows)
+    out_specs = spec_like(tokens_BT, None)
     return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs)(
         table_VD, tokens_BT
     )
@@ -113,10 +124,10 @@ class MLP(nnx.Module):
         self.w_down = weight(rngs, (f, d), ("ff", "embed"), fan_in=f, dtype=dtype)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        inner = spec("batch", None, "ff")
+        inner = spec_like(x_BTD, "ff")
         gate_BTF = project("btd,df->btf", x_BTD, self.w_gate, inner)
         up_BTF = project("btd,df->btf", x_BTD, self.w_up, inner)
-        outer = spec("batch", None, None)
+        outer = spec_like(x_BTD, None)
         return project(
             "btf,fd->btd", jax.nn.silu(gate_BTF) * up_BTF, self.w_down, outer
         )

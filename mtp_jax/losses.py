@@ -8,11 +8,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from mtp_jax import zigzag
 from mtp_jax.config import ComputeConfig, LossConfig
 from mtp_jax.cross_entropy import TokenScores
 from mtp_jax.head_loss import Targets, head_loss
 from mtp_jax.heads import Rows, attend_within
 from mtp_jax.model import LanguageModel, run_trunk
+from mtp_jax.sharding import spec, time_parts
 
 
 @jax.tree_util.register_dataclass
@@ -97,11 +99,16 @@ def batch_loss(
       compute: how the arithmetic is carried out.
     """
     n = model.cfg.n_future_tokens
-    token_NBT, valid_NBT = future_targets(batch["tokens"], batch["segments"], n)
-    rows = Rows(model.angles(batch["positions"][:, :-n]), batch["segments"][:, :-n])
+    # Every device has its rows whole, and so whatever its positions must predict.
+    token_NBT, valid_NBT = map(
+        _split_time, future_targets(batch["tokens"], batch["segments"], n)
+    )
+    tokens_BT = _split_time(batch["tokens"][:, :-n])
+    positions_BT = _split_time(batch["positions"][:, :-n])
+    rows = Rows(model.angles(positions_BT), batch["segments"][:, :-n])
     trunk_BTD = run_trunk(
         model,
-        model.embed(batch["tokens"][:, :-n]),
+        model.embed(tokens_BT),
         rows.angles_BTk,
         attend_within(rows, compute.attention),
         compute.remat,
@@ -109,6 +116,21 @@ def batch_loss(
     targets = Targets(token_NBT, jnp.where(valid_NBT, weight_N[:, None, None], 0.0))
     loss, scores = head_loss(model, trunk_BTD, rows, targets, z_loss, compute)
     return loss, _sums(scores, token_NBT, valid_NBT)
+
+
+def _split_time(x_BT: jax.Array) -> jax.Array:
+    """Whole rows [..., B, T], laid out over the devices that share them."""
+    parts = jax.sharding.get_abstract_mesh().shape["sequence"]
+    outer = (None,) * (x_BT.ndim - 2)
+    split = spec(*outer, "batch", "time")
+    return jax.sharding.reshard(zigzag.deal(x_BT, parts, axis=-1), split)
+
+
+def _whole_time(x_BT: jax.Array) -> jax.Array:
+    """The inverse of `_split_time`, of [B, T]."""
+    parts = time_parts(x_BT)
+    whole_BT = jax.sharding.reshard(x_BT, spec("batch", None))
+    return zigzag.restore(whole_BT, parts, axis=-1)
 
 
 def head_sums(
@@ -140,13 +162,15 @@ def _acceptance(said_NBT: jax.Array, valid_NBT: jax.Array) -> dict[str, jax.Arra
     lie in the row and in its document.
     """
     n, _, t = said_NBT.shape
-    inside_T = jnp.arange(t) <= t - n
+    inside_T = zigzag.positions(t, time_parts(said_NBT[0])) <= t - n
     window_BT = valid_NBT[-1] & inside_T[None]
     prefix_BT, accepted = window_BT, [window_BT]
+    # What head 1 says further on may be said on another device.
+    first_BT = _whole_time(said_NBT[0])
     for i in range(1, n):
         # Shifted by a pad of -i: jax 0.12 loses the sharding of a slice of one row.
-        spoken_BT = jax.lax.pad(said_NBT[0], jnp.int32(-1), [(0, 0, 0), (-i, i, 0)])
-        prefix_BT = prefix_BT & (said_NBT[i] == spoken_BT)
+        spoken_BT = jax.lax.pad(first_BT, jnp.int32(-1), [(0, 0, 0), (-i, i, 0)])
+        prefix_BT = prefix_BT & (said_NBT[i] == _split_time(spoken_BT))
         accepted.append(prefix_BT)
     accepted_N = jnp.sum(jnp.stack(accepted), axis=(1, 2), dtype=jnp.float32)
     return {"windows": accepted_N[0], "accepted_N": accepted_N}

@@ -23,7 +23,7 @@ from mtp_jax.layers import (
     stack,
     weight,
 )
-from mtp_jax.sharding import spec
+from mtp_jax.sharding import spec, spec_like
 
 # Takes queries [B, T, H, K], keys and values [B, T, G, K]; gives what they read
 # [B, T, H, K] and whatever the caller wants to keep of them (a cache, or nothing).
@@ -51,7 +51,7 @@ class Block(nnx.Module):
         self, x_BTD: jax.Array, angles_BTk: jax.Array, attend: Attend
     ) -> tuple[jax.Array, Any]:
         """x_BTD after the layer, and what `attend` keeps."""
-        by_head = spec("batch", None, "heads", None)
+        by_head = spec_like(x_BTD, "heads", None)
         h_BTD = rms_norm(x_BTD, self.norm_attention[...], self.norm_eps)
         q_BTHK = apply_rope(
             project("btd,dhk->bthk", h_BTD, self.w_q, by_head), angles_BTk
@@ -61,7 +61,7 @@ class Block(nnx.Module):
         )
         v_BTGK = project("btd,dgk->btgk", h_BTD, self.w_v, by_head)
         read_BTHK, kept = attend(q_BTHK, k_BTGK, v_BTGK)
-        whole = spec("batch", None, None)
+        whole = spec_like(x_BTD, None)
         x_BTD = x_BTD + project("bthk,hkd->btd", read_BTHK, self.w_o, whole)
         h_BTD = rms_norm(x_BTD, self.norm_mlp[...], self.norm_eps)
         return x_BTD + self.mlp(h_BTD), kept
@@ -107,7 +107,7 @@ class LanguageModel(nnx.Module):
         return (self.w_embedding if tied else self.w_unembedding)[...]
 
     def unembedding(self) -> jax.Array:
-        """The output matrix in the compute dtype, [V, D], gathered over fsdp."""
+        """The output matrix in the compute dtype, [V, D], gathered in width."""
         w_VD = self.unembedding_param().astype(self.cfg.compute_dtype)
         return jax.sharding.reshard(w_VD, spec("vocab", None))
 
@@ -117,7 +117,7 @@ class LanguageModel(nnx.Module):
             "btd,vd->btv",
             rms_norm(x_BTD, self.norm[...], self.cfg.norm_eps),
             unembedding_VD,
-            out_sharding=spec("batch", None, "vocab"),
+            out_sharding=spec_like(x_BTD, "vocab"),
             preferred_element_type=jnp.float32,
         )
 

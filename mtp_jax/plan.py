@@ -15,10 +15,12 @@ is for people; `--json` prints a list of objects, one a topology and number of h
   of all chips (`flops.train_flops`); executed_flops_per_step: with what is computed
   again;
 - collectives: {kind: {count, bytes}}, bytes sent by a device (`program`), null where
-  there is no program because it does not fit; unknown_loops: how many loops with
-  collectives were counted as one turn, as the program does not tell how many they make;
-- compute_s, hbm_s, links_s (null without a program): the roofline; step_s: the
-  largest of them, a lower bound; bound_by: which that is; tokens_per_s_per_chip;
+  there is no program because it does not fit; dcn is all that goes to other slices;
+  unknown_loops: how many loops with collectives were counted as one turn, as the
+  program does not tell how many they make;
+- compute_s, hbm_s, links_s (null without a program), dcn_s (null also where the speed
+  of the network between slices is not known): the roofline; step_s: the largest of
+  them, a lower bound; bound_by: which that is; tokens_per_s_per_chip;
 - overhead_vs_n1: step_s to that of n = 1, minus 1;
 - breakeven_accept_length: accepted tokens a pass from which blockwise decoding with all
   heads is faster than plain decoding (`breakeven`).
@@ -46,7 +48,7 @@ from mtp_jax.cli_args import Parser, config_from, positive_int
 from mtp_jax.config import Config, ModelConfig
 from mtp_jax.errors import UserError
 from mtp_jax.program import KINDS
-from mtp_jax.sharding import batch_shards, check_divisible, make_mesh
+from mtp_jax.sharding import batch_shards, check_divisible, make_mesh, shards_of
 
 Row = dict[str, Any]
 Compile = Callable[[Config, str], Compiled]
@@ -78,7 +80,7 @@ def main(argv: list[str]) -> int:
         required=True,
         metavar="T",
         type=lambda text: text.split(","),
-        help="such as v5p:4x4x4; several with commas",
+        help="such as v5p:4x4x4, or 2xv5p:4x4x4 for two slices; several with commas",
     )
     parser.add_argument(
         "--heads",
@@ -171,6 +173,8 @@ def describe(
     }
     if program:
         times["links"] = program.sent_bytes / chip.link_bytes_per_s
+    if program and chip.dcn_bytes_per_s:
+        times["dcn"] = program.dcn_bytes / chip.dcn_bytes_per_s
     bound_by = max(times, key=lambda name: times[name])
     return {
         "topology": topology,
@@ -195,6 +199,7 @@ def describe(
         "compute_s": times["compute"],
         "hbm_s": times["hbm"],
         "links_s": times.get("links"),
+        "dcn_s": times.get("dcn"),
         "step_s": times[bound_by],
         "bound_by": bound_by,
         "tokens_per_s_per_chip": positions / times[bound_by] / chips,
@@ -228,9 +233,8 @@ def hbm_traffic(cfg: Config, compiled: Compiled, tensor: int) -> float:
 def overhead(row: Row, base: Row) -> float:
     """Step time to that of n = 1, minus 1; without the interconnect if one of the two
     does not fit, and so has no program to tell its collectives."""
-    parts = ["compute_s", "hbm_s", "links_s"]
-    if row["links_s"] is None or base["links_s"] is None:
-        parts.pop()
+    parts = ["compute_s", "hbm_s", "links_s", "dcn_s"]
+    parts = [p for p in parts if None not in (row[p], base[p])]
     return max(row[p] for p in parts) / max(base[p] for p in parts) - 1
 
 
@@ -274,11 +278,10 @@ def remedies(cfg: Config, topology: str) -> Iterator[tuple[str, Config, str]]:
         yield changed("compute", head_loss="fused")
     if compute.remat not in ("full", "offload"):
         yield changed("compute", remat="full")
-    shards = batch_shards(make_mesh(cfg.mesh, topology_devices(topology)))
-    rows = cfg.data.batch_size // cfg.train.accumulation // shards
-    chunk = min(
-        compute.chunk_tokens or 2**27 // cfg.model.vocab_size, rows * cfg.data.seq_len
-    )
+    mesh = make_mesh(cfg.mesh, topology_devices(topology))
+    rows = cfg.data.batch_size // cfg.train.accumulation // batch_shards(mesh)
+    tokens = rows * cfg.data.seq_len // shards_of("time", mesh)
+    chunk = min(compute.chunk_tokens or 2**27 // cfg.model.vocab_size, tokens)
     if compute.head_loss != "naive" and chunk >= 512:
         yield changed("compute", chunk_tokens=2 ** (int(math.log2(chunk)) - 2))
     parts = 2

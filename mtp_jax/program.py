@@ -14,6 +14,7 @@ KINDS = (
     "reduce-scatter",
     "all-to-all",
     "collective-permute",
+    "dcn",  # whatever goes from slice to slice, over the data-center network
 )
 
 _BITS = {"pred": 8, "c64": 64, "c128": 128}  # others end in theirs, as bf16, u4, f8e4m3
@@ -80,8 +81,14 @@ class Program:
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that a device sends in all collectives."""
-        return sum(traffic.bytes for traffic in self.collectives.values())
+        """Bytes that a device sends to others of its slice."""
+        total = sum(traffic.bytes for traffic in self.collectives.values())
+        return total - self.dcn_bytes
+
+    @property
+    def dcn_bytes(self) -> float:
+        """Bytes that a device sends to other slices."""
+        return self.collectives.get("dcn", Traffic()).bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,10 +203,13 @@ class _Counting:
     def _kind(self, x: _Instruction, computation: str) -> str:
         """Which kind of collective begins here; empty if none does.
 
-        TPU programs have two forms of their own. A reduce-scatter is a fusion named
+        TPU programs have three forms of their own. A reduce-scatter is a fusion named
         all-reduce-scatter, of an all-reduce and the slice that is kept. A collective
-        that runs beside several fusions stands in each of them, with one chain_id.
+        that runs beside several fusions stands in each of them, with one chain_id. What
+        goes to other slices is sent to the host, with attributes that say where to.
         """
+        if x.op == "send" and "_xla_megascale_target" in x.attributes:
+            return "dcn"
         kind = x.op.removesuffix("-start")
         if kind not in KINDS:
             return ""
@@ -216,13 +226,17 @@ class _Counting:
 
         From the bytes b of its operands, as they are without padding: (g - 1) b for an
         all-gather, (g - 1) b / g for a reduce-scatter and an all-to-all, twice that for
-        an all-reduce, b for a permutation.
+        an all-reduce, b for a permutation. Between slices, g is the number of them.
         """
         types = [self.computations[computation][name].type for name in x.operands]
         size = sum(_bytes(*array) for type_ in types for array in _arrays(type_))
         if kind == "collective-permute":
             return size
         group = _group_size(x.attributes) or self.devices
+        if kind == "dcn":
+            transfer = re.search(r'megascale_transfer_type="(\w+)"', x.attributes)
+            kind = transfer[1].lower().replace("_", "-") if transfer else ""
+            group = _slices(x.attributes)
         share = size * (group - 1) / group
         return share * {"all-gather": group, "all-reduce": 2}.get(kind, 1)
 
@@ -287,6 +301,13 @@ def _group_size(attributes: str) -> int:
         names = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", text.partition("{")[2])
         return math.prod(int(part or sizes[name]) for name, part in names)
     return 0
+
+
+def _slices(attributes: str) -> int:
+    """Of how many slices the ones of _xla_megascale_target="{1,2}x{0:3}" are."""
+    match = re.search(r'_xla_megascale_target="\{([^}]*)\}', attributes)
+    ranges = [part.split(":") for part in match[1].split(",")] if match else []
+    return sum(int(of[-1]) - int(of[0]) + 1 for of in ranges)
 
 
 def _arrays(type_: str) -> list[tuple[str, tuple[int, ...]]]:

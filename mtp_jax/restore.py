@@ -13,7 +13,7 @@ import jax
 from mtp_jax.checkpoint import Checkpoints, restore_newest
 from mtp_jax.config import Config, MeshConfig, freeze
 from mtp_jax.errors import UserError
-from mtp_jax.sharding import abstract_tree, make_mesh
+from mtp_jax.sharding import abstract_tree, make_mesh, slice_count
 from mtp_jax.tokenizer import Tokenizer, tokenizer_from_dir
 from mtp_jax.train_step import model_builder
 
@@ -89,6 +89,9 @@ def with_heads(config: Config, heads: int) -> Config:
 
 
 def _evaluation_mesh(config: Config) -> MeshConfig:
-    """As many fsdp shards as the width divides into; copies on the other devices."""
-    fsdp = math.gcd(config.model.d_model, jax.device_count())
-    return MeshConfig(replica=-1, fsdp=fsdp)
+    """As many fsdp shards as the width divides into; copies on the other devices.
+
+    There are copies on every slice.
+    """
+    of_slice = jax.device_count() // slice_count(jax.devices())
+    return MeshConfig(replica=-1, fsdp=math.gcd(config.model.d_model, of_slice))

@@ -2,6 +2,10 @@
 
 The mesh is in explicit mode: the sharding of an array is part of its type, and an
 operation whose result could be laid out in several ways is told which.
+
+Axes of the mesh, from the slowest network to the fastest: replica (copies of the model,
+over slices too), fsdp (rows, parameters), sequence (positions of a row, parameters),
+tensor (attention heads, feed-forward width, vocabulary).
 """
 
 import dataclasses
@@ -10,15 +14,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from mtp_jax.config import Config, MeshConfig
 from mtp_jax.errors import UserError
+from mtp_jax.zigzag import pieces
 
 _MESH_AXES: dict[str | None, tuple[str, ...] | str | None] = {
     None: None,
     "batch": ("replica", "fsdp"),
-    "embed": "fsdp",  # width of weights; activations keep it whole
+    "time": "sequence",  # of activations in training; decoding keeps it whole
+    "copies": ("replica", "fsdp", "sequence"),  # devices with tokens of their own
+    "embed": ("fsdp", "sequence"),  # width of weights; activations keep it whole
     "heads": "tensor",
     "ff": "tensor",
     "vocab": "tensor",
@@ -26,36 +34,79 @@ _MESH_AXES: dict[str | None, tuple[str, ...] | str | None] = {
 
 
 def spec(*axes: str | None) -> PartitionSpec:
-    """`spec("embed", "heads", None)` is `PartitionSpec("fsdp", "tensor", None)`."""
+    """`spec("time", "heads", None)` is `PartitionSpec("sequence", "tensor", None)`."""
     return PartitionSpec(*(_MESH_AXES[axis] for axis in axes))
 
 
-def axes_of(axis: str) -> tuple[str, ...] | str:
-    """Mesh axes of a logical one, for collectives: `axes_of("vocab")` is "tensor"."""
+def spec_like(x_BTX: jax.Array, *axes: str | None) -> PartitionSpec:
+    """Of activations [B, T, *axes] whose time is laid out as that of x_BTX.
+
+    So a layer serves training, which splits rows, and decoding, which does not.
+    """
+    time = jax.typeof(x_BTX).sharding.spec[1]
+    return PartitionSpec(_MESH_AXES["batch"], time, *spec(*axes))
+
+
+def time_parts(x_BTX: jax.Array) -> int:
+    """Over how many devices the time of activations [B, T, ...] is split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return shards_of("time", mesh) if spec_like(x_BTX)[1] else 1
+
+
+def axes_of(axis: str) -> tuple[str, ...]:
+    """Mesh axes of a logical one, for collectives: those of "vocab" are ("tensor",)."""
     axes = _MESH_AXES[axis]
     assert axes is not None, axis
-    return axes
+    return (axes,) if isinstance(axes, str) else axes
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over `devices`, or over all of all processes.
 
-    An axis of -1 takes what is left.
+    An axis of -1 takes what is left. Where the devices are of several slices, only
+    replicas are on different ones, since slices talk to each other slowly.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or replicas do not
+        split evenly over the slices.
     """
     sizes = dataclasses.asdict(cfg)
-    count = jax.device_count() if devices is None else len(devices)
+    devices = jax.devices() if devices is None else devices
     known = math.prod(size for size in sizes.values() if size != -1)
-    shape = tuple(count // known if s == -1 else s for s in sizes.values())
-    if math.prod(shape) != count:
+    shape = tuple(len(devices) // known if s == -1 else s for s in sizes.values())
+    if math.prod(shape) != len(devices):
         raise UserError(
-            f"config.mesh {sizes} does not multiply to the {count} devices that are "
-            "there; change an axis, or give one of them as -1."
+            f"config.mesh {sizes} does not multiply to the {len(devices)} devices that "
+            "are there; change an axis, or give one of them as -1."
+        )
+    slices = slice_count(devices)
+    replica, *others = shape
+    if replica % slices:
+        raise UserError(
+            f"config.mesh.replica is {replica}, with {len(devices)} devices in "
+            f"{slices} slices; it must be a multiple of {slices}, as the other axes "
+            "do not reach from slice to slice."
         )
     axis_types = (AxisType.Explicit,) * len(shape)
-    return jax.make_mesh(shape, tuple(sizes), axis_types, devices=devices)
+    # Some shapes need an axis of the torus split between two axes of the mesh.
+    if slices > 1:
+        within = (replica // slices, *others)
+        across = (slices, *(1 for _ in others))
+        placed = mesh_utils.create_hybrid_device_mesh(
+            within, across, devices, allow_split_physical_axes=True
+        )
+    else:
+        placed = mesh_utils.create_device_mesh(
+            shape, devices, allow_split_physical_axes=True
+        )
+    return Mesh(placed, tuple(sizes), axis_types)
+
+
+def slice_count(devices: Sequence[jax.Device]) -> int:
+    """Of how many TPU slices devices are; 1 where there are no slices."""
+    if any(device.platform != "tpu" for device in devices):
+        return 1  # hosts of GPUs are numbered like slices, but reach each other fast
+    return len({getattr(device, "slice_index", None) for device in devices})
 
 
 def abstract_tree(tree: Any, mesh: Mesh) -> Any:
@@ -71,7 +122,12 @@ def abstract_tree(tree: Any, mesh: Mesh) -> Any:
 
 def batch_shards(mesh: Mesh) -> int:
     """Over how many shards the rows of a batch are split."""
-    return mesh.shape["replica"] * mesh.shape["fsdp"]
+    return shards_of("batch", mesh)
+
+
+def shards_of(axis: str, mesh: Mesh | AbstractMesh) -> int:
+    """Over how many devices a logical axis is split."""
+    return math.prod(mesh.shape[name] for name in axes_of(axis))
 
 
 def check_divisible(cfg: Config, mesh: Mesh) -> None:
@@ -91,11 +147,18 @@ def check_divisible(cfg: Config, mesh: Mesh) -> None:
         ("model.vocab_size", model.vocab_size, "vocab"),
     ]
     for field, size, logical in splits:
-        axes = _MESH_AXES[logical]
-        names = (axes,) if isinstance(axes, str) else axes or ()
-        shards = math.prod(mesh.shape[name] for name in names)
-        if size % shards:
+        names = axes_of(logical)
+        sizes = [mesh.shape[name] for name in names]
+        if size % math.prod(sizes):
             raise UserError(
-                f"config.{field} ({size}) is not divisible by the {shards} devices of "
-                f"config.mesh.{' x '.join(names)}."
+                f"config.{field} ({size}) is not divisible by the {math.prod(sizes)} "
+                f"devices of config.mesh.{' x '.join(names)} "
+                f"({' x '.join(map(str, sizes))}; {mesh.size} devices in all)."
             )
+    parts = mesh.shape["sequence"]
+    if cfg.data.seq_len % len(pieces(parts)):
+        raise UserError(
+            f"config.data.seq_len ({cfg.data.seq_len}) is not divisible by "
+            f"{len(pieces(parts))}, the pieces of a row, two for each of the {parts} "
+            f"devices of config.mesh.sequence ({mesh.size} devices in all)."
+        )

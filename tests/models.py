@@ -2,16 +2,15 @@
 
 import dataclasses
 import functools
-import math
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 
-from mtp_jax.config import Config, ModelConfig
+from mtp_jax.config import Config, MeshConfig, ModelConfig
 from mtp_jax.heads import Rows, attend_within
 from mtp_jax.model import run_trunk
-from mtp_jax.sharding import spec
+from mtp_jax.sharding import make_mesh, spec
 from mtp_jax.train_step import model_builder
 
 TINY = ModelConfig(
@@ -31,12 +30,10 @@ def tiny_config(**of_model):
     return Config(model=dataclasses.replace(TINY, **of_model))
 
 
-def mesh_of(replica, fsdp, tensor):
+def mesh_of(replica=1, fsdp=1, tensor=1, sequence=1):
     """A mesh of as many of the devices as it needs."""
-    shape = (replica, fsdp, tensor)
-    axes = (AxisType.Explicit,) * 3
-    devices = jax.devices()[: math.prod(shape)]
-    return jax.make_mesh(shape, ("replica", "fsdp", "tensor"), axes, devices=devices)
+    cfg = MeshConfig(replica=replica, fsdp=fsdp, tensor=tensor, sequence=sequence)
+    return make_mesh(cfg, jax.devices()[: replica * fsdp * tensor * sequence])
 
 
 def random_params(cfg, seed=0):

@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from models import mesh_of
 
-from mtp_jax import kernels
+from mtp_jax import kernels, zigzag
 from mtp_jax.attention import causal_attention, check_attention
 from mtp_jax.config import ComputeConfig, Config, DataConfig, ModelConfig
 from mtp_jax.errors import UserError
@@ -61,7 +61,7 @@ def formula(q_BTHK, k_BTGK, v_BTGK, d_out_BTHK, segments_BT):
 
 def ours(kernel, mesh, arrays, segments_BT):
     """The same four by a kernel, on a mesh."""
-    by_head = NamedSharding(mesh, spec("batch", None, "heads", None))
+    by_head = NamedSharding(mesh, spec("batch", "time", "heads", None))
     by_row = NamedSharding(mesh, spec("batch", None))
 
     @jax.jit
@@ -72,7 +72,11 @@ def ours(kernel, mesh, arrays, segments_BT):
         out_BTHK, pull = jax.vjp(read, q_BTHK, k_BTGK, v_BTGK)
         return out_BTHK, *pull(d_out_BTHK)
 
-    return run(*jax.device_put(arrays, by_head), jax.device_put(segments_BT, by_row))
+    order_T = zigzag.positions(segments_BT.shape[1], mesh.shape["sequence"])
+    placed = jax.device_put([x[:, order_T] for x in arrays], by_head)
+    found = run(*placed, jax.device_put(segments_BT, by_row))
+    assert all(x.sharding.spec == by_head.spec for x in found)
+    return [np.asarray(x)[:, np.argsort(order_T)] for x in found]
 
 
 @pytest.fixture
@@ -105,16 +109,49 @@ def test_a_kernel_computes_the_formula_and_its_gradients(
     assert {0, 1, 2} <= set(segments_BT[1])  # padding and several documents
 
 
-def test_every_device_runs_splash_over_its_own_rows_and_heads(interpreted):
-    arrays, segments_BT = random_rows(128, h=4, g=2)
+@pytest.mark.parametrize(
+    ("kernel", "t", "axes"),
+    [
+        ("splash", 128, {"fsdp": 2, "tensor": 2}),
+        ("splash", 1024, {"sequence": 4}),
+        ("splash", 512, {"tensor": 2, "sequence": 2}),
+        ("xla", 48, {"sequence": 8}),
+        ("xla", 40, {"fsdp": 2, "tensor": 2, "sequence": 2}),
+    ],
+)
+def test_every_device_reads_with_its_own_rows_heads_and_positions(
+    kernel, t, axes, interpreted
+):
+    arrays, segments_BT = random_rows(t, h=4, g=2)
 
-    mesh = mesh_of(1, 2, 2)
+    mesh = mesh_of(**axes)
     with jax.set_mesh(mesh):
-        found = ours("splash", mesh, arrays, segments_BT)
+        found = ours(kernel, mesh, arrays, segments_BT)
 
     for x, expected in zip(found, formula(*arrays, segments_BT), strict=True):
-        assert x.sharding.spec == spec("batch", None, "heads", None)
         np.testing.assert_allclose(x, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 8])
+def test_devices_that_share_a_row_have_the_same_share_of_its_attention(parts):
+    length = 48
+
+    positions_S = zigzag.positions(length, parts)
+
+    read_S = positions_S + 1  # keys that a query reads
+    by_device = read_S.reshape(parts, -1).sum(axis=1)
+    assert sorted(positions_S) == list(range(length))
+    assert set(by_device) == {length * (length + 1) / 2 / parts}
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 8])
+def test_a_row_comes_back_from_the_devices_in_order(parts):
+    x_BT = np.arange(96).reshape(2, 48)
+
+    dealt_BT = zigzag.deal(x_BT, parts, axis=1)
+
+    np.testing.assert_array_equal(dealt_BT[0], zigzag.positions(48, parts))
+    np.testing.assert_array_equal(zigzag.restore(dealt_BT, parts, axis=1), x_BT)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +178,7 @@ def test_auto_takes_the_kernel_of_the_device_if_the_shape_allows(
     taken = []
     for name in ("splash", "cudnn", "xla"):
 
-        def kernel(q_BTHK, k_BTGK, v_BTGK, _, name=name):
+        def kernel(q_BTHK, *_, name=name):
             taken.append(name)
             return q_BTHK
 
@@ -156,14 +193,15 @@ def test_auto_takes_the_kernel_of_the_device_if_the_shape_allows(
     assert taken == [expected]
 
 
-def abstract_mesh(device):
-    names, axes = ("replica", "fsdp", "tensor"), (AxisType.Explicit,) * 3
-    return AbstractMesh((1, 1, 1), names, axes, abstract_device=device)
+def abstract_mesh(device, sequence=1):
+    names, axes = ("replica", "fsdp", "sequence", "tensor"), (AxisType.Explicit,) * 4
+    shape = (1, 1, sequence, 1)
+    return AbstractMesh(shape, names, axes, abstract_device=device)
 
 
 def abstract_arguments(mesh, b, t, h, g, k, dtype):
     """Shapes of queries, keys, values and segments."""
-    by_head = NamedSharding(mesh, spec("batch", None, "heads", None))
+    by_head = NamedSharding(mesh, spec("batch", "time", "heads", None))
     qkv = [
         jax.ShapeDtypeStruct((b, t, n, k), dtype, sharding=by_head) for n in (h, g, g)
     ]
@@ -181,6 +219,12 @@ def abstract_arguments(mesh, b, t, h, g, k, dtype):
             TPU,
             {"t": 1000},
             ["a multiple of 128", "config.data.seq_len is 1000"],
+        ),
+        (
+            "splash",
+            TPU,
+            {"t": 1024, "sequence": 16},
+            ["of 4096 positions with config.mesh.sequence = 16", "seq_len is 1024"],
         ),
         ("cudnn", CPU, {}, ["runs on NVIDIA GPUs", "'cpu'"]),
         ("cudnn", TPU, {}, ["runs on NVIDIA GPUs", "'TPU v5 lite'"]),
@@ -216,6 +260,7 @@ def test_a_kernel_that_cannot_run_is_refused_in_a_line(kernel, device, shape, wo
     ("kernel", "device", "shape"),
     [
         ("splash", TPU, {}),
+        ("splash", TPU, {"sequence": 4}),
         ("cudnn", NVIDIA, {}),
         ("xla", TPU, {"t": 7}),
         ("auto", CPU, {"dtype": "float32"}),
@@ -226,7 +271,7 @@ def test_a_kernel_that_can_run_is_not_refused(kernel, device, shape):
     check(kernel, device, **shape)
 
 
-def check(kernel, device, *, t=1024, k=64, dtype="bfloat16"):
+def check(kernel, device, *, t=1024, k=64, dtype="bfloat16", sequence=1):
     cfg = Config(
         model=ModelConfig(
             num_query_heads=4,
@@ -238,7 +283,8 @@ def check(kernel, device, *, t=1024, k=64, dtype="bfloat16"):
         data=DataConfig(seq_len=t),
         compute=ComputeConfig(attention=kernel),
     )
-    check_attention(cfg, types.SimpleNamespace(abstract_mesh=abstract_mesh(device)))
+    mesh = abstract_mesh(device, sequence)
+    check_attention(cfg, types.SimpleNamespace(abstract_mesh=mesh, shape=mesh.shape))
 
 
 def test_cudnn_is_called_forward_and_backward_for_each_devices_rows_and_heads(

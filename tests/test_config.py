@@ -176,19 +176,21 @@ def test_a_tree_of_another_form_is_refused(tree, named):
 @pytest.mark.parametrize(
     ("sizes", "shape"),
     [
-        ({}, (1, 8, 1)),
-        ({"replica": 2, "fsdp": -1, "tensor": 2}, (2, 2, 2)),
-        ({"replica": -1, "fsdp": 1, "tensor": 4}, (2, 1, 4)),
-        ({"replica": 1, "fsdp": 2, "tensor": -1}, (1, 2, 4)),
-        ({"replica": 1, "fsdp": 8, "tensor": -1}, (1, 8, 1)),
-        ({"replica": 4, "fsdp": 2, "tensor": 1}, (4, 2, 1)),
+        ({}, (1, 8, 1, 1)),
+        ({"replica": 2, "fsdp": -1, "tensor": 2}, (2, 2, 1, 2)),
+        ({"replica": -1, "fsdp": 1, "tensor": 4}, (2, 1, 1, 4)),
+        ({"replica": 1, "fsdp": 2, "tensor": -1}, (1, 2, 1, 4)),
+        ({"replica": 1, "fsdp": 8, "tensor": -1}, (1, 8, 1, 1)),
+        ({"replica": 4, "fsdp": 2, "tensor": 1}, (4, 2, 1, 1)),
+        ({"fsdp": 2, "sequence": -1}, (1, 2, 4, 1)),
+        ({"sequence": 2, "tensor": 2}, (1, 2, 2, 2)),
     ],
 )
 def test_an_axis_of_minus_one_takes_the_devices_that_are_left(sizes, shape):
     mesh = make_mesh(MeshConfig(**sizes))
 
     assert mesh.devices.shape == shape
-    assert mesh.axis_names == ("replica", "fsdp", "tensor")
+    assert mesh.axis_names == ("replica", "fsdp", "sequence", "tensor")
     assert batch_shards(mesh) == shape[0] * shape[1]
 
 
@@ -197,6 +199,7 @@ def test_an_axis_of_minus_one_takes_the_devices_that_are_left(sizes, shape):
     [
         {"fsdp": 4},
         {"replica": 2, "fsdp": 4, "tensor": 2},
+        {"replica": 2, "fsdp": 4, "sequence": 2},
         {"replica": 3, "fsdp": -1},
         {"replica": 16, "fsdp": -1},
     ],
@@ -215,13 +218,17 @@ def test_a_mesh_of_another_number_of_devices_is_refused(sizes):
         ({}, {}, (1, 1, 8), "config.model.num_query_heads (4)"),
         ({"d_model": 12, "d_head": 3 * 2, "num_query_heads": 2}, {}, (1, 8, 1),
          "config.model.d_model (12)"),
+        ({"d_model": 12, "d_head": 3 * 2, "num_query_heads": 2}, {}, (1, 2, 1, 4),
+         "(12) is not divisible by the 8 devices of config.mesh.fsdp x sequence "
+         "(2 x 4; 8 devices in all)"),
         ({}, {"accumulation": 8}, (2, 4, 1), "train.accumulation (4)"),
+        ({}, {}, (1, 1, 1, 8), "config.data.seq_len (1000) is not divisible by 16"),
     ],
 )  # fmt: skip
 def test_what_the_mesh_cannot_split_is_refused(of_model, of_run, shape, named):
     cfg = dataclasses.replace(
         tiny_config(**of_model),
-        data=DataConfig(batch_size=32),
+        data=DataConfig(batch_size=32, seq_len=1000),
         train=TrainConfig(**of_run),
     )
 

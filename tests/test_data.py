@@ -11,6 +11,7 @@ import random
 import jax
 import numpy as np
 import pytest
+from models import mesh_of
 
 from mtp_jax import config, data, feed, packing, prepare
 from mtp_jax.corpus import Corpus
@@ -404,8 +405,7 @@ class PartOfSharding:
 def test_rows_of_a_process_are_those_its_devices_hold(accumulation):
     count = jax.device_count()
     shape = (1, count, 1) if count % 2 else (2, count // 2, 1)
-    axes = (jax.sharding.AxisType.Explicit,) * 3
-    mesh = jax.make_mesh(shape, ("replica", "fsdp", "tensor"), axes)
+    mesh = mesh_of(*shape)
     spec = jax.sharding.PartitionSpec(None, ("replica", "fsdp"), None)
     sharding = jax.sharding.NamedSharding(mesh, spec)
     batch_size = accumulation * count * 2

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from models import all_logits
+from jax.sharding import NamedSharding
+from models import all_logits, mesh_of
 
 from mtp_jax.config import MeshConfig, ModelConfig
 from mtp_jax.decode import Generator
@@ -37,8 +37,7 @@ class Letters:
 
 
 def one_device():
-    axes, kind = ("replica", "fsdp", "tensor"), (AxisType.Explicit,) * 3
-    return jax.make_mesh((1, 1, 1), axes, kind, devices=jax.devices()[:1])
+    return mesh_of()
 
 
 def tiny(n, layers, **changes):
@@ -258,8 +257,12 @@ def test_a_text_ends_before_the_first_stop_string(decoder):
 
 @pytest.mark.parametrize(
     "mesh_cfg",
-    [MeshConfig(fsdp=8), MeshConfig(fsdp=4, tensor=2)],
-    ids=["fsdp8", "fsdp4-tensor2"],
+    [
+        MeshConfig(fsdp=8),
+        MeshConfig(fsdp=4, tensor=2),
+        MeshConfig(fsdp=2, tensor=2, sequence=2),
+    ],
+    ids=["fsdp8", "fsdp4-tensor2", "fsdp2-tensor2-sequence2"],
 )
 def test_the_mesh_does_not_change_the_text(mesh_cfg):
     c, mesh = case(4, 5), make_mesh(mesh_cfg)

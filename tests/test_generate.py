@@ -9,7 +9,7 @@ import types
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from models import mesh_of
 
 from mtp_jax import generate
 from mtp_jax.config import Config, DataConfig, ModelConfig
@@ -24,8 +24,7 @@ FEW = "--max_new_tokens=6"
 @functools.cache
 def trained():
     """What `restore_model` would give."""
-    axes, kind = ("replica", "fsdp", "tensor"), (AxisType.Explicit,) * 3
-    mesh = jax.make_mesh((1, 1, 1), axes, kind, devices=jax.devices()[:1])
+    mesh = mesh_of()
     model = ModelConfig(
         d_model=16,
         num_layers=3,

@@ -18,7 +18,7 @@ from mtp_jax import __main__, ahead, plan
 from mtp_jax.ahead import Compiled
 from mtp_jax.attention import causal_attention
 from mtp_jax.cli_args import config_from
-from mtp_jax.config import Config, DataConfig, LossConfig, TrainConfig
+from mtp_jax.config import Config, DataConfig, LossConfig, MeshConfig, TrainConfig
 from mtp_jax.errors import UserError
 from mtp_jax.flops import (
     device_figures,
@@ -29,7 +29,7 @@ from mtp_jax.flops import (
 )
 from mtp_jax.model import run_trunk
 from mtp_jax.program import Program, Traffic
-from mtp_jax.sharding import spec
+from mtp_jax.sharding import make_mesh, spec
 from mtp_jax.train_step import TrainState, model_builder
 
 TINY_FILE = ROOT / "configs" / "tiny.py"
@@ -155,10 +155,11 @@ def test_breakeven_is_the_ratio_of_weights_read():
 
 
 def test_overhead_compares_what_both_have():
-    base = {"compute_s": 2.0, "hbm_s": 1.0, "links_s": 4.0}
+    base = {"compute_s": 2.0, "hbm_s": 1.0, "links_s": 4.0, "dcn_s": 3.0}
 
     assert plan.overhead({**base, "links_s": 5.0}, base) == 0.25
-    refused = {"compute_s": 3.0, "hbm_s": 1.0, "links_s": None}
+    assert plan.overhead({**base, "dcn_s": 6.0}, base) == 0.5
+    refused = {"compute_s": 3.0, "hbm_s": 1.0, "links_s": None, "dcn_s": None}
     assert plan.overhead(refused, base) == 0.5
     assert plan.overhead(base, refused) == pytest.approx(2 / 3 - 1)
 
@@ -181,7 +182,9 @@ TOO_LARGE = Compiled(100, 10, 50, 50, 60, 40, None)
 def four_chips(monkeypatch):
     """Any topology has four v5e chips, and libtpu is not needed."""
     devices = [device("TPU v5 lite", num_cores=1)] * 4
-    mesh = types.SimpleNamespace(shape={"replica": 1, "fsdp": 4, "tensor": 1})
+    mesh = types.SimpleNamespace(
+        shape={"replica": 1, "fsdp": 4, "sequence": 1, "tensor": 1}
+    )
     monkeypatch.setattr(plan, "topology_devices", lambda name: devices)
     monkeypatch.setattr(plan, "make_mesh", lambda cfg, devices: mesh)
 
@@ -237,6 +240,7 @@ def test_larger_topologies():
     assert plan.larger_topology("v5e:4x8") == "v5e:8x8"
     assert plan.larger_topology("v5p:2x2x1") == "v5p:2x2x2"
     assert plan.larger_topology("v5p:4x4x8") == "v5p:4x8x8"
+    assert plan.larger_topology("2xv5p:2x2x1") == "2xv5p:2x2x2"
 
 
 def test_rows_and_table(four_chips):
@@ -372,6 +376,9 @@ def test_topologies_and_meshes_are_refused_before_compiling(refused, monkeypatch
     assert "v6e, which has 2 dimensions" in refused("--topology=v6e:2x2x2")
     assert "no figures of a TPU v2" in refused("--topology=v2:2x2")
     assert "(8) is not divisible by the 16 devices" in refused("--topology=v5e:4x4")
+    assert "such as v4:2x2x1, v5e:4x4" in refused("--topology=0xv5e:2x2")
+    said = refused("--topology=2xv5e:2x2")
+    assert "config.mesh.replica is 1, with 8 devices in 2 slices" in said
     mesh = "--config.mesh.fsdp=3"
     assert "does not multiply to the 4 devices" in refused("--topology=v5e:2x2", mesh)
     cudnn = "--config.compute.attention=cudnn"
@@ -409,6 +416,42 @@ def test_a_tiny_model_compiles_for_a_tpu():
         assert gathered * 0.9 < sent < 4 * gathered * 1.1
     assert rows[0]["overhead_vs_n1"] == 0.0
     assert rows[1]["flops_unembedding"] == 2 * rows[0]["flops_unembedding"]
+
+
+@needs_libtpu
+def test_replicas_are_on_slices_of_their_own(monkeypatch):
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    devices = ahead.topology_devices("2xv5p:2x2x1")
+    sizes = {"replica": 4, "fsdp": 1, "sequence": 2}
+
+    mesh = make_mesh(MeshConfig(**sizes), devices)
+
+    assert mesh.devices.shape == (4, 1, 2, 1)
+    slices = [{d.slice_index for d in replica.flat} for replica in mesh.devices]
+    assert slices == [{0}, {0}, {1}, {1}]
+    assert len(set(mesh.devices.flat)) == 8
+
+
+@needs_libtpu
+def test_a_step_compiles_for_two_slices_whose_rows_are_split():
+    code, out, err = planned(
+        f"--config={TINY_FILE}",
+        "--topology=2xv5p:2x2x1",
+        "--heads=1",
+        "--json",
+        "--config.mesh.replica=2",
+        "--config.mesh.sequence=2",
+        "--config.data.seq_len=512",
+    )
+
+    assert code == 0, err
+    (row,) = json.loads(out)
+    assert row["fits"] and row["chips"] == 8 and row["unknown_loops"] == 0
+    # Each gradient of the four shards of a copy, once in float32; the table's, too.
+    least = row["params"] * 4 / 4
+    assert least < row["collectives"]["dcn"]["bytes"] < 2 * least
+    assert row["dcn_s"] == row["collectives"]["dcn"]["bytes"] / 6.25e9
 
 
 @needs_libtpu

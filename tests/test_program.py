@@ -79,6 +79,12 @@ body=%body
 to_apply=%add
   %end.1 = f32[6]{0} all-reduce-done(%start)
   %which = pred[] constant(true)
+  %after = token[] after-all()
+  %out = (f32[6]{0:T(1024)}, u32[], token[]) send(%end.1, %after), channel_id=9, \
+is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1:3}x{0:3}",\
+_xla_megascale_transfer_type="ALL_REDUCE"}
+  %sent = token[] send-done(%out), channel_id=9, is_host_transfer=true, \
+frontend_attributes={_xla_megascale_target="{1:3}x{0:3}"}
   ROOT %either = f32[6]{0} conditional(%which, %u, %u), \
 true_computation=%permuting, false_computation=%plain
 }
@@ -93,7 +99,11 @@ def test_forms_of_tpu_programs():
         "all-gather": Traffic(1, 16 * 3),
         "all-reduce": Traffic(1, 2 * 24 * 1 / 2),
         "collective-permute": Traffic(1, 24),
+        "dcn": Traffic(1, 2 * 24 * 2 / 3),  # between three slices
     }
+    assert program.dcn_bytes == 32
+    others = [x.bytes for kind, x in program.collectives.items() if kind != "dcn"]
+    assert program.sent_bytes == sum(others)
     assert program.unknown_loops == ()
     assert program.instructions == TPU.count(" = ")
     largest = program.buffers[0]

@@ -132,6 +132,27 @@ def test_collectives_are_those_that_the_mesh_calls_for(mesh, n):
     assert set(found) == {"all-gather", "all-reduce", "reduce-scatter", "all-to-all"}
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1, 8), (1, 2, 2, 2)], ids=str)
+def test_a_sequence_axis_adds_the_keys_and_values_of_every_layer(shape):
+    n, layers, (_, fsdp, tensor, sequence) = 4, 10, shape
+    found = program(config(n, layers), shape).collectives
+
+    # Beside those of the test above: a trunk layer gathers keys and values forward and,
+    # as it computes again, backward, a head less; what head 1 says, for the acceptance.
+    of_time = 4 * (layers - n) + 3 * n + 1
+    assert found["all-gather"].count == MATRICES * 2 * layers + 2 + of_time
+    # Their gradients go back to the positions that they are of.
+    assert found["reduce-scatter"].count == n + 2 * layers
+    copies = n * V // tensor * D * 4
+    ways = fsdp * sequence
+    keys = 2 * layers * (ROWS // fsdp) * T * (2 // tensor) * (D // 4) * 4
+    assert found["reduce-scatter"].bytes == (
+        copies * (ways - 1) / ways + keys * (sequence - 1) / sequence
+    )
+    assert found["all-to-all"].count == 2
+    assert set(found) == {"all-gather", "all-reduce", "reduce-scatter", "all-to-all"}
+
+
 @pytest.mark.parametrize("mesh", MESHES)
 def test_chunks_exchange_only_figures_of_tokens_over_the_vocabulary(mesh):
     n, (replica, fsdp, _) = 4, MESHES[mesh]

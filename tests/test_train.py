@@ -66,7 +66,35 @@ def test_a_run_says_what_it_ran_on(finished):
 
     assert run["config"]["model"]["n_future_tokens"] == 3
     assert run["versions"]["jax"] and run["device"]["count"] == 1
-    assert run["mesh"] == {"replica": 1, "fsdp": 1, "tensor": 1}
+    assert run["mesh"] == {"replica": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
+
+
+def test_rows_split_over_devices_give_the_same_run(finished, corpus_dir, tmp_path):
+    expected, _ = finished
+
+    complete(
+        train_args(
+            tmp_path / "run",
+            corpus_dir,
+            "--config.train.steps=40",
+            "--config.eval.every=20",
+            "--config.mesh.fsdp=1",
+            "--config.mesh.sequence=2",
+        ),
+        devices=2,
+    )
+
+    for name in ("metrics.jsonl", "heldout.jsonl"):
+        rows, wanted = records(tmp_path / "run", name), records(expected, name)
+        assert len(rows) == len(wanted)
+        for row, other in zip(rows, wanted, strict=True):
+            assert row.get("batch_hash") == other.get("batch_hash")
+            losses = [key for key in row if key.startswith(("loss", "accuracy"))]
+            assert len(losses) >= 6
+            for key in losses:
+                assert row[key] == pytest.approx(other[key], rel=1e-4, abs=1e-3), key
+            assert row.get("prompt") == other.get("prompt")
+            assert "sample" not in row or row["sample"]
 
 
 def test_held_out_figures_and_sample_text_come_on_schedule(finished):

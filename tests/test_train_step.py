@@ -256,7 +256,7 @@ def test_the_step_compiles_once(all_axes, caplog):
 
 def test_the_mesh_changes_neither_the_parameters_nor_the_losses():
     found = []
-    for shape in [(1, 1, 1), ALL_AXES]:
+    for shape in [(1, 1, 1), ALL_AXES, (1, 2, 2, 2), (2, 2, 1, 2)]:
         with jax.set_mesh(mesh_of(*shape)):
             state, run_losses = fresh_state(shape), []
             initial = jax.device_get(state.params)
@@ -265,9 +265,10 @@ def test_the_mesh_changes_neither_the_parameters_nor_the_losses():
                 run_losses.append(jax.device_get(metrics["loss_N"]))
         found.append((initial, run_losses))
 
-    (initial, run_losses), (expected_initial, expected_losses) = found
-    np.testing.assert_allclose(run_losses, expected_losses, rtol=1e-5)
-    jax.tree.map(np.testing.assert_array_equal, initial, expected_initial)
+    expected_initial, expected_losses = found.pop(0)
+    for initial, run_losses in found:
+        np.testing.assert_allclose(run_losses, expected_losses, rtol=1e-5)
+        jax.tree.map(np.testing.assert_array_equal, initial, expected_initial)
 
 
 def test_learning_one_batch_by_heart_lowers_every_loss(all_axes):

@@ -19,12 +19,11 @@ os.environ |= {
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
-from mtp_jax.config import ComputeConfig, Config, ModelConfig
-from mtp_jax.sharding import spec
+from mtp_jax.config import ComputeConfig, Config, MeshConfig, ModelConfig
+from mtp_jax.sharding import make_mesh, spec
 from mtp_jax.train_step import make_gradients, model_builder
 
 ROWS, T = 4, 256
@@ -43,8 +42,7 @@ MODEL = ModelConfig(
 
 def main():
     devices = topologies.get_topology_desc("v5e:2x2", "tpu").devices
-    axes = (AxisType.Explicit,) * 3
-    mesh = Mesh(np.array(devices).reshape(1, 2, 2), ("replica", "fsdp", "tensor"), axes)
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), devices)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         found = {remat: program(mesh, remat) for remat in sys.argv[1:]}
     print(json.dumps(found))

@@ -12,7 +12,7 @@ from mtp_jax.config import Config
 # A module imports only from the sets above its own.
 LAYERS = [
     {"errors"},
-    {"config", "tokenizer", "documents"},
+    {"config", "tokenizer", "documents", "zigzag"},
     {"cli_args", "sharding", "flops", "corpus", "kernels", "program"},
     {"tokenizing", "shard_writer", "packing", "layers", "attention"},
     {"data", "feed", "model"},

@@ -287,14 +287,16 @@ def check(kernel, device, *, t=1024, k=64, dtype="bfloat16", sequence=1):
     check_attention(cfg, types.SimpleNamespace(abstract_mesh=mesh, shape=mesh.shape))
 
 
+@pytest.mark.parametrize("sequence", [1, 2])
 def test_cudnn_is_called_forward_and_backward_for_each_devices_rows_and_heads(
-    monkeypatch,
+    sequence, monkeypatch
 ):
     # There is no GPU to ask for its versions; the program is made, not compiled.
     library = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
     monkeypatch.setattr(library, "check_cudnn_version", lambda: 91100)
     monkeypatch.setattr(library, "check_compute_capability", lambda version: True)
-    mesh = mesh_of(1, 2, 2)
+    mesh = mesh_of(fsdp=2, tensor=2, sequence=sequence)
+    t = 64 // sequence  # queries; all keys
 
     def loss(q_BTHK, k_BTGK, v_BTGK, segments_BT):
         out_BTHK = causal_attention(q_BTHK, k_BTGK, v_BTGK, segments_BT, "cudnn")
@@ -310,13 +312,13 @@ def test_cudnn_is_called_forward_and_backward_for_each_devices_rows_and_heads(
     assert "@__cudnn$fmhaScaleBiasSoftmax(" in forward
     assert "@__cudnn$fmhaScaleBiasSoftmaxBackward(" in backward
     for call in calls:
-        assert "CAUSAL" in call
+        assert ("CAUSAL" in call) == (sequence == 1)  # else the mask says it
         operands = call.rpartition(" : (")[2].split(" -> ")[0]
         # Half of the rows, half of the heads, the keys not repeated; then the mask.
         assert operands.startswith(
-            "tensor<2x64x2x16xbf16>, tensor<2x64x1x16xbf16>, tensor<2x64x1x16xbf16>, "
+            f"tensor<2x{t}x2x16xbf16>, tensor<2x64x1x16xbf16>, tensor<2x64x1x16xbf16>, "
         )
-        assert "tensor<2x1x64x64xbf16>" in operands
+        assert f"tensor<2x1x{t}x64xbf16>" in operands
 
 
 def test_programs_for_tpu_call_splash_and_offload_what_they_say():

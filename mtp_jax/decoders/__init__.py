@@ -4,9 +4,11 @@ from mtp_jax.decoders.blockwise import Blockwise
 from mtp_jax.decoders.plain import Plain
 from mtp_jax.decoders.speculative import Speculative
 from mtp_jax.decoders.state import Decoder
+from mtp_jax.decoders.tree import Tree
 
 DECODERS: dict[str, type[Decoder]] = {
     "plain": Plain,
     "blockwise": Blockwise,
     "speculative": Speculative,
+    "tree": Tree,
 }

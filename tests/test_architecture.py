@@ -21,6 +21,7 @@ LAYERS = [
     {"losses", "optim", "decoders.sampling", "decoders.token_tree"},
     {"decoders.state"},
     {"decoders.plain", "decoders.blockwise", "decoders.speculative", "decoders.tree"},
+    {"decoders.typical"},
     {"decoders"},
     {"train_step", "adaptive"},
     {"checkpoint", "decode_program", "ahead"},

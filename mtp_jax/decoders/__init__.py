@@ -5,10 +5,12 @@ from mtp_jax.decoders.plain import Plain
 from mtp_jax.decoders.speculative import Speculative
 from mtp_jax.decoders.state import Decoder
 from mtp_jax.decoders.tree import Tree
+from mtp_jax.decoders.typical import Typical
 
 DECODERS: dict[str, type[Decoder]] = {
     "plain": Plain,
     "blockwise": Blockwise,
     "speculative": Speculative,
     "tree": Tree,
+    "typical": Typical,
 }

@@ -81,8 +81,11 @@ class Tree:
         self, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
     ) -> DecodeState:
         """Commits what head 1 says at the prompt's end; the others give candidates."""
-        ranks = self.used(len(model.heads), model.cfg.vocab_size).ranks
-        return begin(model, state, heads_BND, ranks)
+        draws = Draws(state.chance, state.length_B)
+        said_B1 = choose(state, next_logits(model, state, heads_BND[:, :1]), draws)
+        state = dataclasses.replace(state, chance=draws.after())
+        tree = self.used(len(model.heads), model.cfg.vocab_size)
+        return begin(model, state, tree, heads_BND, said_B1)
 
     def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
         """Reads the tree, commits its longest right path and one token more."""
@@ -105,14 +108,16 @@ class ReadTree:
 
 
 def begin(
-    model: DecodeModel, state: DecodeState, heads_BND: jax.Array, ranks: int
+    model: DecodeModel,
+    state: DecodeState,
+    tree: TokenTree,
+    heads_BND: jax.Array,
+    said_B1: jax.Array,
 ) -> DecodeState:
-    """Commits what head 1 says, and carries `ranks` candidates of each other head."""
-    draws = Draws(state.chance, state.length_B)
-    said_B1 = choose(state, next_logits(model, state, heads_BND[:, :1]), draws)
-    carry_BMK = _candidates(model, heads_BND[:, 1:], ranks)
+    """Commits the first token, and carries the candidates that a tree is made of."""
+    carry_BMK = _candidates(model, heads_BND[:, 1:], tree.ranks)
     none_B = jnp.zeros_like(state.length_B)
-    state = dataclasses.replace(state, carry=carry_BMK, chance=draws.after())
+    state = dataclasses.replace(state, carry=carry_BMK)
     return commit(state, said_B1, none_B + 1, none_B)
 
 

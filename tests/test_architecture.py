@@ -28,7 +28,7 @@ LAYERS = [
     {"decode_batch"},
     {"decode", "restore", "run_log", "records"},
     {"evaluate", "generate", "prepare", "plan"},
-    {"loop"},
+    {"loop", "calibrate"},
     {"train"},
     {"__main__"},
 ]

@@ -1,0 +1,472 @@
+"""Trees of drafts, against slow decoders that share none of their code."""
+
+import dataclasses
+import functools
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import all_logits
+from test_decode import (
+    NEW,
+    VOCAB,
+    Letters,
+    case,
+    expected,
+    init,
+    on_mesh,
+    one_device,
+    tiny,
+)
+
+from mtp_jax.cache import chain, make_cache, run_heads_at, run_trunk
+from mtp_jax.config import MeshConfig
+from mtp_jax.decode import Generator
+from mtp_jax.decode_batch import Batch
+from mtp_jax.decode_model import build, unstack
+from mtp_jax.decode_program import Programs, Prompts
+from mtp_jax.decoders import DECODERS
+from mtp_jax.decoders.sampling import Chance, Sampling, law_of
+from mtp_jax.decoders.token_tree import default_tree, read_tree, tree_of
+from mtp_jax.decoders.tree import Tree
+from mtp_jax.decoders.typical import Typical
+from mtp_jax.errors import UserError
+from mtp_jax.sharding import make_mesh
+from mtp_jax.train_step import model_builder
+
+TREES = {
+    "built in": None,
+    "chain": [[0], [0, 0], [0, 0, 0]],
+    # Not the most likely first, a parent whose only child is unlikely, unsorted.
+    "crooked": [[2, 1, 0], [1], [2], [2, 1], [0], [0, 3], [2, 0], [0, 3, 1]],
+    "deeper than the heads": [[0, 0, 0, 0, 0], [0], [0, 0], [0, 0, 0], [0, 0, 0, 0]],
+}
+
+
+@pytest.fixture
+def tree_file(tmp_path):
+    """Writes a file of these paths; the name of it."""
+
+    def write(paths, name="tree.json"):
+        file = tmp_path / name
+        file.write_text(json.dumps({"nodes": [{"path": p} for p in paths]}))
+        return str(file)
+
+    return write
+
+
+def logits_by_training(cfg, params):
+    """f(rows) -> logits of every head after each of at most 32 rows, [N, B, V]."""
+    with jax.set_mesh(one_device()):
+        _, model_of = model_builder(cfg)
+
+    @jax.jit
+    def run(params, tokens_BT):
+        positions_BT = jnp.arange(tokens_BT.shape[1])[None] + 0 * tokens_BT
+        return all_logits(model_of(params), tokens_BT, 0 * tokens_BT, positions_BT)
+
+    def call(rows):
+        tokens_BT = np.zeros((32, 40), np.int32)
+        for i, row in enumerate(rows):
+            tokens_BT[i, : len(row)] = row
+        with jax.set_mesh(one_device()):
+            logits_NBTV = np.asarray(run(params, on_mesh(tokens_BT)))
+        last = np.array([len(row) - 1 for row in rows])
+        return logits_NBTV[:, np.arange(len(rows)), last]
+
+    return call
+
+
+@functools.cache
+def logits_of_case(n, layers):
+    c = case(n, layers)
+    return logits_by_training(c.cfg, init(c.cfg, one_device()))
+
+
+def softmax(x):
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def slow_typical(temperature, epsilon=0.09, delta=0.3):
+    def accepted(logits_V, token):
+        p = softmax(logits_V / temperature)
+        entropy = -np.sum(p * np.log(p))
+        return p[token] > min(epsilon, delta * np.exp(-entropy)), np.log(p[token])
+
+    return accepted
+
+
+def slow_exact(logits_V, token):
+    return token == logits_V.argmax(), 0.0
+
+
+def slow_tree_decoder(logits_of, prompt, paths, accepted, made):
+    """Tokens, how many of them each pass commits, and which are not head 1's choice.
+
+    Every path of the tree is a row of its own, read from the beginning.
+    """
+    paths = [(), *map(tuple, paths)]
+    text, counts, departed = [0, *map(int, prompt)], [1], [False]
+    heads_NV = logits_of([text])[:, 0]
+    text.append(int(heads_NV[0].argmax()))
+    while sum(counts) < made:
+        # The heads read all but the last token.
+        order = np.argsort(-heads_NV[1:], axis=-1, kind="stable")
+        drafts = {p: [int(order[i, r]) for i, r in enumerate(p)] for p in paths}
+        rows = {p: text + drafts[p] for p in paths}
+        logits_BV = logits_of(list(rows.values()))[0]
+        after = dict(zip(rows, logits_BV, strict=True))
+        best, best_score = (), (0, 0.0)  # nothing but the root
+        for p in paths:
+            steps = [accepted(after[p[:i]], drafts[p][i]) for i in range(len(p))]
+            score = (len(p), sum(s for _, s in steps))
+            if all(ok for ok, _ in steps) and score > best_score:
+                best, best_score = p, score
+        tokens = drafts[best]
+        said = [int(after[best[:i]].argmax()) for i in range(len(best) + 1)]
+        departed += [t != s for t, s in zip(tokens, said, strict=False)] + [False]
+        text += [*tokens, said[-1]]
+        counts.append(len(tokens) + 1)
+        heads_NV = logits_of([text[:-1]])[:, 0]
+    return text[1 + len(prompt) :], counts, departed
+
+
+def cut_passes(counts, made):
+    """Passes that make the first `made` tokens, and the share of drafts by depth."""
+    ends = np.cumsum(counts)
+    passes = int(np.searchsorted(ends, made)) + 1
+    return passes, np.array(counts[1:passes]) - 1
+
+
+@pytest.mark.parametrize(
+    "n,layers,name", [(2, 3, "crooked"), *((4, 5, name) for name in TREES)]
+)
+def test_the_text_is_plains_and_the_passes_are_a_slow_tree_decoders(
+    n, layers, name, tree_file
+):
+    c = case(n, layers)
+    decoder = Tree(tree_file(TREES[name]) if TREES[name] else "")
+    results = c.generator.generate(c.prompts, max_new_tokens=NEW, decoder=decoder)
+    paths = TREES[name] or default_tree(n - 1).paths[1:]
+    paths = [p for p in paths if len(p) < n]
+    agreed = set()
+    for i, (result, text) in enumerate(zip(results, c.texts, strict=True)):
+        assert (result.tokens, result.finish) == expected(text, c.eos_id)
+        assert result.departures is None
+        made = len(result.tokens) + (result.finish == "eos")
+        assert 1 <= result.tokens_per_forward <= n
+        if i % 3:  # the slow decoder is slow
+            continue
+        tokens, counts, _ = slow_tree_decoder(
+            logits_of_case(n, layers), c.prompts[i], paths, slow_exact, made
+        )
+        assert tokens[:made] == text[:made]
+        passes, agreed_F = cut_passes(counts, made)
+        assert result.forwards == passes
+        shares = [np.mean(agreed_F > d) if passes > 1 else 0.0 for d in range(n - 1)]
+        np.testing.assert_allclose(result.accepted_by_head, shares)
+        agreed |= set(agreed_F.tolist())
+    assert name == "deeper than the heads" or len(agreed) > 1
+
+
+def test_a_wider_tree_accepts_at_least_what_its_first_candidates_do():
+    c = case(4, 5)
+    passes = {
+        name: sum(
+            r.forwards
+            for r in c.generator.generate(
+                c.prompts, max_new_tokens=NEW, decoder=decoder
+            )
+        )
+        for name, decoder in [("tree", "tree"), ("chain", "blockwise")]
+    }
+    assert passes["tree"] < passes["chain"]
+
+
+@pytest.mark.parametrize("temperature", [0.25, 1.0])
+def test_typical_departs_where_a_slow_typical_decoder_does(temperature):
+    c = case(4, 5)
+    results = c.generator.generate(
+        c.prompts,
+        max_new_tokens=NEW,
+        decoder="typical",
+        sampling=Sampling(temperature=temperature),
+    )
+    paths = default_tree(3).paths[1:]
+    departures = 0
+    for i, result in enumerate(results):
+        if i % 2 and temperature == 1.0:  # the slow decoder is slow
+            continue
+        made = len(result.tokens) + (result.finish == "eos")
+        tokens, counts, departed = slow_tree_decoder(
+            logits_of_case(4, 5), c.prompts[i], paths, slow_typical(temperature), made
+        )
+        assert (result.tokens, result.finish) == expected(tokens, c.eos_id)
+        assert result.departures == sum(departed[:made])
+        assert result.forwards == cut_passes(counts, made)[0]
+        departures += result.departures
+    assert departures > 0
+
+
+def test_typical_departures_end_with_the_stop_string():
+    c, hot = case(4, 5), Sampling(temperature=1.0)
+    settings = {"max_new_tokens": NEW, "decoder": "typical", "sampling": hot}
+    whole = c.generator.generate(c.prompts, **settings)
+    i = max(range(len(whole)), key=lambda i: whole[i].departures)
+    stop = whole[i].text[:2]
+    stopped = c.generator.generate(c.prompts, stop=[stop], **settings)[i]
+    assert (stopped.finish, stopped.text) == ("stop", "")
+    assert stopped.departures <= 2 < whole[i].departures
+
+
+def test_typical_without_temperature_is_the_exact_tree():
+    c = case(4, 5)
+    typical, tree = (
+        c.generator.generate(c.prompts, max_new_tokens=NEW, decoder=name)
+        for name in ("typical", "tree")
+    )
+    assert {r.departures for r in typical} == {0}
+    assert [r.tokens for r in typical] == [r.tokens for r in tree]
+    assert [r.forwards for r in typical] == [r.forwards for r in tree]
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_a_tree_does_not_go_past_the_limit(limit):
+    c = case(4, 5)
+    for r, text in zip(
+        c.generator.generate(c.prompts, max_new_tokens=limit, decoder="tree"),
+        c.texts,
+        strict=True,
+    ):
+        assert (r.tokens, r.finish) == expected(text, c.eos_id, limit)
+
+
+def test_stop_strings_end_a_tree_where_they_end_plain():
+    c = case(4, 5)
+    letters = Letters(c.eos_id)
+    whole = [letters.decode(expected(t, c.eos_id)[0]) for t in c.texts]
+    stops = [s for s in (whole[0][5:7], whole[3][10:13], whole[-1][3:5]) if s]
+    tree, plain = (
+        c.generator.generate(c.prompts, max_new_tokens=NEW, decoder=name, stop=stops)
+        for name in ("tree", "plain")
+    )
+    assert [(r.text, r.finish) for r in tree] == [(r.text, r.finish) for r in plain]
+    assert sum(r.finish == "stop" for r in tree) >= 2
+
+
+@pytest.mark.parametrize("decoder", ["tree", "typical"])
+def test_the_mesh_does_not_change_the_text(decoder):
+    c, mesh = case(4, 5), make_mesh(MeshConfig(fsdp=4, tensor=2))
+    settings = {
+        "max_new_tokens": NEW,
+        "decoder": decoder,
+        "sampling": Sampling(temperature=0.0 if decoder == "tree" else 1.0),
+    }
+    generator = Generator(c.cfg, init(c.cfg, mesh), Letters(c.eos_id), mesh)
+    # Five prompts: rows have to be added for the batch to fill the mesh.
+    results = generator.generate(c.prompts[:5], **settings)
+    one = c.generator.generate(c.prompts[:5], **settings)
+    for name in ("tokens", "forwards", "departures"):
+        assert [getattr(r, name) for r in results] == [getattr(r, name) for r in one]
+
+
+def test_a_model_with_one_head_has_a_tree_of_the_root_alone():
+    c = case(1, 2)
+    results = c.generator.generate(c.prompts, max_new_tokens=NEW, decoder="tree")
+    for result, text in zip(results, c.texts, strict=True):
+        assert (result.tokens, result.finish) == expected(text, c.eos_id)
+        assert result.tokens_per_forward == 1.0
+
+
+def fresh_cache(cfg, params, tokens_BT, heads):
+    """Keys and values of whole texts, read at once."""
+    b, t = tokens_BT.shape
+    model = build(cfg, params)
+    cache = make_cache(cfg, len(model.trunk) + heads, b, t)
+    start_B = jax.device_put(np.zeros(b, np.int32), tokens_BT.sharding.update(
+        spec=jax.P(tokens_BT.sharding.spec[0])))  # fmt: skip
+    new = chain(tokens_BT, start_B)
+    trunk_BTD, cache = run_trunk(model, new, cache)
+    return run_heads_at(model, range(heads), trunk_BTD, new, start_B, cache)[1]
+
+
+@pytest.mark.parametrize("name", ["blockwise", "speculative", "tree", "typical"])
+def test_caches_are_those_of_reading_the_text_again(name):
+    c = case(4, 5)
+    rows = [np.concatenate([[0], p]).astype(np.int32) for p in c.prompts]
+    with jax.set_mesh(one_device()):
+        params = unstack(c.cfg, init(c.cfg, one_device()))
+        programs, agreed = Programs(c.cfg, eos_id=VOCAB), set()
+        batch = Batch(
+            programs, params, DECODERS[name](), rows, 40, Sampling(temperature=0.7)
+        )
+        batch.begin()
+        # Fewer heads now and then: drafts of the others are not verified.
+        for depth in (4, 4, 2, 4, 3, 4, 4, 2):
+            state = batch._state
+            advance = programs.advance(DECODERS[name](), params, depth, state)
+            batch._state = advance(params, state, np.int32(1))
+            agreed |= set((np.diff(np.array([state.length_B, batch._state.length_B]),
+                                   axis=0) - 1).ravel().tolist())  # fmt: skip
+        state = batch._state
+        again = fresh_cache(c.cfg, params, state.tokens_BE, heads=4)
+    assert agreed == {0, 1, 2, 3}
+    layers = zip(
+        [*state.cache.k_BGSK, *state.cache.v_BGSK],
+        [*again.k_BGSK, *again.v_BGSK],
+        strict=True,
+    )
+    for kept_BGSK, again_BGSK in layers:
+        for b, length in enumerate(np.asarray(state.length_B)):
+            np.testing.assert_allclose(
+                np.asarray(kept_BGSK)[b, :, : length - 1],
+                np.asarray(again_BGSK)[b, :, : length - 1],
+                atol=2e-6,
+            )
+
+
+def law_by_training(cfg, params, prompt, sampling, length):
+    """Probabilities of all continuations by head 1, {tokens: float}."""
+    logits_of, vocab = logits_by_training(cfg, params), range(cfg.vocab_size)
+    law = {(): 1.0}
+    for _ in range(length):
+        rows = [[0, *prompt, *text] for text in law]
+        logits_BV = logits_of(rows)[0].astype(np.float64)
+        longer = {}
+        for (text, p), row, logits_V in zip(law.items(), rows, logits_BV, strict=True):
+            seen_V = np.isin(vocab, row)
+            by_V = np.where(logits_V > 0, 1 / sampling.repetition_penalty,
+                            sampling.repetition_penalty)  # fmt: skip
+            logits_V = np.where(seen_V, logits_V * by_V, logits_V)
+            q_V = softmax(logits_V / sampling.temperature)
+            longer |= {(*text, v): p * q_V[v] for v in vocab}
+        law = longer
+    return law
+
+
+def law_of_decoder(cfg, params, decoder, prompt, sampling, length):
+    """The same by running a decoder with every outcome of its draws.
+
+    And how many drafts a forward pass found right, the set of all.
+    """
+    vocab, n, start = cfg.vocab_size, cfg.n_future_tokens, 1 + len(prompt)
+    draws = 1 + (length - 1) * n  # one for the first token, n for each forward pass
+    forced = np.array(list(itertools.product(range(vocab), repeat=draws)), np.int32)
+    b = len(forced)
+    row = np.array([0, *prompt], np.int32)
+    prompts = Prompts(
+        tokens_BP=on_mesh(np.tile(row, (b, 1))),
+        length_B=jnp.full(b, start, jnp.int32),
+        limit_B=jnp.full(b, start + length, jnp.int32),
+        done_B=jnp.zeros(b, bool),
+        law=law_of(sampling, vocab),
+        chance=Chance(jnp.zeros((b, 2), jnp.uint32), forced[:, :1], jnp.zeros(b)),
+    )
+    model = build(cfg, params)
+    begin, _ = Programs(cfg, eos_id=vocab).begin(decoder, params, prompts, 32, 32)
+    state = begin(params, prompts)
+    step = jax.jit(functools.partial(decoder.step, model, depth=n))
+    for i in range(length - 1):
+        now = forced[:, 1 + i * n : 1 + (i + 1) * n]
+        chance = dataclasses.replace(state.chance, forced_BJ=now)
+        state = step(dataclasses.replace(state, chance=chance))
+    assert np.all(state.done_B)
+    law = {}
+    texts = np.asarray(state.tokens_BE)[:, start : start + length]
+    for text, log_prob in zip(texts, np.asarray(state.chance.log_prob_B), strict=True):
+        law[tuple(text)] = law.get(tuple(text), 0.0) + np.exp(np.float64(log_prob))
+    return law, set(np.asarray(state.agreed_BE)[:, start : start + length].ravel())
+
+
+@pytest.mark.parametrize("paths", [None, [[1], [2], [1, 0], [1, 2], [2, 0]]])
+def test_sampled_trees_have_the_law_of_head_1(paths, tree_file):
+    cfg, prompt = tiny(3, 4, vocab_size=3), [1, 2]
+    sampling = Sampling(temperature=0.8, repetition_penalty=1.3)
+    with jax.set_mesh(one_device()):
+        given = init(cfg, one_device())
+        params = unstack(cfg, given)
+        right = law_by_training(cfg, given, prompt, sampling, length=3)
+        decoder = Tree(tree_file(paths) if paths else "")
+        law, agreed = law_of_decoder(cfg, params, decoder, prompt, sampling, length=3)
+    assert agreed == {0, 1, 2}
+    assert abs(sum(law.values()) - 1) < 1e-5
+    for text, p in right.items():
+        assert abs(law.get(text, 0.0) - p) < 1e-6
+
+
+def test_the_built_in_tree_has_the_nodes_that_its_assumption_gives():
+    nodes = [
+        (p, r)
+        for depth in range(1, 5)
+        for p in itertools.product(range(8), repeat=depth)
+        if (r := 0.6**depth / np.prod([(k + 1.0) ** 2 for k in p])) >= 0.02
+    ]
+    assert default_tree(4).paths == ((), *(p for p, _ in nodes))
+    assert default_tree(0).paths == ((),)
+    # Its depth has an end, so a model of many heads does not run all of them.
+    assert Tree().heads(32) == 8
+
+
+def test_a_tree_knows_its_parents_paths_and_ancestors():
+    tree = tree_of([[2, 1, 0], [0], [2], [2, 1]])
+    assert tree.paths == ((), (0,), (2,), (2, 1), (2, 1, 0))
+    assert tree.parent_W.tolist() == [-1, 0, 0, 2, 3]
+    assert tree.path_WP.tolist() == [
+        [0, 0, 0, 0], [0, 1, 1, 1], [0, 2, 2, 2], [0, 2, 3, 3], [0, 2, 3, 4],
+    ]  # fmt: skip
+    for w, path in enumerate(tree.paths):
+        for u, other in enumerate(tree.paths):
+            assert tree.ancestors_WW[w, u] == (path[: len(other)] == other)
+    assert tree.cut(2, 2).paths == ((), (0,))
+    assert tree.cut(2, 9).paths == ((), (0,), (2,), (2, 1))
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("{", "is not JSON"),
+        ("[" * 5000, "is not JSON"),
+        ("[]", 'no list "nodes"'),
+        ('{"nodes": []}', 'no list "nodes"'),
+        ('{"nodes": {"path": [0]}}', 'no list "nodes"'),
+        ('{"nodes": [{"path": [0]}, 3]}', r'nodes\[1\] has no "path"'),
+        ('{"nodes": [{"path": []}]}', r'nodes\[0\] has no "path"'),
+        ('{"nodes": [{"path": [0]}, {"path": [0, -1]}]}', r"nodes\[1\].*has -1"),
+        ('{"nodes": [{"path": [true]}]}', "has True"),
+        ('{"nodes": [{"path": [0.0]}]}', "has 0.0"),
+        ('{"nodes": [{"path": [1]}, {"path": [1]}]}', r"nodes\[1\] is \[1\] again"),
+        ('{"nodes": [{"path": [0]}, {"path": [1, 0]}]}', r"parent \[1\] is not there"),
+    ],
+)
+def test_a_wrong_tree_file_is_one_line(tmp_path, text, message):
+    file = tmp_path / "tree.json"
+    file.write_text(text)
+    for decoder in (Tree, Typical):
+        with pytest.raises(UserError, match=message) as error:
+            decoder(tree=str(file))
+        assert str(file) in str(error.value)
+
+
+def test_a_tree_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(UserError, match="No such file"):
+        Tree(str(tmp_path / "none.json"))
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="is not JSON"):
+        read_tree(str(tmp_path / "binary"))
+
+
+def test_a_file_written_anew_is_another_tree(tree_file):
+    first, same = (Tree(tree_file([[0]])) for _ in range(2))
+    second = Tree(tree_file([[0], [1]]))
+    assert first.tree == second.tree
+    assert first == same != second  # programs are kept by decoder
+
+
+@pytest.mark.parametrize("changes", [{"epsilon": -0.1}, {"delta": 2.0}])
+def test_typical_refuses_wrong_thresholds(changes):
+    with pytest.raises(UserError, match=f"{next(iter(changes))} is"):
+        Typical(**changes)

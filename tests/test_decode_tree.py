@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from models import all_logits
 from test_decode import (
     NEW,
@@ -34,7 +35,7 @@ from mtp_jax.decoders.token_tree import default_tree, read_tree, tree_of
 from mtp_jax.decoders.tree import Tree
 from mtp_jax.decoders.typical import Typical
 from mtp_jax.errors import UserError
-from mtp_jax.sharding import make_mesh
+from mtp_jax.sharding import make_mesh, spec
 from mtp_jax.train_step import model_builder
 
 TREES = {
@@ -170,7 +171,7 @@ def test_the_text_is_plains_and_the_passes_are_a_slow_tree_decoders(
         shares = [np.mean(agreed_F > d) if passes > 1 else 0.0 for d in range(n - 1)]
         np.testing.assert_allclose(result.accepted_by_head, shares)
         agreed |= set(agreed_F.tolist())
-    assert name == "deeper than the heads" or len(agreed) > 1
+    assert max(agreed) > 0 and (n == 2 or len(agreed) > 1)
 
 
 def test_a_wider_tree_accepts_at_least_what_its_first_candidates_do():
@@ -287,8 +288,7 @@ def fresh_cache(cfg, params, tokens_BT, heads):
     b, t = tokens_BT.shape
     model = build(cfg, params)
     cache = make_cache(cfg, len(model.trunk) + heads, b, t)
-    start_B = jax.device_put(np.zeros(b, np.int32), tokens_BT.sharding.update(
-        spec=jax.P(tokens_BT.sharding.spec[0])))  # fmt: skip
+    start_B = jnp.zeros(b, jnp.int32, out_sharding=spec("batch"))
     new = chain(tokens_BT, start_B)
     trunk_BTD, cache = run_trunk(model, new, cache)
     return run_heads_at(model, range(heads), trunk_BTD, new, start_B, cache)[1]
@@ -306,14 +306,15 @@ def test_caches_are_those_of_reading_the_text_again(name):
         )
         batch.begin()
         # Fewer heads now and then: drafts of the others are not verified.
-        for depth in (4, 4, 2, 4, 3, 4, 4, 2):
-            state = batch._state
+        for depth in (4, 4, 2, 4, 2, 4, 4, 2):
+            state, before_B = batch._state, np.array(batch._state.length_B)
             advance = programs.advance(DECODERS[name](), params, depth, state)
             batch._state = advance(params, state, np.int32(1))
-            agreed |= set((np.diff(np.array([state.length_B, batch._state.length_B]),
-                                   axis=0) - 1).ravel().tolist())  # fmt: skip
+            agreed |= set((np.array(batch._state.length_B) - before_B - 1).tolist())
         state = batch._state
-        again = fresh_cache(c.cfg, params, state.tokens_BE, heads=4)
+        again = jax.jit(functools.partial(fresh_cache, c.cfg, heads=4))(
+            params, state.tokens_BE
+        )
     assert agreed == {0, 1, 2, 3}
     layers = zip(
         [*state.cache.k_BGSK, *state.cache.v_BGSK],
@@ -358,20 +359,26 @@ def law_of_decoder(cfg, params, decoder, prompt, sampling, length):
     forced = np.array(list(itertools.product(range(vocab), repeat=draws)), np.int32)
     b = len(forced)
     row = np.array([0, *prompt], np.int32)
+    by_row = NamedSharding(one_device(), jax.P(("replica", "fsdp")))
+    put = functools.partial(jax.device_put, device=by_row)
     prompts = Prompts(
         tokens_BP=on_mesh(np.tile(row, (b, 1))),
-        length_B=jnp.full(b, start, jnp.int32),
-        limit_B=jnp.full(b, start + length, jnp.int32),
-        done_B=jnp.zeros(b, bool),
+        length_B=put(np.full(b, start, np.int32)),
+        limit_B=put(np.full(b, start + length, np.int32)),
+        done_B=put(np.zeros(b, bool)),
         law=law_of(sampling, vocab),
-        chance=Chance(jnp.zeros((b, 2), jnp.uint32), forced[:, :1], jnp.zeros(b)),
+        chance=Chance(
+            put(np.zeros((b, 2), np.uint32)),
+            put(forced[:, :1]),
+            put(np.zeros(b, np.float32)),
+        ),
     )
     model = build(cfg, params)
     begin, _ = Programs(cfg, eos_id=vocab).begin(decoder, params, prompts, 32, 32)
     state = begin(params, prompts)
     step = jax.jit(functools.partial(decoder.step, model, depth=n))
     for i in range(length - 1):
-        now = forced[:, 1 + i * n : 1 + (i + 1) * n]
+        now = put(forced[:, 1 + i * n : 1 + (i + 1) * n])
         chance = dataclasses.replace(state.chance, forced_BJ=now)
         state = step(dataclasses.replace(state, chance=chance))
     assert np.all(state.done_B)

@@ -88,7 +88,8 @@ class Generator:
           heads: use the first so many heads; all if None.
           sampling: the law of the next token; greedy if not given.
           stop: a continuation ends before the first of these that it contains.
-          adaptive: use as many of the heads as is fastest, from moment to moment.
+          adaptive: use as many of the heads as is fastest, from moment to moment; of
+            no effect on lossy decoders.
 
         Returns:
           A generation a prompt. Its `tokens_per_s` counts the new tokens of the batch

@@ -70,7 +70,8 @@ class Batch:
           rows: token ids of the prompts, int32, at least one of each.
           max_new_tokens: most tokens of a continuation.
           sampling: the law of the next token.
-          adaptive: use fewer heads where that is faster.
+          adaptive: use fewer heads where that is faster; exact decoders only, which
+            agree on what to do with one.
         """
         self._programs = programs
         self._params = params
@@ -88,7 +89,7 @@ class Batch:
         self._state: DecodeState | None = None
         self._chooser: DepthChooser | None = None
         self._costs: dict[int, float] = {}
-        if adaptive and self._depth > 1:
+        if adaptive and self._depth > 1 and not decoder.lossy:
             self._costs = self._measure()
         else:
             programs.advance(decoder, params, self._depth, shapes)

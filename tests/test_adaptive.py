@@ -24,7 +24,7 @@ def restless(monkeypatch):
     monkeypatch.setattr(decode_batch, "_FEWEST", 2)
 
 
-@pytest.mark.parametrize("decoder", ["blockwise", "speculative"])
+@pytest.mark.parametrize("decoder", ["blockwise", "speculative", "tree"])
 def test_any_change_of_depth_gives_the_same_text(restless, decoder):
     c = case(4, 5)
     results = c.generator.generate(

@@ -83,9 +83,10 @@ class Tree:
         """Commits what head 1 says at the prompt's end; the others give candidates."""
         draws = Draws(state.chance, state.length_B)
         said_B1 = choose(state, next_logits(model, state, heads_BND[:, :1]), draws)
-        state = dataclasses.replace(state, chance=draws.after())
-        tree = self.used(len(model.heads), model.cfg.vocab_size)
-        return begin(model, state, tree, heads_BND, said_B1)
+        carry_BMK = self.draft(model, state, heads_BND[:, 1:], draws)
+        state = dataclasses.replace(state, carry=carry_BMK, chance=draws.after())
+        none_B = jnp.zeros_like(state.length_B)
+        return commit(state, said_B1, none_B + 1, none_B)
 
     def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
         """Reads the tree, commits its longest right path and one token more."""
@@ -95,6 +96,18 @@ class Tree:
         end_B, said_B1 = exact_path(state, tree, read, draws)
         state = dataclasses.replace(state, chance=draws.after())
         return commit_path(model, state, tree, read, end_B, said_B1)
+
+    def draft(
+        self,
+        model: DecodeModel,
+        state: DecodeState,
+        heads_BMD: jax.Array,
+        draws: Draws,
+    ) -> jax.Array:
+        """The most likely tokens of each drafting head, best first, int32 [B, M, K]."""
+        del state, draws
+        ranks = self.used(len(model.heads), model.cfg.vocab_size).ranks
+        return _candidates(model, heads_BMD, ranks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,22 +120,8 @@ class ReadTree:
     cache: Cache
 
 
-def begin(
-    model: DecodeModel,
-    state: DecodeState,
-    tree: TokenTree,
-    heads_BND: jax.Array,
-    said_B1: jax.Array,
-) -> DecodeState:
-    """Commits the first token, and carries the candidates that a tree is made of."""
-    carry_BMK = _candidates(model, heads_BND[:, 1:], tree.ranks)
-    none_B = jnp.zeros_like(state.length_B)
-    state = dataclasses.replace(state, carry=carry_BMK)
-    return commit(state, said_B1, none_B + 1, none_B)
-
-
 def read_nodes(model: DecodeModel, state: DecodeState, tree: TokenTree) -> ReadTree:
-    """Runs the trunk and head 1 over the nodes, candidates that `begin` carries."""
+    """Runs the trunk and head 1 over the nodes, candidates that are carried."""
     b, m, k = state.carry.shape
     # By comparison, as in `at_slot`: a gather would have to be told how it is split.
     which_W = (tree.depth_W - 1) * k + tree.rank_W  # the root: -k, none of them

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 
 from mtp_jax.cache import at_slot
 from mtp_jax.decode_model import DecodeModel
-from mtp_jax.decoders.sampling import most_likely
-from mtp_jax.decoders.state import DecodeState, law_probs, next_logits
+from mtp_jax.decoders.sampling import Draws, most_likely
+from mtp_jax.decoders.state import DecodeState, commit, law_probs, next_logits
 from mtp_jax.decoders.token_tree import TokenTree
-from mtp_jax.decoders.tree import ReadTree, Tree, begin, commit_path, read_nodes
+from mtp_jax.decoders.tree import ReadTree, Tree, commit_path, read_nodes
 from mtp_jax.errors import UserError
 from mtp_jax.sharding import spec
 
@@ -63,8 +63,11 @@ class Typical:
     ) -> DecodeState:
         """Commits what head 1 finds most likely at the prompt's end."""
         said_B1 = most_likely(next_logits(model, state, heads_BND[:, :1]))
-        tree = self.exact.used(len(model.heads), model.cfg.vocab_size)
-        return begin(model, state, tree, heads_BND, said_B1)
+        draws = Draws(state.chance, state.length_B)
+        carry_BMK = self.exact.draft(model, state, heads_BND[:, 1:], draws)
+        state = dataclasses.replace(state, carry=carry_BMK)
+        none_B = jnp.zeros_like(state.length_B)
+        return commit(state, said_B1, none_B + 1, none_B)
 
     def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
         """Reads the tree, commits its longest accepted path and one token more."""

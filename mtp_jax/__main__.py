@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 
+from mtp_jax import hosts
 from mtp_jax.errors import RunFailed, UserError
 
 _USAGE = """\
@@ -16,11 +17,20 @@ Multi-token prediction: train a model with n heads, and let it draft for itself.
   evaluate  measure a trained model on held-out text
   generate  decode from a trained model
   calibrate measure the heads and choose a tree of drafts
+  audit     prove from a run's files which data it has seen
   plan      what a training step costs on a TPU, without one
 
 mtp-jax VERB --help tells the options of a verb."""
 
-_VERBS = ("prepare", "train", "evaluate", "generate", "calibrate", "plan")
+_VERBS = (
+    "prepare",
+    "train",
+    "evaluate",
+    "generate",
+    "calibrate",
+    "audit",
+    "plan",
+)
 
 
 def main() -> int:
@@ -35,13 +45,18 @@ def main() -> int:
     try:
         if verb not in _VERBS:
             raise UserError(f"{verb!r} is not a verb; there are {', '.join(_VERBS)}.")
-        return importlib.import_module(f"mtp_jax.{verb}").main(argv)
-    except UserError as error:
-        print(f"mtp-jax: error: {error}", file=sys.stderr)
-        return 2
-    except RunFailed as error:
-        print(f"mtp-jax: {error}", file=sys.stderr)
-        return 1
+        code = importlib.import_module(f"mtp_jax.{verb}").main(argv)
+        hosts.leave()
+        return code
+    except BaseException as error:
+        hosts.fail(error)  # of several hosts, all end
+        if isinstance(error, UserError):
+            print(f"mtp-jax: error: {error}", file=sys.stderr)
+            return 2
+        if isinstance(error, RunFailed):
+            print(f"mtp-jax: {error}", file=sys.stderr)
+            return 1
+        raise
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
+from mtp_jax import hosts
 from mtp_jax.config import CheckpointConfig
 from mtp_jax.errors import UserError
 from mtp_jax.sharding import abstract_tree
@@ -40,6 +41,7 @@ class Checkpoints:
         if cfg is not None and jax.process_index() == 0:
             for part in self.folder.glob("*.orbax-checkpoint-tmp"):
                 shutil.rmtree(part)  # a save that a crash cut short
+        hosts.wait_for_all("the checkpoints are tidy")
         self._orbax = ocp.training.Checkpointer(
             self.folder.absolute(),
             preservation_policy=None if cfg is None else _retention(cfg),
@@ -127,7 +129,9 @@ class Checkpoints:
         except Exception as error:  # Orbax and TensorStore raise many kinds
             if "RESOURCE_EXHAUSTED" in str(error):
                 raise
-            raise DamagedCheckpoint(self.folder / str(step), error) from error
+            damage = DamagedCheckpoint(self.folder / str(step), error)
+            damage.seen_by_all = jax.process_count() == 1
+            raise damage from error
         found = {name: _plain(jax.device_get(_sums(items[name]))) for name in items}
         wrong = [name for name in found if found[name] != sums[name]]
         if wrong:
@@ -136,7 +140,16 @@ class Checkpoints:
         return items
 
     def set_aside(self, step: int) -> pathlib.Path:
-        """Moves a damaged checkpoint out of the way of the ones to come."""
+        """Moves a damaged checkpoint out of the way; all processes must call it."""
+        target = self.folder.parent / "damaged" / str(step)
+        if jax.process_index() == 0:
+            target = self.move_aside(step)
+        hosts.wait_for_all(f"checkpoint {step} is set aside")
+        self._orbax.reload()
+        return target
+
+    def move_aside(self, step: int) -> pathlib.Path:
+        """The same for the process that is the only one to know of the damage."""
         target = self.folder.parent / "damaged" / str(step)
         target.parent.mkdir(exist_ok=True)
         number = 0
@@ -144,14 +157,18 @@ class Checkpoints:
             number += 1
             target = target.with_name(f"{step}.{number}")
         (self.folder / str(step)).rename(target)
-        self._orbax.reload()
         return target
 
 
 class DamagedCheckpoint(Exception):
     """A checkpoint whose files are missing, unreadable or altered."""
 
+    seen_by_all = True  # False: the other processes may wait for this one in Orbax
+
     def __init__(self, folder: pathlib.Path, cause: Exception):
+        self.step = int(folder.name)
+        while cause.__cause__ is not None:  # what Orbax makes of it says less
+            cause = cause.__cause__  # type: ignore[assignment]
         first_line = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         super().__init__(f"checkpoint {folder} is damaged: {first_line[:160]}")
 
@@ -167,6 +184,7 @@ def restore_newest(
 
     Raises:
       UserError: there is no such checkpoint, or none that can be read.
+      DamagedCheckpoint: this process alone, of several, could not read its part.
     """
     steps = checkpoints.steps()
     if step is not None and step not in steps:
@@ -178,6 +196,8 @@ def restore_newest(
         try:
             return candidate, checkpoints.restore(candidate, abstract), damaged
         except DamagedCheckpoint as error:
+            if not error.seen_by_all:
+                raise
             print(f"mtp_jax: {error}", file=sys.stderr)
             damaged.append(candidate)
     raise UserError(f"{checkpoints.folder} holds no checkpoint that can be read.")

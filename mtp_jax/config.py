@@ -207,6 +207,8 @@ class TrainConfig:
     seed: int = 0  # of the initial parameters and of the sampled prompts
     max_bad_steps: int = 10  # non-finite steps in a row that end the run
     compilation_cache: str = "~/.cache/mtp_jax"  # empty: none
+    join_timeout_s: int = 300  # how long hosts wait for each other at the beginning
+    host_timeout_s: int = 60  # within it, a lost host ends the others
 
     def __post_init__(self):
         _require_at_least(
@@ -215,6 +217,8 @@ class TrainConfig:
             steps=self.steps,
             accumulation=self.accumulation,
             max_bad_steps=self.max_bad_steps,
+            join_timeout_s=self.join_timeout_s,
+            host_timeout_s=self.host_timeout_s,
         )
         _require_at_least("train", 0, seed=self.seed)
 
@@ -249,10 +253,15 @@ class CheckpointConfig:
     keep_latest: int = 3
     keep_every: int = 0  # also those of every multiple of this step; 0: none
     keep_best: int = 0  # also so many with the lowest held-out loss of head 1
+    local_dir: str = (
+        ""  # on a disk of each host: fast checkpoints, besides; empty: none
+    )
+    local_every: int = 100  # steps
 
     def __post_init__(self):
         kept = {"keep_every": self.keep_every, "keep_best": self.keep_best}
         _require_at_least("checkpoint", 0, **kept)
+        _require_at_least("checkpoint", 1, local_every=self.local_every)
         _require_at_least(
             "checkpoint", 1, every=self.every, keep_latest=self.keep_latest
         )

@@ -80,7 +80,14 @@ class Documents:
     def _map(self, name: str, dtype: np.dtype | str) -> np.ndarray:
         if name not in self._open:
             # A plain array on the map: slices of np.memmap itself are slow to make.
-            mapped = np.memmap(self.directory / name, dtype, mode="r")
+            try:
+                mapped = np.memmap(self.directory / name, dtype, mode="r")
+            except OSError as error:
+                raise UserError(
+                    f"{self.directory / name} cannot be read any more: "
+                    f"{error.strerror}; put the corpus back and run the same command "
+                    "again."
+                ) from error
             self._open[name] = mapped.view(np.ndarray)
         return self._open[name]
 
@@ -132,6 +139,12 @@ class Corpus:
                     "copy the corpus again or run prepare again."
                 )
         return corpus
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the text to train on: 12 digits of the sha256 of its manifest."""
+        text = json.dumps(self.manifest["splits"]["train"], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def documents(self, split: str) -> Documents:
         """The documents of "train" or "heldout"."""

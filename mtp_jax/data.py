@@ -5,9 +5,11 @@ again from any step gives the same batches, with any number of hosts, reader pro
 and threads. Axes: B rows of this host, S = seq_len + n_future_tokens.
 """
 
+import dataclasses
 import sys
 import weakref
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
 
 import absl.flags
 import grain
@@ -102,6 +104,25 @@ def train_batches(
     return plain
 
 
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Tokens of a document that stand in a row, in the order of the row."""
+
+    source: int  # which corpus of the run
+    document: int
+    begin: int  # first token, in the document with its begin and end of text
+    end: int  # token after the last
+
+
+def pieces_of_step(
+    cfg: Config, step: int, sources: Sequence[Corpus]
+) -> list[list[Piece]]:
+    """Which tokens make up each row of global batch `step`, counted from 0."""
+    rows = _mixture(cfg, sources, _Located)
+    size = cfg.data.batch_size
+    return [rows[step * size + r] for r in range(size)]
+
+
 def heldout_batches(
     cfg: Config,
     sources: Sequence[Corpus] | None = None,
@@ -186,11 +207,29 @@ def _check_source(
         )
 
 
-def _mixture(cfg: Config, corpora: Sequence[Corpus]) -> grain.MapDataset:
-    """Endless rows of all sources in the order of training."""
+class _Located:
+    """Instead of rows, where their tokens come from."""
+
+    def __init__(self, rows: PackedRows, source: int):
+        self._rows = rows
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> list[Piece]:
+        return [Piece(self._source, *piece) for piece in self._rows.pieces(index)]
+
+
+def _mixture(
+    cfg: Config,
+    corpora: Sequence[Corpus],
+    view: Callable[[PackedRows, int], Any] = lambda rows, source: rows,
+) -> grain.MapDataset:
+    """Endless rows of all sources in the order of training, or a view of them."""
     datasets = []
     for i, corpus in enumerate(corpora):
-        rows = _packed(cfg, corpus, "train", seed=(cfg.data.seed, i))
+        rows = view(_packed(cfg, corpus, "train", seed=(cfg.data.seed, i)), i)
         seed = np.random.SeedSequence([cfg.data.seed, i, _ROW_SHUFFLE])
         dataset = grain.MapDataset.source(rows)
         dataset = dataset.shuffle(seed=int(seed.generate_state(1)[0]))

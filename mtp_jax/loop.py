@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -11,8 +12,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from mtp_jax import hosts
 from mtp_jax.checkpoint import (
     Checkpoints,
+    DamagedCheckpoint,
     abstract_items,
     restore_newest,
     state_from_items,
@@ -24,8 +27,18 @@ from mtp_jax.decode import Generator
 from mtp_jax.errors import RunFailed
 from mtp_jax.evaluate import make_evaluator, measure, placed_heldout
 from mtp_jax.feed import batch_sharding, place_rows, rows_of_process
-from mtp_jax.records import heldout_line, heldout_record, step_line, step_record
-from mtp_jax.run_log import RunLog, Stopwatch, environment, write_json
+from mtp_jax.goodput import Goodput, straggler
+from mtp_jax.local_checkpoints import LocalCheckpoints
+from mtp_jax.records import (
+    heldout_line,
+    heldout_record,
+    step_line,
+    step_record,
+    straggler_line,
+)
+from mtp_jax.run_file import RunFile, identity
+from mtp_jax.run_log import RunLog, Stopwatch
+from mtp_jax.sharding import abstract_tree
 from mtp_jax.tokenizer import Tokenizer
 from mtp_jax.train_step import TrainState, make_init, make_step
 
@@ -39,22 +52,19 @@ def run(
       RunFailed: too many non-finite steps in a row.
       UserError: a checkpoint does not fit, or the disk is full.
     """
+    goodput = Goodput()
     checkpoints = Checkpoints(workdir, cfg.checkpoint)
-    state, start = _restore_or_init(cfg, checkpoints)
+    with goodput.spent("restore"):
+        local = _local_checkpoints(cfg, workdir, mesh)
+        state, start, spent = _restore_or_init(cfg, checkpoints, local)
+    file = RunFile.begin(cfg, workdir, mesh, corpora, start, goodput, spent)
     log = RunLog(workdir, start, cfg.log.tensorboard)
     try:
-        if jax.process_index() == 0:
-            write_json(
-                workdir / "run.json",
-                {
-                    "config": dataclasses.asdict(cfg),
-                    "tokenizer": _identity(corpora[0].tokenizer),
-                    **environment(mesh),
-                },
-            )
         log.say(_opening(cfg, state, start, workdir))
         generator = Generator(cfg.model, None, corpora[0].tokenizer, mesh)
-        _Run(cfg, workdir, mesh, corpora, checkpoints, log, generator).go(state, start)
+        parts = _Run(cfg, workdir, mesh, corpora, checkpoints, log, generator, file)
+        parts.local = local
+        parts.go(state, start)
         checkpoints.close()
     except BaseException:
         with contextlib.suppress(Exception):  # the first error is the one to tell
@@ -64,16 +74,50 @@ def run(
         log.close()
 
 
-def _restore_or_init(cfg: Config, checkpoints: Checkpoints) -> tuple[TrainState, int]:
+def _restore_or_init(
+    cfg: Config, checkpoints: Checkpoints, local: LocalCheckpoints | None
+) -> tuple[TrainState, int, dict[str, float]]:
+    """The state, the steps done before, and where their time went."""
     init = make_init(cfg)
     key = jax.random.key(cfg.train.seed)
-    if not checkpoints.steps():
-        return init(key), 0
+    durable = max(checkpoints.steps(), default=0)
+    if local is not None and (step := local.newest(durable)) > durable:
+        abstract = abstract_tree(jax.eval_shape(init, key), jax.sharding.get_mesh())
+        state, spent = local.restore(step, abstract)
+        return state, step, spent
+    if local is not None:
+        local.drop_after(durable)
+    if not durable:
+        _compile_on_all(init, key)
+        return init(key), 0, {}
     abstract = abstract_items(jax.eval_shape(init, key))
-    step, items, damaged = restore_newest(checkpoints, abstract)
+    try:
+        step, items, damaged = restore_newest(checkpoints, abstract)
+    except DamagedCheckpoint as error:
+        raise RunFailed(
+            f"{error}; moved to {checkpoints.move_aside(error.step)}: run the same "
+            "command again, and it goes on from the checkpoint before"
+        ) from error
     for other in damaged:
         print(f"mtp_jax: moved it to {checkpoints.set_aside(other)}", flush=True)
-    return state_from_items(items), step
+    spent = checkpoints.saved_metadata(step).get("seconds", {})
+    return state_from_items(items), step, spent
+
+
+def _local_checkpoints(
+    cfg: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh
+) -> LocalCheckpoints | None:
+    if not cfg.checkpoint.local_dir:
+        return None
+    devices = [int(device.id) for device in mesh.devices.flat]
+    setting = f"{cfg.model} {dict(mesh.shape)} {devices}"
+    return LocalCheckpoints(cfg.checkpoint, identity(workdir), setting)
+
+
+def _compile_on_all(function: Any, *args: Any) -> None:
+    """Compiles what all processes are about to call, and waits until all have."""
+    function.lower(*args).compile()
+    hosts.wait_for_all("compiled")
 
 
 def _opening(cfg: Config, state: TrainState, start: int, workdir: pathlib.Path) -> str:
@@ -90,7 +134,7 @@ def _opening(cfg: Config, state: TrainState, start: int, workdir: pathlib.Path) 
 class _Run:
     """What stays the same from step to step."""
 
-    def __init__(self, cfg, workdir, mesh, corpora, checkpoints, log, generator):
+    def __init__(self, cfg, workdir, mesh, corpora, checkpoints, log, generator, file):
         self.cfg: Config = cfg
         self.workdir: pathlib.Path = workdir
         self.mesh: jax.sharding.Mesh = mesh
@@ -98,24 +142,33 @@ class _Run:
         self.checkpoints: Checkpoints = checkpoints
         self.log: RunLog = log
         self.generator: Generator = generator
+        self.file: RunFile = file
+        self.goodput: Goodput = file.goodput
         self.step = make_step(cfg)
         self.tokenizer = corpora[0].tokenizer
         self.evaluator = make_evaluator(cfg.model, cfg.compute, self.tokenizer)
+        self.local: LocalCheckpoints | None = None
         self.watch = Stopwatch()
         self.tracing = False
+        self.window = -1  # the step at which the last window of the log ended
 
     def go(self, state: TrainState, start: int) -> None:
         """Steps from `start` until the end, a SIGTERM or a failure."""
         cfg, last = self.cfg, self.cfg.train.steps
         batches = self.batches(start)
+        self.goodput.now_in("step")
         earlier: tuple[int, dict[str, jax.Array]] | None = None
         done = start
         stopping = _preempted(done)
         while done < last and not stopping:
             self.profile(done)
             began = time.perf_counter()
-            batch = next(batches)
+            with self.goodput.spent("data"):
+                batch = next(batches)
             self.watch.waited(time.perf_counter() - began)
+            if done == start:
+                with self.goodput.spent("compile"):
+                    _compile_on_all(self.step, state, batch)
             state, metrics = self.step(state, batch)
             done += 1
             # One step late, so that the devices have the next one to work on meanwhile.
@@ -127,14 +180,20 @@ class _Run:
             stopping = _preempted(done)
             evaluating = cfg.eval.every > 0 and done % cfg.eval.every == 0
             saving = done % cfg.checkpoint.every == 0 or done == last or stopping
-            if evaluating or saving:
+            saving_here = self.local is not None and self.local.due(done)
+            if evaluating or saving or saving_here:
                 self.look_at(*earlier)
                 earlier = None
-                loss = (
-                    self.evaluate(state, done) if evaluating and not stopping else None
-                )
+                loss = None
+                if evaluating and not stopping:
+                    with self.goodput.spent("evaluate"):
+                        loss = self.evaluate(state, done)
+                if saving_here and not saving:
+                    self.save_here(state, done)
                 if saving:
-                    self.checkpoints.save(done, state, self.metadata(done), loss)
+                    with self.goodput.spent("save"):
+                        self.checkpoints.save(done, state, self.metadata(done), loss)
+                self.file.write_sometimes()
                 self.watch.restart()
         self.finish(start, done, stopping)
 
@@ -148,8 +207,9 @@ class _Run:
 
     def look_at(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Waits for a step; stops a run that has gone astray; logs on schedule."""
+        began = time.perf_counter()
         bad = int(metrics["bad_steps"])
-        self.watch.stepped()
+        self.watch.stepped(time.perf_counter() - began)
         if bad >= self.cfg.train.max_bad_steps:
             raise RunFailed(
                 f"the loss or its gradient was not finite for {bad} steps in a row up "
@@ -161,10 +221,18 @@ class _Run:
 
     def write(self, step: int, metrics: dict[str, np.ndarray]) -> None:
         """One record of metrics.jsonl and one line for people."""
-        step_s, waited = self.watch.read()
-        record = step_record(self.cfg, step, metrics, step_s, waited)
+        window = self.watch.read()
+        record = step_record(self.cfg, step, metrics, window)
+        slow = straggler(hosts.reports(), self.window, window.step_s)
+        hosts.report(step=step, own_s=window.own_s, data_s=window.data_s)
+        self.window = step
+        if slow is not None:
+            record |= {"slowest_host": slow[0], "slowest_host_s": slow[1]["own_s"]}
         self.log.write("metrics.jsonl", record)
-        self.log.say(step_line(self.cfg, record))
+        self.log.say(step_line(self.cfg, record, self.goodput.share()))
+        if slow is not None:
+            self.log.say(straggler_line(hosts.name_of(slow[0]), slow[1]))
+        self.file.write_sometimes()
 
     def evaluate(self, state: TrainState, step: int) -> float:
         """Held-out figures and a sample text; returns the loss of head 1."""
@@ -179,6 +247,21 @@ class _Run:
             self.log.say(f"sample: {record['prompt']!r} -> {record['sample']!r}")
         self.log.write("heldout.jsonl", record)
         return record["loss/head_1"]
+
+    def save_here(self, state: TrainState, step: int) -> None:
+        """On the disk of this host; one that is full ends these, not the run."""
+        assert self.local is not None
+        try:
+            with self.goodput.spent("save"):
+                self.local.save(step, state, self.goodput.seconds())
+        except OSError as error:
+            print(
+                f"mtp_jax: no more local checkpoints: {error.strerror} in "
+                f"config.checkpoint.local_dir ({self.cfg.checkpoint.local_dir})",
+                file=sys.stderr,
+                flush=True,
+            )
+            self.local = None
 
     def sample(self, state: TrainState, step: int) -> tuple[str, str]:
         """A held-out prompt, drawn by the run's key, and how the model goes on."""
@@ -207,6 +290,7 @@ class _Run:
                 "corpora": [c.manifest["splits"]["train"] for c in self.corpora],
             },
             "tokenizer": _identity(self.tokenizer),
+            "seconds": self.goodput.seconds(),
         }
 
     def profile(self, done: int) -> None:
@@ -229,7 +313,9 @@ class _Run:
     def finish(self, start: int, done: int, stopping: bool) -> None:
         """Waits for the last checkpoint and says how it ended."""
         self.end_trace()
-        self.checkpoints.wait()
+        with self.goodput.spent("save"):
+            self.checkpoints.wait()
+        self.file.write(finished=not stopping)
         if stopping and done == start:
             self.log.say("told to stop before a step; nothing new to save")
         elif stopping:

@@ -70,25 +70,30 @@ class PackedRows:
           UserError: an id of the data is not in the model's vocabulary.
         """
         row = padding_row(self._row_len)
-        at = index * self._stride
-        end = min(at + self._row_len, int(self._ends[-1]))
-        place = int(np.searchsorted(self._ends, at, side="right"))
-        filled = segment = 0
-        while at < end:
-            document = int(self._order[place])
-            begin = int(self._ends[place - 1]) if place else 0
-            stop = min(end, int(self._ends[place]))
-            part = self._documents.tokens(document, at - begin, stop - begin)
+        filled = 0
+        for segment, (document, begin, stop) in enumerate(self.pieces(index), 1):
+            part = self._documents.tokens(document, begin, stop)
             self._check(part, document)
-            segment += 1
             slots = slice(filled, filled + len(part))
             row["tokens"][slots] = part
             row["segments"][slots] = segment
             row["positions"][slots] = np.arange(len(part))
             filled += len(part)
+        return row
+
+    def pieces(self, index: int) -> list[tuple[int, int, int]]:
+        """(document, first token, token after the last) of each segment of a row."""
+        at = index * self._stride
+        end = min(at + self._row_len, int(self._ends[-1]))
+        place = int(np.searchsorted(self._ends, at, side="right"))
+        found = []
+        while at < end:
+            begin = int(self._ends[place - 1]) if place else 0
+            stop = min(end, int(self._ends[place]))
+            found.append((int(self._order[place]), at - begin, stop - begin))
             at = stop
             place += 1
-        return row
+        return found
 
     def _check(self, tokens: np.ndarray, document: int) -> None:
         largest = int(tokens.max())

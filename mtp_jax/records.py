@@ -7,14 +7,14 @@ import numpy as np
 from mtp_jax.config import Config
 from mtp_jax.flops import mfu
 from mtp_jax.packing import format_hash
+from mtp_jax.run_log import Window
 
 
 def step_record(
     cfg: Config,
     step: int,
     metrics: dict[str, np.ndarray],
-    step_s: float,
-    data_wait_share: float,
+    window: Window,
 ) -> dict[str, Any]:
     """A line of metrics.jsonl.
 
@@ -34,16 +34,19 @@ def step_record(
         "lr": float(metrics["lr"]),
         "bad_steps": int(metrics["bad_steps"]),
         "tokens": int(metrics["tokens"]),
-        "tokens_per_s": cfg.data.batch_size * cfg.data.seq_len / step_s,
-        "step_s": step_s,
-        "data_wait_share": data_wait_share,
+        "tokens_per_s": cfg.data.batch_size * cfg.data.seq_len / window.step_s,
+        "step_s": window.step_s,
+        "data_wait_share": window.data_s / window.step_s,
     }
-    utilization = mfu(cfg, step_s)
+    utilization = mfu(cfg, window.step_s)
     return record if utilization is None else {**record, "mfu": utilization}
 
 
-def step_line(cfg: Config, record: dict[str, Any]) -> str:
-    """The same for people, with the time that is left."""
+def step_line(cfg: Config, record: dict[str, Any], goodput: float) -> str:
+    """The same for people, with the time that is left.
+
+    `goodput` is the share of the run's wall time so far that was spent in steps.
+    """
     n = cfg.model.n_future_tokens
     heads = " ".join(f"{record[f'loss/head_{i}']:.3f}" for i in range(1, n + 1))
     left_s = (cfg.train.steps - record["step"]) * record["step_s"]
@@ -55,6 +58,7 @@ def step_line(cfg: Config, record: dict[str, Any]) -> str:
         f"lr {record['lr']:.1e}",
         f"{record['tokens_per_s']:,.0f} tok/s",
         f"data wait {record['data_wait_share']:.0%}",
+        f"goodput {goodput:.0%}",
         f"{left_s // 60:.0f}m{left_s % 60:02.0f}s left",
     ]
     if "mfu" in record:
@@ -82,4 +86,12 @@ def heldout_line(figures: dict[str, Any], step: int) -> str:
     return (
         f"held out at step {step}: {figures['bits_per_byte']:.4f} bits per byte, "
         f"loss by head {heads}, accept {figures['accept']['length']:.2f}"
+    )
+
+
+def straggler_line(host: str, window: dict[str, Any]) -> str:
+    """What is known of the slowest host of the window before."""
+    return (
+        f"slowest: {host}, {window['own_s']:.3f} s a step of its own, "
+        f"{window['data_s']:.3f} s of it waiting for data"
     )

@@ -4,6 +4,7 @@
 `run.json` says what ran on what; TensorBoard gets the same scalars.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -68,26 +69,39 @@ class RunLog:
             self._tensorboard.close()
 
 
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Means over the steps between two lines of the log, in seconds a step."""
+
+    step_s: float
+    data_s: float  # of it, waiting for data
+    own_s: float  # of it, not waiting for devices: the work of this host
+
+
 class Stopwatch:
-    """Wall time of the steps since the last reading, and the share spent waiting."""
+    """Wall time of the steps since the last reading, and what was waited for."""
 
     def __init__(self):
         self.restart()
 
     def restart(self) -> None:
         """Forgets what passed, such as an evaluation between two steps."""
-        self._begin, self._waited_s, self._steps = time.perf_counter(), 0.0, 0
+        self._begin, self._steps = time.perf_counter(), 0
+        self._data_s = self._devices_s = 0.0
 
     def waited(self, seconds: float) -> None:
-        self._waited_s += seconds
+        self._data_s += seconds
 
-    def stepped(self) -> None:
+    def stepped(self, waited_s: float) -> None:
+        """Counts a step, for whose end the devices let the host wait so long."""
         self._steps += 1
+        self._devices_s += waited_s
 
-    def read(self) -> tuple[float, float]:
-        """Seconds a step and the share of them waiting for data; begins anew."""
-        passed = time.perf_counter() - self._begin
-        result = passed / max(self._steps, 1), self._waited_s / passed
+    def read(self) -> Window:
+        """The window up to now; begins anew."""
+        passed, steps = time.perf_counter() - self._begin, max(self._steps, 1)
+        own_s = (passed - self._devices_s) / steps
+        result = Window(passed / steps, self._data_s / steps, own_s)
         self.restart()
         return result
 

@@ -1,13 +1,16 @@
 """The verb `train`: from a config and a workdir to a run, begun or continued."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
-import socket
+import time
+from typing import TextIO
 
 import jax
 
+from mtp_jax import __version__, hosts, place
 from mtp_jax.attention import check_attention
 from mtp_jax.cli_args import Parser, config_from
 from mtp_jax.config import Config, ModelConfig
@@ -15,6 +18,7 @@ from mtp_jax.corpus import Corpus
 from mtp_jax.data import open_sources
 from mtp_jax.errors import UserError
 from mtp_jax.loop import run
+from mtp_jax.run_file import lock
 from mtp_jax.sharding import check_divisible, make_mesh
 from mtp_jax.tokenizer import Tokenizer, save_tokenizer
 
@@ -35,9 +39,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--workdir", required=True, metavar="D", help="folder of the run"
     )
+    place.add_options(parser)
     args, overrides = parser.parse_known_args(argv)
     cfg = config_from(args.config, overrides)
-    _start_jax(cfg)
+    _start_jax(cfg, place.placed(args))
     mesh = make_mesh(cfg.mesh)
     check_divisible(cfg, mesh)
     check_attention(cfg, mesh)
@@ -47,25 +52,27 @@ def main(argv: list[str]) -> int:
     _refuse_another_run(cfg.model, corpora[0].tokenizer, workdir)
     _refuse_nothing_held_out(cfg, corpora)
     _prepare_workdir(workdir, corpora)
+    held = _lock_for_all(workdir)
     with jax.set_mesh(mesh):
         run(cfg, workdir, mesh, corpora)
+    if held is not None:
+        held.close()
     return 0
 
 
-def _start_jax(cfg: Config) -> None:
-    """The runtime of this process, alone or with the others of a pod.
-
-    jax.distributed is also what notices SIGTERM, so a process on its own joins a group
-    of one.
-    """
+def _start_jax(cfg: Config, where: place.Place | None) -> None:
+    """The runtime of this process, alone or with the other hosts."""
     if cfg.train.compilation_cache:
         cache = os.path.expanduser(cfg.train.compilation_cache)
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    jax.distributed.initialize(address, num_processes=1, process_id=0)
+    text = json.dumps(dataclasses.asdict(cfg), sort_keys=True)
+    about = {
+        "mtp_jax": __version__,
+        "jax": jax.__version__,
+        "config": hashlib.sha256(text.encode()).hexdigest()[:12],
+    }
+    hosts.join(where, cfg.train.join_timeout_s, cfg.train.host_timeout_s, about)
 
 
 def _refuse_nothing_held_out(cfg: Config, corpora: list[Corpus]) -> None:
@@ -110,9 +117,30 @@ def _refuse_another_run(
 
 def _prepare_workdir(workdir: pathlib.Path, corpora: list[Corpus]) -> None:
     """Makes the folder, with the tokenizer, so that a run can be moved as a whole."""
+    if jax.process_index() != 0:
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         save_tokenizer(corpora[0].tokenizer, workdir)
     except OSError as error:
         said = f"--workdir={workdir} cannot be written: {error.strerror}."
         raise UserError(said) from error
+
+
+def _lock_for_all(workdir: pathlib.Path) -> TextIO | None:
+    """Process 0 locks the workdir; the others see to it that it is the same folder.
+
+    Raises:
+      UserError: another run holds it, or a host has another folder of that name.
+    """
+    held = lock(workdir) if jax.process_index() == 0 else None
+    hosts.wait_for_all("the workdir is made and locked")
+    seen = time.monotonic() + 10.0  # what a network file system may take to show it
+    while not (workdir / ".lock").exists():
+        if time.monotonic() > seen:
+            raise UserError(
+                f"--workdir={workdir} is not the folder that host 0 has by that name; "
+                "give one that all hosts share."
+            )
+        time.sleep(0.2)
+    return held

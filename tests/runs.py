@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import time
 ROOT = pathlib.Path(__file__).parent.parent
 CACHE = ROOT / ".pytest_cache" / "jax"
 TIMINGS = ("tokens_per_s", "step_s", "data_wait_share")
+SLOWEST = ("slowest_host", "slowest_host_s")
 
 
 def train_args(workdir, corpus, *overrides):
@@ -74,7 +76,9 @@ def records(workdir, name="metrics.jsonl"):
 
 
 def without_timings(rows):
-    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
+    return [
+        {k: v for k, v in row.items() if k not in TIMINGS + SLOWEST} for row in rows
+    ]
 
 
 def newest_step(workdir):
@@ -96,3 +100,46 @@ def wait_for_step(process, workdir, step, timeout_s=240):
 def kill(process):
     process.send_signal(signal.SIGKILL)
     process.communicate()
+
+
+def free_port():
+    """A port that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def start_hosts(args, count, *, devices=1, **options):
+    """A run of so many processes on this machine, begun."""
+    address = f"--coordinator=127.0.0.1:{free_port()}"
+    return [
+        start(
+            [*args, address, f"--num_processes={count}", f"--process_id={i}"],
+            devices=devices,
+            **options,
+        )
+        for i in range(count)
+    ]
+
+
+def finish_hosts(processes, timeout_s=240):
+    """(exit code, stdout, stderr) of each; none is left behind."""
+    try:
+        return [finish(process, timeout_s) for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+
+
+def complete_hosts(args, count, **options):
+    """Stdout of process 0 of a run that must end well on all hosts."""
+    results = finish_hosts(start_hosts(args, count, **options))
+    for i, (code, out, err) in enumerate(results):
+        assert code == 0, f"host {i}: code {code}\n{out[-2000:]}\n{err[-4000:]}"
+    return results[0][1]
+
+
+def told(err):
+    """What the program itself said on stderr: not the lines of libraries."""
+    return [line for line in err.splitlines() if line.startswith("mtp-jax:")]

@@ -22,7 +22,7 @@ def program(monkeypatch, capsys):
         raise AssertionError("the checks let it through")
 
     monkeypatch.setattr(train, "run", passed)
-    monkeypatch.setattr(train, "_start_jax", lambda cfg: None)
+    monkeypatch.setattr(train, "_start_jax", lambda cfg, place: None)
 
     def run(*args):
         monkeypatch.setattr(sys, "argv", ["mtp-jax", *map(str, args)])

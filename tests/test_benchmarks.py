@@ -49,6 +49,11 @@ def test_tables_are_aligned(capsys):
             [*SHAPE, *ROWS, "--vocab_sizes", "32", "--num_layers=2", "--n=2"],
             ["32"],
         ),
+        (
+            "checkpoint_overhead",
+            [*SHAPE, *ROWS, "--vocab_size=32", "--num_layers=2", "--n=1", "--steps=1"],
+            ["without a save", "with one of"],
+        ),
         ("dispatch", ["--steps=3"], ["call", "call and step"]),
         (
             "input_pipeline",

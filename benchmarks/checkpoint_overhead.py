@@ -35,8 +35,7 @@ def main(argv: list[str]) -> int:
         seq_len=256,
         batch_size=8,
     )
-    shape = {k: v for k, v in vars(args).items() if k not in ("rounds", "steps")}
-    cfg = timing.config_of(**shape)
+    cfg = timing.config_of(args)
     timing.print_environment(args.rounds)
     with (
         jax.set_mesh(timing.one_device()),

@@ -38,6 +38,11 @@ def pytest_addoption(parser):
         "--kills", type=int, default=3, help="SIGKILLs that a run must survive"
     )
     parser.addoption(
+        "--pods",
+        action="store_true",
+        help="200 steps on every mesh and number of processes; resumes on 1, 4, 2, 8",
+    )
+    parser.addoption(
         "--every_case", action="store_true", help="every form of the loss on every mesh"
     )
 

@@ -62,9 +62,9 @@ def finish(process, timeout_s=240):
     return process.returncode, out, err
 
 
-def complete(args, **options):
+def complete(args, timeout_s=240, **options):
     """Stdout of a run that must end well."""
-    code, out, err = finish(start(args, **options))
+    code, out, err = finish(start(args, **options), timeout_s)
     assert code == 0, f"exit code {code}\n{out[-2000:]}\n{err[-4000:]}"
     return out
 
@@ -132,9 +132,9 @@ def finish_hosts(processes, timeout_s=240):
                 process.kill()
 
 
-def complete_hosts(args, count, **options):
+def complete_hosts(args, count, timeout_s=240, **options):
     """Stdout of process 0 of a run that must end well on all hosts."""
-    results = finish_hosts(start_hosts(args, count, **options))
+    results = finish_hosts(start_hosts(args, count, **options), timeout_s)
     for i, (code, out, err) in enumerate(results):
         assert code == 0, f"host {i}: code {code}\n{out[-2000:]}\n{err[-4000:]}"
     return results[0][1]

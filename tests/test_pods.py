@@ -22,8 +22,9 @@ from runs import (
     wait_for_step,
 )
 
-# (replica, fsdp, tensor); one of them per row of the matrix below
-MESHES = [(1, 8, 1), (2, 4, 1), (2, 2, 2)]
+# (replica, fsdp, tensor, sequence), each on every number of processes
+MESHES = [(1, 8, 1, 1), (2, 4, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2)]
+PROCESSES = [1, 2, 4, 8]
 SMALL = ("--config.data.seq_len=32", "--config.optim.peak_lr=3e-3")
 
 
@@ -59,7 +60,7 @@ def losses(workdir, name="metrics.jsonl", key="loss"):
 
 
 def mesh_options(mesh):
-    names = ("replica", "fsdp", "tensor")
+    names = ("replica", "fsdp", "tensor", "sequence")
     return [f"--config.mesh.{name}={n}" for name, n in zip(names, mesh, strict=True)]
 
 
@@ -76,7 +77,7 @@ def alone_and_together(tmp_path_factory, corpus_dir):
     """
     folder = tmp_path_factory.mktemp("pods")
     options = [
-        *mesh_options((1, 1, 2)),
+        *mesh_options((1, 1, 2, 1)),
         *SMALL,
         "--config.train.steps=6",
         "--config.train.accumulation=2",
@@ -124,7 +125,7 @@ def test_a_damaged_checkpoint_of_many_hosts_is_passed_over(
     newest = workdir / "checkpoints" / "6" / "params"
     victim = max(newest.rglob("d/*"), key=lambda path: path.stat().st_size)
     victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
-    options = [*mesh_options((1, 1, 2)), *SMALL, "--config.train.accumulation=2"]
+    options = [*mesh_options((1, 1, 2, 1)), *SMALL, "--config.train.accumulation=2"]
     options += ["--config.train.steps=6", "--config.checkpoint.every=3"]
 
     args = train_args(workdir, corpus_dir, *options)
@@ -297,3 +298,58 @@ def test_gradients_that_are_not_finite_on_one_host_skip_the_step_on_all():
 
     for code, out, err in results:
         assert code == 0 and "bad 1 same True" in out, (out, err[-2000:])
+
+
+@pytest.fixture
+def pods(request):
+    if not request.config.getoption("--pods"):
+        pytest.skip("takes an hour; --pods")
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory, corpus_dir):
+    """200 steps of one process on the first of the meshes."""
+    workdir = tmp_path_factory.mktemp("matrix") / "run"
+    args = train_args(workdir, corpus_dir, *SMALL, "--config.train.steps=200")
+    complete([*args, *mesh_options(MESHES[0])], devices=8, timeout_s=1800)
+    return workdir
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("count", PROCESSES)
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_any_mesh_on_any_number_of_processes(
+    pods, request, tmp_path, corpus_dir, mesh, count
+):
+    reference = request.getfixturevalue("one_process")
+    args = train_args(tmp_path / "run", corpus_dir, *SMALL, "--config.train.steps=200")
+    args += mesh_options(mesh)
+
+    if count == 1:
+        complete(args, devices=8, timeout_s=1800)
+    else:
+        complete_hosts(args, count, devices=8 // count, timeout_s=1800)
+
+    assert hashes(tmp_path / "run") == hashes(reference)
+    found, wanted = losses(tmp_path / "run"), losses(reference)
+    np.testing.assert_allclose(found[:20], wanted[:20], rtol=1e-5)
+    np.testing.assert_allclose(found, wanted, rtol=1e-3)
+
+
+@pytest.mark.timeout(3600)
+def test_one_four_two_and_eight_processes_are_one_run(pods, tmp_path, two_corpora):
+    sources = two_corpora[0].partition("=")[2]
+    calm, moved = tmp_path / "calm", tmp_path / "moved"
+    few = [*two_corpora[1:], "--config.checkpoint.every=1000"]
+    complete(train_args(calm, sources, *few, "--config.train.steps=40"), devices=8)
+
+    for count, steps in ((1, 10), (4, 20), (2, 30), (8, 40)):
+        args = train_args(moved, sources, *few, f"--config.train.steps={steps}")
+        if count == 1:
+            complete(args, devices=8)
+        else:
+            complete_hosts(args, count, devices=8 // count, timeout_s=900)
+
+    assert hashes(moved) == hashes(calm)
+    np.testing.assert_allclose(losses(moved), losses(calm), rtol=1e-4)
+    assert audited(moved)["steps"] == 40

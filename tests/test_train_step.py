@@ -43,9 +43,9 @@ def fresh_state(shape=ALL_AXES):
     return compiled(make_init, shape)(jax.random.key(0))
 
 
-def batch_of(seed):
+def batch_of(seed, length=12):
     rng = np.random.default_rng(seed)
-    rows = naive.packed_rows(rng, 16, 12, TINY.vocab_size, padding=2)
+    rows = naive.packed_rows(rng, 16, length, TINY.vocab_size, padding=2)
     rows["hash"] = rng.integers(2**31, 2**32, (16, 2), dtype=np.uint32)
     return placed_batch(rows, CFG.train.accumulation)
 
@@ -261,7 +261,7 @@ def test_the_mesh_changes_neither_the_parameters_nor_the_losses():
             state, run_losses = fresh_state(shape), []
             initial = jax.device_get(state.params)
             for k in range(3):
-                state, metrics = step(state, batch_of(k), shape)
+                state, metrics = step(state, batch_of(k, length=14), shape)
                 run_losses.append(jax.device_get(metrics["loss_N"]))
         found.append((initial, run_losses))
 

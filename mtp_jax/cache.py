@@ -160,7 +160,8 @@ def keep_path(cache: Cache, start_B: jax.Array, path_BP: jax.Array) -> Cache:
     def local(store_BGSK, start_B, path_BP):
         def one(store_GSK, start, path_P):
             # The slots of a path rise, so reading all before writing is enough.
-            kept_GPK = jnp.take(store_GSK, start + path_P, axis=1)
+            # Clipped as the write is: a finished text may stand at the cache's end.
+            kept_GPK = jnp.take(store_GSK, start + path_P, axis=1, mode="clip")
             return lax.dynamic_update_slice(store_GSK, kept_GPK, (0, start, 0))
 
         return jax.vmap(one)(store_BGSK, start_B, path_BP)

@@ -47,6 +47,7 @@ class Generation:
     accepted_by_head: list[float]
     tokens_per_s: float  # of the batch: its new tokens / its time, without compilation
     finish: str  # "length", "eos" or "stop"
+    departures: int | None = None  # tokens not the exact choice; None: exact decoder
 
 
 class Generator:
@@ -207,4 +208,7 @@ class Generator:
             ],
             tokens_per_s=0.0,
             finish=finish,
+            departures=None
+            if texts.departed_BE is None
+            else int(texts.departed_BE[b, start : start + made].sum()),
         )

@@ -29,6 +29,7 @@ class Texts:
     tokens_BE: np.ndarray
     forward_BE: np.ndarray
     agreed_BE: np.ndarray
+    departed_BE: np.ndarray | None  # None: the decoder is exact
     length_B: np.ndarray
     done_B: np.ndarray
     start_B: np.ndarray  # lengths of the prompts
@@ -113,7 +114,12 @@ class Batch:
         assert self._state is not None, "begin comes first"
         names = ("tokens_BE", "forward_BE", "agreed_BE", "length_B", "done_B")
         arrays = {name: _host(getattr(self._state, name)) for name in names}
-        return Texts(**arrays, start_B=_host(self._prompts.length_B))
+        departed_BE = self._state.departed_BE
+        return Texts(
+            **arrays,
+            departed_BE=None if departed_BE is None else _host(departed_BE),
+            start_B=_host(self._prompts.length_B),
+        )
 
 
 def _ladder(tokens: int, least: int = _LEAST) -> int:

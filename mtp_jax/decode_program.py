@@ -117,6 +117,7 @@ def _begin(
             tokens_BE=tokens_BE,
             forward_BE=zeros_BE,
             agreed_BE=zeros_BE,
+            departed_BE=zeros_BE if decoder.lossy else None,
             length_B=prompts.length_B,
             limit_B=prompts.limit_B,
             done_B=prompts.done_B,

@@ -12,6 +12,7 @@ Axes: N heads, M = N - 1 drafts, B batch, D model width.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,8 @@ from mtp_jax.sharding import spec
 @dataclasses.dataclass(frozen=True)
 class Blockwise:
     """Drafts are the heads' most likely tokens; exact, greedy or sampled."""
+
+    lossy: ClassVar[bool] = False
 
     def heads(self, n: int) -> int:
         """All of them."""

@@ -4,6 +4,7 @@ Axes: N heads (here 1), B batch, D model width.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,8 @@ from mtp_jax.decoders.state import (
 @dataclasses.dataclass(frozen=True)
 class Plain:
     """Ordinary decoding: what every exact decoder is measured against."""
+
+    lossy: ClassVar[bool] = False
 
     def heads(self, n: int) -> int:
         """Head 1, whatever there is."""

@@ -9,6 +9,7 @@ Axes: N heads, M = N - 1 drafts, B batch, D model width, V vocabulary.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,8 @@ class _Drafts:
 @dataclasses.dataclass(frozen=True)
 class Speculative:
     """Drafts are drawn from the heads' laws; exact at any temperature."""
+
+    lossy: ClassVar[bool] = False
 
     def heads(self, n: int) -> int:
         """All of them."""

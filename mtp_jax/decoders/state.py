@@ -5,7 +5,7 @@ width, V vocabulary.
 """
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,8 @@ class DecodeState:
     tokens_BE: jax.Array  # prompt, then the committed tokens, int32
     forward_BE: jax.Array  # which forward pass committed each of them; 0: the prompt
     agreed_BE: jax.Array  # how many drafts that forward pass found to be right
+    # 1 where a lossy decoder departed from the exact choice, int32; None: exact ones
+    departed_BE: jax.Array | None
     length_B: jax.Array  # prompt and committed tokens
     limit_B: jax.Array  # the length that ends a text
     done_B: jax.Array  # a text that no longer changes
@@ -50,6 +52,8 @@ class DecodeState:
 
 class Decoder(Protocol):
     """A way of decoding: a frozen dataclass, whose fields are its options."""
+
+    lossy: ClassVar[bool]  # whether texts may be others than plain's, or of another law
 
     def heads(self, n: int) -> int:
         """How many of a model's n heads it runs."""
@@ -74,7 +78,11 @@ class Decoder(Protocol):
 
 
 def commit(
-    state: DecodeState, tokens_BW: jax.Array, count_B: jax.Array, agreed_B: jax.Array
+    state: DecodeState,
+    tokens_BW: jax.Array,
+    count_B: jax.Array,
+    agreed_B: jax.Array,
+    departed_BW: jax.Array | None = None,
 ) -> DecodeState:
     """Appends tokens to the unfinished texts, up to end of text or the limit.
 
@@ -83,6 +91,7 @@ def commit(
       tokens_BW: candidates.
       count_B: how many of them, from the first on.
       agreed_B: how many drafts the forward pass found to be right.
+      departed_BW: which candidates are not the exact choice, bool; None: all are.
     """
     room_B = jnp.where(state.done_B, 0, state.limit_B - state.length_B)
     ends_BW = tokens_BW == state.eos_id
@@ -96,7 +105,11 @@ def commit(
     offset_BE = order_1E - state.length_B[:, None]
     new_BE = (offset_BE >= 0) & (offset_BE < new_B[:, None])
     is_token_BEW = offset_BE[:, :, None] == order_1W[:, None]
-    token_BE = jnp.sum(jnp.where(is_token_BEW, tokens_BW[:, None], 0), axis=2)
+
+    def placed(x_BW, old_BE):
+        x_BE = jnp.sum(jnp.where(is_token_BEW, x_BW[:, None], 0), axis=2)
+        return jnp.where(new_BE, x_BE, old_BE)
+
     forward = state.forward + 1
     seen_BV = state.seen_BV
     if seen_BV is not None:
@@ -104,9 +117,12 @@ def commit(
         seen_BV = seen_BV | jnp.any(_one_hot(kept, seen_BV.shape[1]), axis=1)
     return dataclasses.replace(
         state,
-        tokens_BE=jnp.where(new_BE, token_BE, state.tokens_BE),
+        tokens_BE=placed(tokens_BW, state.tokens_BE),
         forward_BE=jnp.where(new_BE, forward, state.forward_BE),
         agreed_BE=jnp.where(new_BE, agreed_B[:, None], state.agreed_BE),
+        departed_BE=state.departed_BE
+        if departed_BW is None
+        else placed(departed_BW, state.departed_BE),
         length_B=length_B,
         done_B=state.done_B
         | (length_B >= state.limit_B)

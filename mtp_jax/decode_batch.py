@@ -54,6 +54,7 @@ class Batch:
         rows: Sequence[np.ndarray],
         max_new_tokens: int,
         sampling: Sampling,
+        first: int = 0,
     ):
         """Compiles what is not compiled yet, so that no compilation is measured.
 
@@ -64,6 +65,7 @@ class Batch:
           rows: token ids of the prompts, int32, at least one of each.
           max_new_tokens: most tokens of a continuation.
           sampling: the law of the next token.
+          first: number of the first prompt; its draws depend on that and the seed.
         """
         self._programs = programs
         self._params = params
@@ -74,7 +76,7 @@ class Batch:
         # A finished text is still read with the others: its drafts need room, too.
         self._room = _ladder(longest + max_new_tokens + self._width)
         self._slots = min(self._room, _ladder(longest + 2 * self._width))
-        self._prompts = _prompts(rows, max_new_tokens, sampling, params)
+        self._prompts = _prompts(rows, max_new_tokens, sampling, first, params)
         self._count = len(rows)
         self._begin, shapes = programs.begin(
             decoder, params, self._prompts, self._room, self._slots
@@ -128,7 +130,11 @@ def _ladder(tokens: int, least: int = _LEAST) -> int:
 
 
 def _prompts(
-    rows: Sequence[np.ndarray], max_new_tokens: int, sampling: Sampling, params: Any
+    rows: Sequence[np.ndarray],
+    max_new_tokens: int,
+    sampling: Sampling,
+    first: int,
+    params: Any,
 ) -> Prompts:
     """Rows as arrays on the mesh, with rows of nothing to fill it up."""
     mesh = jax.sharding.get_mesh()
@@ -139,7 +145,8 @@ def _prompts(
     for i, row in enumerate(rows):
         tokens_BP[i, : len(row)] = row
         length_B[i] = len(row)
-    keys_B = jax.random.split(jax.random.key(sampling.seed), b)
+    fold_in = functools.partial(jax.random.fold_in, jax.random.key(sampling.seed))
+    keys_B = jax.vmap(fold_in)(np.arange(first, first + b, dtype=np.uint32))
     put = functools.partial(_put, mesh)
     return Prompts(
         tokens_BP=put(tokens_BP),

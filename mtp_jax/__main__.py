@@ -15,11 +15,12 @@ Multi-token prediction: train a model with n heads, and let it draft for itself.
   train     train a model; the same command again continues the run
   evaluate  measure a trained model on held-out text
   generate  decode from a trained model
+  verify    prove on a trained model that drafting changes nothing
   plan      what a training step costs on a TPU, without one
 
 mtp-jax VERB --help tells the options of a verb."""
 
-_VERBS = ("prepare", "train", "evaluate", "generate", "plan")
+_VERBS = ("prepare", "train", "evaluate", "generate", "verify", "plan")
 
 
 def main() -> int:

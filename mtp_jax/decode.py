@@ -199,6 +199,14 @@ class Generator:
             yield result.text[shown:]
         return _with_speed(result, [result], clock.seconds())
 
+    def prompt_length(self, prompt: str | np.ndarray) -> int:
+        """Tokens of a prompt, begin of text included.
+
+        Raises:
+          UserError: as `generate` of such a prompt.
+        """
+        return len(self._prompt_ids(prompt))
+
     def prompt_text(self, prompt: str | np.ndarray) -> str:
         """A prompt as `Generation.prompt` has it."""
         return self.tokenizer.decode(self._prompt_ids(prompt))

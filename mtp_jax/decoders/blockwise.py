@@ -69,8 +69,7 @@ class Blockwise:
         head_BND, cache = run_head(model, 0, trunk_BND, new, cache)
         draws = Draws(state.chance, state.length_B)
         said_BN = choose(state, next_logits(model, state, head_BND, new), draws)
-        right_BM = (drafts_BM == said_BN[:, :-1]).astype(jnp.int32)
-        agreed_B = jnp.sum(jnp.cumprod(right_BM, axis=1), axis=1)
+        agreed_B = self.agreed(drafts_BM, said_BN)
 
         drafting = range(1, len(model.heads))
         heads_BMD, cache = run_heads_at(
@@ -81,3 +80,8 @@ class Blockwise:
             state, cache=cache, carry=drafts_BM, chance=draws.after()
         )
         return commit(state, said_BN, agreed_B + 1, agreed_B)
+
+    def agreed(self, drafts_BM: jax.Array, said_BN: jax.Array) -> jax.Array:
+        """How many drafts are right: those before the first that head 1 did not say."""
+        right_BM = (drafts_BM == said_BN[:, :-1]).astype(jnp.int32)
+        return jnp.sum(jnp.cumprod(right_BM, axis=1), axis=1)

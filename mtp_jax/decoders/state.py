@@ -167,6 +167,7 @@ def next_logits(
         is_BUV = _one_hot(new.tokens_BW, seen_BWV.shape[-1])
         own_BWV = jnp.any(own_WW[None, :, :, None] & is_BUV[:, None], axis=2)
         seen_BWV = seen_BWV | own_BWV
+    seen_BWV = jax.sharding.reshard(seen_BWV, spec("batch", None, "vocab"))
     return penalize(state.law, logits_BWV, seen_BWV)
 
 

@@ -14,6 +14,7 @@ from mtp_jax.decode import Generator
 from mtp_jax.decode_model import unstack
 from mtp_jax.decode_program import Programs
 from mtp_jax.decoder_args import decoder_of_spec, fitting
+from mtp_jax.decoders.plain import Plain
 from mtp_jax.decoders.sampling import Sampling
 from mtp_jax.decoders.state import Decoder
 from mtp_jax.enumerate_law import (
@@ -177,7 +178,7 @@ class _Verifier:
         args = self.args
         reference: list[Generation] = []
         for size in args.batch_sizes:
-            for name, decoder in {"plain": "plain", **self.decoders}.items():
+            for name, decoder in {"plain": Plain(), **self.decoders}.items():
                 results = self._generate(decoder, args.max_new_tokens, size)
                 if not reference:  # plain, at the first batch size
                     reference = results
@@ -188,7 +189,7 @@ class _Verifier:
         tokens = min(_CONTROL_TOKENS, args.max_new_tokens)
         plain, broken = (
             self._generate(decoder, tokens, len(few), len(few))
-            for decoder in ("plain", Trusting())
+            for decoder in (Plain(), Trusting())
         )
         found = self._differences(plain, broken)
         wrong = [d for d in found if not d.near_tie]
@@ -198,7 +199,7 @@ class _Verifier:
         )  # fmt: skip
 
     def _generate(
-        self, decoder: str | Decoder, tokens: int, size: int, count: int | None = None
+        self, decoder: Decoder, tokens: int, size: int, count: int | None = None
     ) -> list[Generation]:
         return self.generator.generate(
             self.prompts[:count], max_new_tokens=tokens, decoder=decoder,

@@ -51,15 +51,14 @@ def first_difference(
         return None
     longer = max(len(a), len(b))
     at = next((i for i in range(longer) if a[i : i + 1] != b[i : i + 1]), longer)
-    if at >= min(len(a), len(b)):
-        return Difference(
-            number, at, *(x[at] if at < len(x) else None for x in (a, b)), None, False
-        )
+    ours, theirs = (x[at] if at < len(x) else None for x in (a, b))
+    if ours is None or theirs is None:
+        return Difference(number, at, ours, theirs, None, False)
     logits_V = next_logits([[*prompt, *a[:at]]])[0].astype(np.float64)
-    gap = float(logits_V[a[at]] - logits_V[b[at]])
+    gap = float(logits_V[ours] - logits_V[theirs])
     # A near-tie is one between the two best, not between any two.
-    lost = float(np.max(logits_V) - min(logits_V[a[at]], logits_V[b[at]]))
-    return Difference(number, at, a[at], b[at], gap, lost <= tie)
+    lost = float(np.max(logits_V) - min(logits_V[ours], logits_V[theirs]))
+    return Difference(number, at, ours, theirs, gap, lost <= tie)
 
 
 def written(result: Generation, eos_id: int) -> list[int]:

@@ -1,52 +1,16 @@
 """Decoders side by side, in one run on the same prompts."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from mtp_jax.decode import Generator
 from mtp_jax.decoders.sampling import Sampling
 from mtp_jax.decoders.state import Decoder
-from mtp_jax.generation import Generation
+from mtp_jax.generation import Generation, Totals, totals
 
 _REPEATS = 2  # timed runs of each; the fastest counts
 
 _row = "{:<12}{:<8}{:>10}{:>16}{:>12}{:>8}{:>12}  {}".format
-
-
-@dataclasses.dataclass(frozen=True)
-class Totals:
-    """Figures of several texts."""
-
-    forwards: int
-    tokens: float  # new ones, those that end a text included
-    seconds: float
-    accepted_by_head: list[float]
-
-    @property
-    def tokens_per_forward(self) -> float:
-        """1 for plain."""
-        return self.tokens / self.forwards
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Of all texts, one batch after another."""
-        return self.tokens / self.seconds
-
-
-def totals(results: Sequence[Generation]) -> Totals:
-    """The figures of at least one text."""
-    made = [r.tokens_per_forward * r.forwards for r in results]
-    seconds = sum(m / r.tokens_per_s for m, r in zip(made, results, strict=True))
-    # The pass that reads the prompt verifies nothing.
-    verifying = [r.forwards - 1 for r in results]
-    heads = zip(*(r.accepted_by_head for r in results), strict=True)
-    shares = [
-        sum(share * w for share, w in zip(of_head, verifying, strict=True))
-        / max(1, sum(verifying))
-        for of_head in heads
-    ]
-    return Totals(sum(r.forwards for r in results), sum(made), seconds, shares)
 
 
 def compare(

@@ -255,7 +255,7 @@ def _ending(result: Any) -> str:
 
 
 def _summary(decoder: str, results: Sequence[Any]) -> str:
-    from mtp_jax.compare import totals
+    from mtp_jax.generation import totals
 
     figures = totals(results)
     return (

@@ -84,3 +84,38 @@ def generation_of(
         if texts.departed_BE is None
         else int(texts.departed_BE[b, start : start + made].sum()),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """Figures of several texts."""
+
+    forwards: int
+    tokens: float  # new ones, those that end a text included
+    seconds: float
+    accepted_by_head: list[float]
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """1 for plain."""
+        return self.tokens / self.forwards
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of all texts, one batch after another."""
+        return self.tokens / self.seconds
+
+
+def totals(results: Sequence[Generation]) -> Totals:
+    """The figures of at least one text."""
+    made = [r.tokens_per_forward * r.forwards for r in results]
+    seconds = sum(m / r.tokens_per_s for m, r in zip(made, results, strict=True))
+    # The pass that reads the prompt verifies nothing.
+    verifying = [r.forwards - 1 for r in results]
+    heads = zip(*(r.accepted_by_head for r in results), strict=True)
+    shares = [
+        sum(share * w for share, w in zip(of_head, verifying, strict=True))
+        / max(1, sum(verifying))
+        for of_head in heads
+    ]
+    return Totals(sum(r.forwards for r in results), sum(made), seconds, shares)

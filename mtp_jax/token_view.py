@@ -7,7 +7,7 @@ import dataclasses
 import html
 from collections.abc import Sequence
 
-from mtp_jax.generation import Generation
+from mtp_jax.generation import Generation, totals
 from mtp_jax.text_stream import pieces
 from mtp_jax.tokenizer import Tokenizer
 
@@ -89,7 +89,7 @@ def _coloured(text: str, head: int) -> str:
 
 
 def _printable(text: str) -> str:
-    """Control characters as their escapes: a text must not steer the terminal."""
+    """Control characters as their escapes: a text must not steer what shows it."""
     return "".join(
         c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode()
         for c in text
@@ -118,14 +118,15 @@ def _legend(results: Sequence[Generation], heads: int) -> str:
 
 
 def _figures(results: Sequence[Generation]) -> str:
-    forwards = sum(r.forwards for r in results)
-    made = sum(r.tokens_per_forward * r.forwards for r in results)
+    of_all = totals(results)
+    accepted = " ".join(f"{share:.2f}" for share in of_all.accepted_by_head)
     figures = [
         ("texts", f"{len(results)}"),
-        ("new tokens", f"{made:.0f}"),
-        ("forward passes", f"{forwards}"),
-        ("tokens a forward pass", f"{made / max(1, forwards):.2f}"),
-        ("tokens a second", f"{max((r.tokens_per_s for r in results), default=0):.0f}"),
+        ("new tokens", f"{of_all.tokens:.0f}"),
+        ("forward passes", f"{of_all.forwards}"),
+        ("tokens a forward pass", f"{of_all.tokens_per_forward:.2f}"),
+        ("drafts right, from head 2 on", accepted or "none were made"),
+        ("tokens a second", f"{of_all.tokens_per_s:.0f}"),
     ]
     departures = [r.departures for r in results if r.departures is not None]
     if departures:
@@ -146,13 +147,17 @@ def _article(result: Generation, tokenizer: Tokenizer, number: int) -> str:
         head = max(span.heads, default=1)
         parts.append(
             f'<span class="t h{head}{begins}" tabindex="0" '
-            f'data-note="{html.escape(_note(span))}">{html.escape(span.text)}</span>'
+            f'data-note="{html.escape(_note(span))}">{_escaped(span.text)}</span>'
         )
     return (
         f"<article>\n<h2>Text {number}</h2>\n<p>{note}</p>\n"
-        f'<pre><span class="prompt">{html.escape(result.prompt)}</span>'
+        f'<pre><span class="prompt">{_escaped(result.prompt)}</span>'
         f"{''.join(parts)}</pre>\n</article>"
     )
+
+
+def _escaped(text: str) -> str:
+    return html.escape(_printable(text))
 
 
 def _note(span: Span) -> str:

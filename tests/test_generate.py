@@ -13,14 +13,13 @@ import pytest
 from jax.sharding import AxisType
 
 from mtp_jax import generate
-from mtp_jax.compare import totals
 from mtp_jax.config import Config, DataConfig, ModelConfig
 from mtp_jax.corpus import Corpus
 from mtp_jax.decode import Generator
 from mtp_jax.decoder_args import decoder_of, decoder_of_spec, fitting
 from mtp_jax.decoders import DECODERS
 from mtp_jax.errors import UserError
-from mtp_jax.generation import Generation
+from mtp_jax.generation import Generation, totals
 from mtp_jax.prompts import heldout_prompts
 from mtp_jax.restore import Restored, with_heads
 from mtp_jax.tokenizer import ByteTokenizer

@@ -33,6 +33,11 @@ def generation(text='if a<b: é\x1b[2J\n"x"', heads=None, **changes):
     return Generation(**{**values, **changes})
 
 
+def shown(result):
+    """What a reader has to see of it."""
+    return result.prompt + result.text.replace("\x1b", "\\x1b")
+
+
 class Reader(html.parser.HTMLParser):
     """Text of the page, what hangs on it, and whether its tags fit together."""
 
@@ -85,7 +90,7 @@ def test_the_terminal_shows_the_text_and_is_not_steered_by_it():
     shown = terminal(result, BYTES)
     assert "\x1b[2J" not in shown
     plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
-    assert plain == result.prompt + result.text.replace("\x1b", "\\x1b")
+    assert plain == shown(result)
     coloured = re.findall(r"\x1b\[38;5;16;48;5;(\d+)m(.*?)\x1b\[0m", shown)
     assert len({colour for colour, _ in coloured}) == 3, "heads 2, 3 and 4"
     assert not re.search(r"m[^\x1b]*\n[^\x1b]*\x1b\[0m", shown), "no colour over an end"
@@ -104,7 +109,7 @@ def test_the_page_holds_every_token_and_asks_for_nothing():
     assert reader.open == []
     assert reader.outside == [] and "http" not in text and "url(" not in text
     assert "script" not in reader.tags
-    assert reader.pre == result.prompt + result.text + result.prompt + "zweiter"
+    assert reader.pre == shown(result) + result.prompt + "zweiter"
     first = next(token for token in reader.tokens if token[2])
     assert first == [["t", "h1", "p"], "head 1; forward pass 1", "i"]
     [wide] = [token for token in reader.tokens if token[2] == "é"]
@@ -130,4 +135,4 @@ def test_the_page_is_shown_by_a_browser(tmp_path):
         [browser, *flags, path.as_uri()], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0
-    assert Reader(done.stdout).pre == generation().prompt + generation().text
+    assert Reader(done.stdout).pre == shown(generation())

@@ -30,7 +30,7 @@ from mtp_jax.train_step import model_builder
 Law = dict[tuple[int, ...], float]  # texts, end of text included, to probabilities
 NextLogits = Callable[[Sequence[Sequence[int]]], np.ndarray]
 
-_ROWS = 32  # of a call: bounds the memory of the caches
+_ROWS = 32  # of a call, where nothing else is said
 _NO_RANK = 2**30  # of no value: a draw that is asked for it makes a probability of NaN
 
 
@@ -150,6 +150,7 @@ def decoder_law(
     sampling: Sampling,
     *,
     most_rows: int = 20_000,
+    rows: int = _ROWS,
 ) -> Law:
     """The law of the first `tokens` new tokens that a decoder gives to a prompt.
 
@@ -163,7 +164,8 @@ def decoder_law(
       prompt: token ids, begin of text first.
       tokens: how many; a text may end before.
       sampling: with a small top_k, unless the vocabulary is small.
-      most_rows: how many rows, of the model's batch, this may take.
+      most_rows: how many rows of a batch this may take.
+      rows: how many of them at a time, which decides the memory.
 
     Returns:
       The probabilities of the texts; they add up to 1 but for rounding.
@@ -172,7 +174,8 @@ def decoder_law(
       TooManyDraws: it would take more rows.
     """
     ranks = sampling.top_k or params["w_embedding"].shape[0]
-    run = _Run(programs, params, decoder, prompt, tokens, sampling, max(ranks, 2))
+    ranks = max(ranks, 2)
+    run = _Run(programs, params, decoder, prompt, tokens, sampling, ranks, rows)
     law: Law = {}
     frontier = run.begin(most_rows)
     used = run.rows
@@ -202,12 +205,14 @@ class _State:
 class _Run:
     """A decoder over one prompt, many draws at a time."""
 
-    def __init__(self, programs, params, decoder, prompt, tokens, sampling, ranks):
+    def __init__(
+        self, programs, params, decoder, prompt, tokens, sampling, ranks, rows
+    ):
         mesh = jax.sharding.get_mesh()
         self._params = params
         self._prompt = prompt
         self._ranks = ranks
-        self._c = _whole(_ROWS, batch_shards(mesh))
+        self._c = _whole(rows, batch_shards(mesh))
         width = decoder.width(len(params["heads"]))
         self._j = 4 * width + 8  # draws of a forward pass, at most
         self.rows = 0

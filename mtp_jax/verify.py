@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from mtp_jax.cli_args import Parser, positive_int
+from mtp_jax.config import ModelConfig
 from mtp_jax.decode import Generator
 from mtp_jax.decode_model import unstack
 from mtp_jax.decode_program import Programs
@@ -242,6 +243,7 @@ class _Verifier:
                     decoder_law(
                         programs, {**params, "heads": kept}, decoder,
                         self.ids(number), args.law_tokens, self.sampling,
+                        rows=_rows_at_a_time(cfg, max(args.prompt_tokens)),
                     )
                     for number in range(count)
                 ]  # fmt: skip
@@ -298,6 +300,13 @@ class _Verifier:
                 yield Check("control", name, setting, len(texts), found, not agrees)
             else:
                 yield Check("law", name, setting, len(texts), found, agrees)
+
+
+def _rows_at_a_time(cfg: ModelConfig, prompt_tokens: int) -> int:
+    """As many as have caches of a quarter of a GiB, but 8 to 256."""
+    entries = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.d_head
+    row_bytes = 4 * entries * (2 * prompt_tokens + 64)
+    return min(256, max(8, 2**28 // row_bytes))
 
 
 _row = "{:<12}{:<16}{:<26}{:>9}  {:<28}{}".format

@@ -353,7 +353,6 @@ def test_too_long_heldout_prompts_are_refused(corpus):
         (["--prompt=a", "--max_new_tokens=0"], "max_new_tokens"),
         (["--prompt=a", "--decoder=magic"], "plain, blockwise"),
         (["--prompt=a", "--heads=0"], "heads"),
-        (["--prompt=a", "--heads=9"], "heads 1 to 2"),
         (["--prompt=a", "--heldout=2"], "not allowed with"),
         (["--prompt=a", "--compare", "--json"], "not allowed with"),
         (["--prompt=a", "--compare", "--html=x"], "not allowed with"),

@@ -16,6 +16,7 @@ Multi-token prediction: train a model with n heads, and let it draft for itself.
   train     train a model; the same command again continues the run
   evaluate  measure a trained model on held-out text
   generate  decode from a trained model
+  verify    prove on a trained model that drafting changes nothing
   calibrate measure the heads and choose a tree of drafts
   audit     prove from a run's files which data it has seen
   plan      what a training step costs on a TPU, without one
@@ -27,6 +28,7 @@ _VERBS = (
     "train",
     "evaluate",
     "generate",
+    "verify",
     "calibrate",
     "audit",
     "plan",

@@ -30,7 +30,7 @@ from mtp_jax.corpus import Corpus
 from mtp_jax.decode_model import build, unstack
 from mtp_jax.decoders.sampling import most_likely
 from mtp_jax.errors import UserError
-from mtp_jax.generate import heldout_prompts
+from mtp_jax.prompts import heldout_prompts
 from mtp_jax.restore import Restored, restore_model
 from mtp_jax.run_log import write_json
 from mtp_jax.sharding import batch_shards, spec

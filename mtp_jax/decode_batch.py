@@ -59,6 +59,7 @@ class Batch:
         rows: Sequence[np.ndarray],
         max_new_tokens: int,
         sampling: Sampling,
+        first: int = 0,
         adaptive: bool = False,
     ):
         """Compiles what is not compiled yet, so that no compilation is measured.
@@ -70,6 +71,7 @@ class Batch:
           rows: token ids of the prompts, int32, at least one of each.
           max_new_tokens: most tokens of a continuation.
           sampling: the law of the next token.
+          first: number of the first prompt; its draws depend on that and the seed.
           adaptive: use fewer heads where that is faster; exact decoders only, which
             agree on what to do with one.
         """
@@ -82,7 +84,7 @@ class Batch:
         # A finished text is still read with the others: its drafts need room, too.
         self._room = _ladder(longest + max_new_tokens + width)
         self._slots = min(self._room, _ladder(longest + 2 * width))
-        self._prompts = _prompts(rows, max_new_tokens, sampling, params)
+        self._prompts = _prompts(rows, max_new_tokens, sampling, first, params)
         self._begin, (shapes, _) = programs.begin(
             decoder, params, self._prompts, self._room, self._slots
         )
@@ -90,7 +92,9 @@ class Batch:
         self._chooser: DepthChooser | None = None
         self._costs: dict[int, float] = {}
         if adaptive and self._depth > 1 and not decoder.lossy:
-            self._costs = self._measure()
+            self._costs = programs.costs(
+                self._measure, decoder, params, self._prompts, self._room, self._slots
+            )
         else:
             programs.advance(decoder, params, self._depth, shapes)
 
@@ -98,7 +102,9 @@ class Batch:
         """Reads the prompts and commits the first token of each text."""
         self._state, confidence_M = self._begin(self._params, self._prompts)
         if self._costs:
-            self._chooser = DepthChooser(self._costs, _host(confidence_M).tolist())
+            self._chooser = DepthChooser(
+                dict(self._costs), _host(confidence_M).tolist()
+            )
 
     def advance(self, forwards: int) -> Texts:
         """Goes on for so many forward passes, or until all texts are done."""
@@ -199,7 +205,11 @@ def _ladder(tokens: int, least: int = _LEAST) -> int:
 
 
 def _prompts(
-    rows: Sequence[np.ndarray], max_new_tokens: int, sampling: Sampling, params: Any
+    rows: Sequence[np.ndarray],
+    max_new_tokens: int,
+    sampling: Sampling,
+    first: int,
+    params: Any,
 ) -> Prompts:
     """Rows as arrays on the mesh, with rows of nothing to fill it up."""
     mesh = jax.sharding.get_mesh()
@@ -210,7 +220,8 @@ def _prompts(
     for i, row in enumerate(rows):
         tokens_BP[i, : len(row)] = row
         length_B[i] = len(row)
-    keys_B = jax.random.split(jax.random.key(sampling.seed), b)
+    fold_in = functools.partial(jax.random.fold_in, jax.random.key(sampling.seed))
+    keys_B = jax.vmap(fold_in)(np.arange(first, first + b, dtype=np.uint32))
     put = functools.partial(_put, mesh)
     return Prompts(
         tokens_BP=put(tokens_BP),

@@ -100,6 +100,19 @@ class Programs:
         key = ("advance", decoder, depth, *_kind(params), *_kind(state))
         return self._get(key, compiled)
 
+    def costs(
+        self,
+        measure: Callable[[], dict[int, float]],
+        decoder: Decoder,
+        params: Any,
+        prompts: Prompts,
+        room: int,
+        slots: int,
+    ) -> dict[int, float]:
+        """What `measure` finds for a batch of such prompts, measured once."""
+        key = ("costs", decoder, room, slots, *_kind(params), *_kind(prompts))
+        return self._get(key, measure)
+
     def _get(self, key: Any, compiled: Callable[[], Any]) -> Any:
         if key not in self._compiled:
             began = time.perf_counter()

@@ -3,199 +3,242 @@
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from mtp_jax.cli_args import Parser, positive_int
 from mtp_jax.errors import UserError
 
-_REPEATS = 2  # runs of each decoder that --compare times; the fastest counts
+_BATCH_OF_OUTPUT = 16  # prompts at a time where nothing else is asked for
 
 
 def main(argv: list[str]) -> int:
-    """Prints continuations; with --compare, 1 if decoders disagree.
+    """Prints or writes continuations; with --compare, 1 if exact decoders disagree.
 
     Raises:
       UserError: a flag, a prompt file, or a run directory that does not fit.
     """
-    args = _parse(argv)
-    prompts: Sequence[Any] = _prompts(args)
+    args, options = _parse(argv)
+
+    # Not before the flags are known to be good: these import JAX.
+    from mtp_jax import decoder_args, restore
+    from mtp_jax.decode import Generator
+    from mtp_jax.decoders.sampling import Sampling
+    from mtp_jax.prompts import heldout_prompts, is_text, read_prompts
+
+    if args.decoder is None and options:
+        raise UserError(f"unknown option {options[0]}; see mtp-jax generate --help.")
+    decoder = args.decoder and decoder_args.decoder_of(args.decoder, options)
+    sampling = Sampling(
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+        repetition_penalty=args.repetition_penalty, seed=args.seed,
+    )  # fmt: skip
+    prompts: Sequence[Any] = [] if args.prompt is None else [args.prompt]
+    if args.prompts is not None:
+        prompts = read_prompts(args.prompts)
     for text in [*prompts, *args.stop]:
-        if not _is_text(text):
+        if not is_text(text):
             raise UserError(f"{text!r} is not valid Unicode text; give it in UTF-8.")
+    if prompts == [""]:
+        raise UserError("--prompt is empty; give some text to continue.")
+    if args.stream and len(prompts) != 1 and args.heldout != 1:
+        raise UserError("--stream shows one text as it is written; give one prompt.")
 
-    # Not before the flags are known to be good: this imports JAX.
-    from mtp_jax import decode, decoders, restore
-
-    if args.decoder not in decoders.DECODERS:
-        known = ", ".join(decoders.DECODERS)
-        raise UserError(f"--decoder={args.decoder} is unknown; give one of {known}.")
     heads = args.heads
     if heads is None and args.decoder == "plain" and not args.compare:
         heads = 1  # the others would only take memory
     restored = restore.restore_model(args.workdir, step=args.step, heads=heads)
+    run = restored.config
     if args.heldout:
-        prompts = heldout_prompts(
-            restored.config.data.sources, args.heldout, args.prompt_tokens
-        )
-    generator = decode.Generator(
-        restored.config.model, restored.params, restored.tokenizer, restored.mesh
-    )
+        prompts = heldout_prompts(run.data.sources, args.heldout, args.prompt_tokens)
+    generator = Generator.from_restored(restored)
+    if args.max_prompt_tokens is not None:
+        generator.max_prompt_tokens = args.max_prompt_tokens
     settings = {
         "max_new_tokens": args.max_new_tokens,
         "stop": [_unescape(text) for text in args.stop],
-        "heads": heads,
     }
+    _warn_of_length(generator, prompts, args.max_new_tokens, run.data.seq_len)
     if args.compare:
-        return _compare(generator, list(decoders.DECODERS), prompts, settings)
-    results = generator.generate(prompts, decoder=args.decoder, **settings)
-    for result in results:
-        print(json.dumps(dataclasses.asdict(result)) if args.json else _shown(result))
+        return _compare(generator, args, decoder, prompts, sampling, settings)
+    if decoder is None:
+        drafts = run.model.n_future_tokens > 1
+        decoder = decoder_args.decoder_of("blockwise" if drafts else "plain")
+    name = type(decoder).__name__.lower()
+    settings |= {"decoder": decoder, "sampling": sampling}
+    if args.output is not None:
+        size = args.batch_size or _BATCH_OF_OUTPUT
+        return _write(generator, args.output, prompts, size, restored.step, settings)
+    if args.stream:
+        results = [_stream(generator, prompts[0], settings)]
+    else:
+        results = generator.generate(prompts, batch_size=args.batch_size, **settings)
+        _print(generator, results, args)
+    if args.html is not None:
+        _write_page(args.html, generator, results, f"{args.workdir}, {name}")
     if not args.json:
-        print(_summary(args.decoder, results))
+        print(_summary(name, results))
     return 0
 
 
-def heldout_prompts(
-    sources: Sequence[str], count: int, prompt_tokens: int
-) -> list[np.ndarray]:
-    """Token ids from inside held-out documents, the same ones every time.
-
-    The documents are spread evenly over those that are long enough; a document that is
-    used several times is cut at several places.
-
-    Raises:
-      UserError: a source is not a corpus, or no document is long enough.
-    """
-    from mtp_jax.corpus import Corpus
-
-    splits = [Corpus.open(source).documents("heldout") for source in sources]
-    # A document begins and ends with an id of its own; a prompt holds neither.
-    spare = [(s, i, int(n) - 2 - prompt_tokens) for s in splits
-             for i, n in enumerate(s.lengths)]  # fmt: skip
-    fitting = [(split, i, room) for split, i, room in spare if room >= 0]
-    if not fitting:
-        longest = max((room + prompt_tokens for *_, room in spare), default=0)
-        raise UserError(
-            f"no held-out document of {', '.join(sources)} has {prompt_tokens} tokens "
-            f"(the longest has {max(longest, 0)}); give a smaller --prompt_tokens."
-        )
-    chosen = [j * len(fitting) // count for j in range(count)]
-    prompts = []
-    for j, choice in enumerate(chosen):
-        split, i, room = fitting[choice]
-        which, uses = j - chosen.index(choice), chosen.count(choice)
-        start = 1 + room * (which + 1) // (uses + 1)
-        prompts.append(split.tokens(i, start, start + prompt_tokens).astype(np.int32))
-    return prompts
-
-
-def _parse(argv: list[str]) -> argparse.Namespace:
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The general options, and those left for the decoder."""
     parser = Parser("mtp-jax generate", "Continues prompts with a trained model.")
-    parser.add_argument("--workdir", required=True, help="directory of the run")
-    parser.add_argument("--step", type=int, help="checkpoint; the latest if not given")
+    parser.usage = "mtp-jax generate --workdir=D --prompt=TEXT [options]"
+    add = parser.add_argument
+    add("--workdir", required=True, metavar="D", help="directory of the run")
+    add("--step", type=int, metavar="S", help="checkpoint; the latest if not given")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", help="a text to continue")
-    source.add_argument(
-        "--prompts",
-        metavar="FILE",
-        help="a prompt a line; .jsonl: objects with `prompt`; -: standard input",
-    )
-    source.add_argument(
-        "--heldout", type=positive_int, metavar="K", help="K held-out beginnings"
-    )
-    parser.add_argument(
-        "--prompt_tokens",
-        type=positive_int,
-        default=64,
-        help="tokens of a held-out prompt (64)",
-    )
-    parser.add_argument(
-        "--decoder",
-        default="blockwise",
-        help="plain: one token a forward pass; blockwise: the other heads draft, the "
-        "first verifies, and the text is that of plain (blockwise)",
-    )
-    parser.add_argument(
-        "--heads", type=positive_int, help="use the first so many heads; all"
-    )
-    parser.add_argument(
-        "--max_new_tokens", type=positive_int, default=128, help="(128)"
-    )
-    parser.add_argument(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help=r"end before this text; may be repeated; \n, \t and \\ are understood",
-    )
+    source.add_argument("--prompt", metavar="TEXT", help="a text to continue")
+    source.add_argument("--prompts", metavar="FILE",
+        help="a line each, or .jsonl with `prompt`; -: stdin")  # fmt: skip
+    source.add_argument("--heldout", type=positive_int, metavar="K",
+        help="K held-out beginnings")  # fmt: skip
+    add("--prompt_tokens", type=positive_int, default=64, metavar="N",
+        help="tokens of a held-out prompt (64)")  # fmt: skip
+    add("--max_prompt_tokens", type=positive_int, metavar="N",
+        help="longest prompt to accept; as long as trained on")  # fmt: skip
+    add("--decoder", metavar="NAME", help="blockwise, or plain if there is 1 head")
+    add("--decoders", action=_Decoders, nargs=0, help="list them and their options")
+    add("--heads", type=positive_int, metavar="K", help="use the first so many; all")
+    add("--max_new_tokens", type=positive_int, default=128, metavar="N", help="(128)")
+    add("--batch_size", type=positive_int, metavar="B",
+        help="prompts at a time; all, with --output 16")  # fmt: skip
+    add("--stop", action="append", default=[], metavar="TEXT",
+        help=r"end before it; may be repeated; \n \t \\ are known")  # fmt: skip
+    add("--temperature", type=float, default=0.0, metavar="X", help="0: greedy (0)")
+    add("--top_k", type=int, default=0, metavar="K", help="0: the whole vocabulary (0)")
+    add("--top_p", type=float, default=1.0, metavar="P", help="(1)")
+    add("--repetition_penalty", type=float, default=1.0, metavar="X", help="(1)")
+    add("--seed", type=int, default=0, metavar="N", help="(0)")
     output = parser.add_mutually_exclusive_group()
-    output.add_argument(
-        "--compare", action="store_true", help="every decoder on the same prompts"
-    )
-    output.add_argument(
-        "--json", action="store_true", help="print a JSON object a prompt, no more"
-    )
-    args = parser.parse_args(argv)
+    output.add_argument("--compare", action="store_true",
+        help="every decoder on the same prompts")  # fmt: skip
+    output.add_argument("--json", action="store_true",
+        help="print a JSON object a prompt, no more")  # fmt: skip
+    output.add_argument("--output", metavar="FILE",
+        help="JSONL; started again, it goes on from there")  # fmt: skip
+    output.add_argument("--stream", action="store_true",
+        help="show one text as it is written")  # fmt: skip
+    add("--html", metavar="FILE", help="also a page of which head said what")
+    add("--color", choices=("auto", "always", "never"), default="auto",
+        help="tokens by head (auto: in a terminal)")  # fmt: skip
+    args, options = parser.parse_known_args(argv)
     if "" in args.stop:
         raise UserError("--stop is empty; give the text that ends a continuation.")
-    return args
+    if args.html is not None and (args.compare or args.output is not None):
+        raise UserError("--html is not allowed with --compare or --output.")
+    return args, options
 
 
-def _prompts(args: argparse.Namespace) -> list[str]:
-    """Those of --prompt or --prompts; none for --heldout."""
-    if args.prompt is not None:
-        return [args.prompt]
-    if args.prompts is None:
-        return []
-    name = "standard input" if args.prompts == "-" else args.prompts
+class _Decoders(argparse.Action):
+    """Prints the decoders and ends, as --help does."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from mtp_jax.decoder_args import description
+
+        print(description())
+        parser.exit()
+
+
+def _compare(generator, args, decoder, prompts, sampling, settings) -> int:
+    from mtp_jax.compare import compare
+    from mtp_jax.decoder_args import fitting
+
+    fit = fitting(args.heads or generator.cfg.n_future_tokens)
+    if decoder is not None:
+        fit[args.decoder] = decoder
+    decoders = {name: d for name, d in fit.items() if not isinstance(d, str)}
+    settings = {**settings, "batch_size": args.batch_size}
+    code = compare(generator, decoders, prompts, sampling, settings)
+    for name, why in fit.items():
+        if isinstance(why, str):
+            print(f"left out: {name} ({why})")
+    return code
+
+
+def _write(
+    generator: Any,
+    path: str,
+    prompts: Sequence[Any],
+    size: int,
+    step: int,
+    settings: dict[str, Any],
+) -> int:
+    """Appends the continuations that are not in the file yet."""
+    from mtp_jax.jsonl_output import JsonlOutput
+
+    decoder, sampling = settings["decoder"], settings["sampling"]
+    kept = {
+        **settings,
+        "step": step,
+        "heads": generator.cfg.n_future_tokens,
+        "decoder": {"name": type(decoder).__name__.lower(),
+                    **dataclasses.asdict(decoder)},
+        "sampling": dataclasses.asdict(sampling),
+    }  # fmt: skip
+    output = JsonlOutput(path, [generator.prompt_text(p) for p in prompts], kept)
+    before = output.done
+    while output.done < len(prompts):
+        now = prompts[output.done : output.done + size]
+        output.append(generator.generate(now, first=output.done, **settings))
+    print(f"{path}: {len(prompts)} texts, {before} of them were there already")
+    return 0
+
+
+def _stream(generator: Any, prompt: Any, settings: dict[str, Any]) -> Any:
+    """Prints a text as it is written; gives what is known of it in the end."""
+    writing = generator.stream(prompt, **settings)
+    print(generator.prompt_text(prompt), end="", flush=True)
+    while True:
+        try:
+            print(next(writing), end="", flush=True)
+        except StopIteration as end:
+            print(f"\n{_ending(end.value)}\n")
+            return end.value
+
+
+def _print(generator: Any, results: Sequence[Any], args: argparse.Namespace) -> None:
+    from mtp_jax.token_view import terminal, terminal_legend
+
+    in_terminal = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    coloured = args.color == "always" or (args.color == "auto" and in_terminal)
+    for result in results:
+        if args.json:
+            print(json.dumps(dataclasses.asdict(result)))
+            continue
+        shown = f"{result.prompt}{result.text}"
+        if coloured:
+            shown = terminal(result, generator.tokenizer)
+        print(f"{shown}\n{_ending(result)}\n")
+    if coloured and not args.json:
+        print(terminal_legend(results))
+
+
+def _write_page(path: str, generator: Any, results: Sequence[Any], title: str) -> None:
+    from mtp_jax.token_view import page
+
+    text = page(results, generator.tokenizer, title)
     try:
-        if args.prompts == "-":
-            data = sys.stdin.buffer.read()
-        else:
-            data = pathlib.Path(args.prompts).read_bytes()
-        text = data.decode("utf-8")
+        pathlib.Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UserError(
-            f"--prompts: {name} cannot be read: {error.strerror}."
-        ) from None
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"--prompts: {name} is not UTF-8 (byte {error.start}); convert it."
-        ) from None
-    # Not splitlines(): a prompt may hold other characters that end lines.
-    lines = text.removesuffix("\n").split("\n") if text else []
-    if name.endswith(".jsonl"):
-        lines = [_of_json(s, name, i) for i, s in enumerate(lines, 1) if s.strip()]
-    if not lines:
-        raise UserError(f"--prompts: {name} is empty; give at least one prompt.")
-    return lines
+        raise UserError(f"--html={path} cannot be written: {error.strerror}.") from None
 
 
-def _is_text(text: str) -> bool:
-    """False with a lone surrogate, as JSON and command lines may bring one."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _of_json(line: str, name: str, number: int) -> str:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        value = None
-    prompt = value.get("prompt") if isinstance(value, dict) else None
-    if not isinstance(prompt, str):
-        raise UserError(
-            f'--prompts: line {number} of {name} is not {{"prompt": "TEXT"}} in JSON.'
+def _warn_of_length(
+    generator: Any, prompts: Sequence[Any], new_tokens: int, trained: int
+) -> None:
+    longest = max(map(generator.prompt_length, prompts))
+    # The last token is never read.
+    if longest + new_tokens - 1 > trained:
+        print(
+            f"mtp-jax: warning: texts may reach {longest + new_tokens} tokens; the "
+            f"model was trained on rows of {trained}, and may write nonsense beyond.",
+            file=sys.stderr,
         )
-    return prompt
 
 
 def _unescape(text: str) -> str:
@@ -204,58 +247,19 @@ def _unescape(text: str) -> str:
     return "\\".join(p.replace("\\n", "\n").replace("\\t", "\t") for p in parts)
 
 
-def _shown(result: Any) -> str:
+def _ending(result: Any) -> str:
     return (
-        f"{result.prompt}{result.text}\n"
         f"[{len(result.tokens)} tokens, {result.forwards} forward passes, "
-        f"{result.tokens_per_forward:.2f} tokens a pass, ended by {result.finish}]\n"
+        f"{result.tokens_per_forward:.2f} tokens a pass, ended by {result.finish}]"
     )
-
-
-def _totals(results: Sequence[Any]) -> tuple[int, float]:
-    """Forward passes, and tokens a pass, of all texts."""
-    forwards = sum(r.forwards for r in results)
-    made = sum(r.tokens_per_forward * r.forwards for r in results)
-    return forwards, made / forwards
 
 
 def _summary(decoder: str, results: Sequence[Any]) -> str:
-    forwards, per_forward = _totals(results)
+    from mtp_jax.generation import totals
+
+    figures = totals(results)
     return (
-        f"{decoder}: {len(results)} texts, {forwards} forward passes, "
-        f"{per_forward:.2f} tokens a pass, {results[0].tokens_per_s:.0f} tokens/s"
+        f"{decoder}: {len(results)} texts, {figures.forwards} forward passes, "
+        f"{figures.tokens_per_forward:.2f} tokens a pass, "
+        f"{figures.tokens_per_s:.0f} tokens/s"
     )
-
-
-def _compare(
-    generator: Any, names: list[str], prompts: Sequence[Any], settings: dict[str, Any]
-) -> int:
-    """Prints a line a decoder; 1 if a text differs from that of plain."""
-    header = "decoder", "forwards", "tokens/forward", "tokens/s", "ratio", "equal"
-    row = "{:<12}{:>10}{:>16}{:>12}{:>8}{:>12}".format
-    print(row(*header))
-    reference: list[str] = []
-    plain_speed, differs = 0.0, False
-    for name in ["plain", *(name for name in names if name != "plain")]:
-        runs = [
-            generator.generate(prompts, decoder=name, **settings)
-            for _ in range(_REPEATS)
-        ]
-        results = max(runs, key=lambda run: run[0].tokens_per_s)
-        texts, speed = [r.text for r in results], results[0].tokens_per_s
-        reference = reference or texts
-        plain_speed = plain_speed or speed
-        equal = sum(a == b for a, b in zip(texts, reference, strict=True))
-        differs |= equal < len(texts)
-        forwards, per_forward = _totals(results)
-        print(
-            row(
-                name,
-                forwards,
-                f"{per_forward:.2f}",
-                f"{speed:.1f}",
-                f"{speed / plain_speed:.2f}",
-                f"{equal} of {len(texts)}",
-            )
-        )
-    return 1 if differs else 0

@@ -30,12 +30,17 @@ class Restored:
 
 
 def restore_model(
-    workdir: str, *, step: int | None = None, heads: int | None = None
+    workdir: str,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    step: int | None = None,
+    heads: int | None = None,
 ) -> Restored:
-    """Parameters of a checkpoint on all devices of this process's machine or pod.
+    """Parameters of a checkpoint on any mesh.
 
     Args:
       workdir: of a run.
+      mesh: None for all devices of this process's machine or pod.
       step: which checkpoint; None for the newest that is intact.
       heads: how many heads to keep, counted from head 1; None for all.
 
@@ -63,7 +68,7 @@ def restore_model(
     tokenizer = tokenizer_from_dir(folder, metadata["tokenizer"]["kind"])
     if tokenizer.fingerprint != metadata["tokenizer"]["fingerprint"]:
         raise UserError(f"the tokenizer in {workdir} is not the one of the checkpoint.")
-    mesh = make_mesh(_evaluation_mesh(config))
+    mesh = make_mesh(_evaluation_mesh(config)) if mesh is None else mesh
     with jax.set_mesh(mesh):
         init_params, _ = model_builder(config.model)
         abstract = abstract_tree(jax.eval_shape(init_params, jax.random.key(0)), mesh)

@@ -1,10 +1,11 @@
 """The verb `generate`, on a model that was never trained."""
 
+import dataclasses
 import functools
 import io
 import json
-import sys
 import types
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -14,7 +15,13 @@ from models import mesh_of
 from mtp_jax import generate
 from mtp_jax.config import Config, DataConfig, ModelConfig
 from mtp_jax.corpus import Corpus
+from mtp_jax.decode import Generator
+from mtp_jax.decoder_args import decoder_of, decoder_of_spec, fitting
+from mtp_jax.decoders import DECODERS
 from mtp_jax.errors import UserError
+from mtp_jax.generation import Generation, totals
+from mtp_jax.prompts import heldout_prompts
+from mtp_jax.restore import Restored, with_heads
 from mtp_jax.tokenizer import ByteTokenizer
 from mtp_jax.train_step import model_builder
 
@@ -47,15 +54,12 @@ def restored(monkeypatch):
 
     def restore_model(workdir, *, step=None, heads=None):
         asked.append((workdir, step, heads))
-        config = Config(model=model, data=DataConfig(sources=("corpus",)))
-        return types.SimpleNamespace(
-            config=config, params=params, mesh=mesh, step=7, tokenizer=ByteTokenizer()
-        )
+        config = Config(model=model, data=DataConfig(sources=("corpus",), seq_len=40))
+        if workdir == "one head":
+            config = with_heads(config, 1)
+        return Restored(config, params, mesh, 7, ByteTokenizer())
 
-    stand_in = types.ModuleType("mtp_jax.restore")
-    stand_in.restore_model = restore_model
-    monkeypatch.setitem(sys.modules, "mtp_jax.restore", stand_in)
-    monkeypatch.setattr("mtp_jax.restore", stand_in, raising=False)
+    monkeypatch.setattr("mtp_jax.restore.restore_model", restore_model)
     return asked
 
 
@@ -69,26 +73,29 @@ def test_a_prompt_is_continued(restored, capsys):
 
 def test_json_is_an_object_a_prompt_and_nothing_else(restored, capsys, tmp_path):
     file = tmp_path / "prompts.jsonl"
-    file.write_text('{"prompt": "a\\u2028b"}\n\n{"prompt": ""}\n', encoding="utf-8")
+    file.write_text('{"prompt": "a\\u2028b"}\n\n{"prompt": "c"}\n', encoding="utf-8")
     generate.main(["--workdir=run", f"--prompts={file}", "--json", FEW])
     results = [json.loads(s) for s in capsys.readouterr().out.splitlines()]
-    assert [r["prompt"] for r in results] == ["a\u2028b", ""]
+    assert [r["prompt"] for r in results] == ["a\u2028b", "c"]
     assert set(results[0]) == {
         "prompt",
         "text",
         "tokens",
+        "heads",
+        "passes",
         "forwards",
         "tokens_per_forward",
         "accepted_by_head",
         "tokens_per_s",
         "finish",
+        "departures",
     }
 
 
 def test_prompts_come_a_line_each_from_files_and_standard_input(
     restored, capsys, tmp_path, monkeypatch
 ):
-    content = "one\u2028still one\n\ntwo\n".encode()
+    content = "one\u2028still one\ntwo\n".encode()
     (tmp_path / "prompts.txt").write_bytes(content)
     stdin = types.SimpleNamespace(buffer=io.BytesIO(content))
     monkeypatch.setattr("sys.stdin", stdin)
@@ -96,7 +103,26 @@ def test_prompts_come_a_line_each_from_files_and_standard_input(
         generate.main(["--workdir=run", f"--prompts={source}", "--json", FEW])
         lines = capsys.readouterr().out.splitlines()
         prompts = [json.loads(line)["prompt"] for line in lines]
-        assert prompts == ["one\u2028still one", "", "two"]
+        assert prompts == ["one\u2028still one", "two"]
+
+
+@pytest.mark.parametrize("decoder", ["blockwise", "speculative"])
+def test_one_head_cannot_draft(restored, monkeypatch, decoder):
+    monkeypatch.setattr("mtp_jax.decode.unstack", None)
+    with pytest.raises(UserError, match="the model has 1: use plain"):
+        generate.main(["--workdir=one head", "--prompt=a", f"--decoder={decoder}"])
+
+
+def test_one_head_is_decoded_by_plain(restored, capsys):
+    generate.main(["--workdir=one head", "--prompt=a", FEW])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("plain: 1 texts")
+
+
+def test_going_on_beyond_what_was_trained_is_said(restored, capsys):
+    generate.main(["--workdir=run", "--prompt=a", FEW])
+    assert capsys.readouterr().err == ""
+    generate.main(["--workdir=run", "--prompt=a", "--max_new_tokens=40"])
+    assert "trained on rows of 40" in capsys.readouterr().err
 
 
 def test_plain_alone_restores_one_head(restored, capsys):
@@ -106,21 +132,170 @@ def test_plain_alone_restores_one_head(restored, capsys):
 
 def test_compare_prints_every_decoder_and_finds_them_equal(restored, capsys):
     assert generate.main(["--workdir=run", "--prompt=ab", "--compare", FEW]) == 0
-    header, plain, blockwise = capsys.readouterr().out.splitlines()
-    assert header.split()[:3] == ["decoder", "forwards", "tokens/forward"]
-    assert plain.split()[:3] == ["plain", "6", "1.00"]
-    assert plain.endswith("1 of 1") and blockwise.endswith("1 of 1")
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split()[:4] == ["decoder", "kind", "forwards", "tokens/forward"]
+    rows = {line.split()[0]: line for line in lines}
+    assert rows["plain"].split()[:4] == ["plain", "exact", "6", "1.00"]
+    for name, decoder in fitting(2).items():
+        if isinstance(decoder, str):
+            assert f"left out: {name}" in "\n".join(lines)
+        elif not decoder.lossy:
+            assert "1 of 1" in rows[name]
+
+
+def test_compare_of_samples_leaves_out_what_needs_heads(restored, capsys):
+    args = ["--workdir=one head", "--prompt=ab", "--temperature=1", "--compare", FEW]
+    assert generate.main(args) == 0
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert rows["plain"].split()[-1] == "-"
+    assert "blockwise" not in rows
+
+
+def made(text, **changes):
+    values = {
+        "prompt": "a",
+        "text": text,
+        "tokens": [1],
+        "heads": [1],
+        "passes": [0],
+        "forwards": 1,
+        "tokens_per_forward": 1.0,
+        "accepted_by_head": [],
+        "tokens_per_s": 1.0,
+        "finish": "length",
+    }
+    return Generation(**{**values, **changes})
 
 
 def test_compare_fails_if_a_text_differs(restored, capsys, monkeypatch):
-    from mtp_jax.decode import Generation, Generator
-
     def differing(self, prompts, *, decoder, **_):
-        return [Generation("a", decoder, [1], 1, 1.0, [], 1.0, "length")]
+        return [made(type(decoder).__name__)]
 
     monkeypatch.setattr(Generator, "generate", differing)
     assert generate.main(["--workdir=run", "--prompt=a", "--compare"]) == 1
-    assert capsys.readouterr().out.endswith("0 of 1\n")
+    assert "0 of 1" in capsys.readouterr().out
+
+
+def test_totals_weigh_texts_by_their_work():
+    # Two batches: 6 tokens in 2 s, and 4 in 1 s.
+    one = made("", forwards=3, tokens_per_forward=2.0, accepted_by_head=[0.5, 0.0],
+               tokens_per_s=3.0)  # fmt: skip
+    two = made("", forwards=2, tokens_per_forward=2.0, accepted_by_head=[1.0, 1.0],
+               tokens_per_s=4.0)  # fmt: skip
+    figures = totals([one, two])
+    assert (figures.forwards, figures.tokens, figures.seconds) == (5, 10.0, 3.0)
+    np.testing.assert_allclose(figures.accepted_by_head, [2 / 3, 1 / 3])
+
+
+def test_a_stream_prints_what_is_printed_otherwise(restored, capsys):
+    args = ["--workdir=run", "--prompt=abc", "--max_new_tokens=30", r"--stop=\n\n"]
+    generate.main(args)
+    whole = capsys.readouterr().out
+    generate.main([*args, "--stream", "--batch_size=1"])
+    streamed = capsys.readouterr().out
+    assert streamed.splitlines()[:-1] == whole.splitlines()[:-1]  # the last has times
+
+
+def test_colours_and_the_page_are_of_the_same_text(restored, capsys, tmp_path):
+    file = tmp_path / "page.html"
+    args = ["--workdir=run", "--prompt=<b>", f"--html={file}", FEW]
+    generate.main([*args, "--color=always"])
+    coloured = capsys.readouterr().out
+    generate.main(args)
+    plain = capsys.readouterr().out
+    assert "head 1: " in coloured and "\x1b" not in plain, "not a terminal: no colour"
+    page = file.read_text(encoding="utf-8")
+    assert "&lt;b&gt;" in page and page.count("data-note=") > 1
+
+
+def lines_of(path):
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in rows]
+
+
+def test_a_batch_goes_on_where_it_was_ended(restored, capsys, tmp_path, monkeypatch):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a\nb\nab\nb\nc\n")
+    args = ["--workdir=run", f"--prompts={prompts}", "--batch_size=2", FEW]
+    args += ["--temperature=1", "--seed=3"]
+    whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
+    generate.main([*args, f"--output={whole}"])
+    expected = lines_of(whole)
+    assert [row["prompt"] for row in expected] == ["a", "b", "ab", "b", "c"]
+    assert expected[1]["tokens"] != expected[3]["tokens"], "draws of their own"
+
+    content = whole.read_bytes().splitlines(keepends=True)
+    part.write_bytes(b"".join(content[:3]) + content[3][:40])
+    asked = []
+    original = Generator.generate
+
+    def counting(self, prompts, **settings):
+        asked.extend(prompts)
+        return original(self, prompts, **settings)
+
+    monkeypatch.setattr(Generator, "generate", counting)
+    for _ in range(2):  # the second time there is nothing left to do
+        assert generate.main([*args, f"--output={part}"]) == 0
+        assert asked == ["b", "c"]
+        assert lines_of(part) == expected
+    assert capsys.readouterr().out.endswith("5 of them were there already\n")
+
+    for changed, message in [
+        (["--seed=4"], "begun with another sampling"),
+        (["--decoder=plain"], "another decoder"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            generate.main([*args, f"--output={part}", *changed])
+    prompts.write_text("a\nz\n")
+    with pytest.raises(UserError, match="line 2 is of another prompt"):
+        generate.main([*args, f"--output={part}"])
+    part.write_text("[1]\n")
+    with pytest.raises(UserError, match="line 1 is not one of this program"):
+        generate.main([*args, f"--output={part}"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Odd:
+    """A decoder of many options, for the command line alone."""
+
+    lossy: ClassVar[bool] = False
+    file: str
+    width: int = 3
+    share: float | None = None
+    sizes: tuple[int, ...] = (1, 2)
+    sure: bool = dataclasses.field(default=False, metadata={"help": "quite sure"})
+
+    def __post_init__(self):
+        if self.width < 1:
+            raise UserError(f"width is {self.width}; it must be at least 1.")
+
+
+def test_the_fields_of_a_decoder_are_options(monkeypatch, capsys):
+    monkeypatch.setitem(DECODERS, "odd", Odd)
+    options = ["--file=f", "--width=5", "--share=0.5", "--sizes=3,4,5", "--sure=true"]
+    assert decoder_of("odd", options) == Odd("f", 5, 0.5, (3, 4, 5), True)
+    assert decoder_of_spec("odd:file=f,width=2") == Odd("f", 2)
+    with pytest.raises(SystemExit):
+        generate.main(["--decoders"])
+    out = capsys.readouterr().out
+    assert "--sure  quite sure (False)" in out and "speculative: " in out
+    assert "required" in fitting(4)["odd"]
+    for option, message in [
+        ("--width=0", "width is 0"),
+        ("--width=x", "width"),
+        ("--sure=perhaps", "neither true nor false"),
+        ("--deep=3", r"unknown option --deep.*--file, --width"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            decoder_of("odd", ["--file=f", option])
+
+
+def test_no_option_of_a_decoder_is_one_of_the_verb():
+    own = {
+        field.name for kind in DECODERS.values() for field in dataclasses.fields(kind)
+    }
+    args, _ = generate._parse(["--workdir=run", "--prompt=a"])
+    assert not own & set(vars(args))
 
 
 def test_stop_texts_may_hold_escapes():
@@ -145,14 +320,14 @@ def corpus(monkeypatch):
 
 
 def test_heldout_prompts_lie_inside_documents_that_are_long_enough(corpus):
-    prompts = generate.heldout_prompts(["a"], 3, prompt_tokens=10)
+    prompts = heldout_prompts(["a"], 3, prompt_tokens=10)
     assert [int(p[0]) // 1000 for p in prompts] == [0, 2, 3]
     assert all(len(p) == 10 for p in prompts)
     assert [int(p[0]) % 1000 for p in prompts] == [20, 46, 1]
 
 
 def test_heldout_documents_that_serve_twice_are_cut_at_two_places(corpus):
-    prompts = generate.heldout_prompts(["a"], 4, prompt_tokens=60)
+    prompts = heldout_prompts(["a"], 4, prompt_tokens=60)
     assert [int(p[0]) // 1000 for p in prompts] == [2, 2, 4, 4]
     assert len({int(p[0]) for p in prompts}) == 4
 
@@ -168,7 +343,7 @@ def test_heldout_prompts_are_continued(restored, corpus, capsys, monkeypatch):
 
 def test_too_long_heldout_prompts_are_refused(corpus):
     with pytest.raises(UserError, match="longest has 100"):
-        generate.heldout_prompts(["a"], 1, prompt_tokens=101)
+        heldout_prompts(["a"], 1, prompt_tokens=101)
 
 
 @pytest.mark.parametrize(
@@ -177,15 +352,28 @@ def test_too_long_heldout_prompts_are_refused(corpus):
         (["--prompt=a", "--max_new_tokens=0"], "max_new_tokens"),
         (["--prompt=a", "--decoder=magic"], "plain, blockwise"),
         (["--prompt=a", "--heads=0"], "heads"),
-        (["--prompt=a", "--heads=9"], "heads 1 to 2"),
         (["--prompt=a", "--heldout=2"], "not allowed with"),
         (["--prompt=a", "--compare", "--json"], "not allowed with"),
+        (["--prompt=a", "--compare", "--html=x"], "not allowed with"),
+        (["--prompt="], "--prompt is empty"),
+        (["--prompt=a", "--temperature=-1"], "temperature is -1"),
+        (["--prompt=a", "--top_p=0"], "top_p is 0"),
+        (["--prompt=a", "--top_p=1.5"], "top_p is 1.5"),
+        (["--prompt=a", "--top_k=-1"], "top_k is -1"),
+        (["--prompt=a", "--repetition_penalty=0"], "repetition_penalty is 0"),
+        (["--prompt=a", "--wide=3"], "unknown option --wide"),
+        (["--prompt=a", "--decoder=plain", "--wide=3"], "--decoder=plain are none"),
+        (["--heldout=2", "--stream"], "give one prompt"),
+        (["--prompt=" + "a" * 40], r"has 41 tokens.*at most 40"),
+        (["--prompt=abc", "--max_prompt_tokens=3"], r"has 4 tokens.*at most 3"),
+        (["--prompt=a", "--output=/nowhere/x"], "--output=/nowhere/x cannot be used"),
         (["--prompt=a", "--stop="], "--stop is empty"),
         ([], "required"),
         (["--prompts=nowhere.txt"], "nowhere.txt cannot be read"),
     ],
 )
-def test_bad_flags_are_refused(restored, flags, message):
+def test_bad_flags_are_refused(restored, monkeypatch, flags, message):
+    monkeypatch.setattr("mtp_jax.decode.unstack", None)  # nothing is compiled before
     with pytest.raises(UserError, match=message):
         generate.main(["--workdir=run", *flags])
 
@@ -198,6 +386,8 @@ def test_bad_flags_are_refused(restored, flags, message):
         ("latin.txt", b"caf\xe9\n", r"not UTF-8 \(byte 3\)"),
         ("bad.jsonl", b'{"prompt": "a"}\n{"prompt": 1}\n', "line 2"),
         ("bad.jsonl", b"nonsense\n", "line 1"),
+        ("gap.txt", b"a\n\nb\n", "prompt 2 of .*gap.txt is empty"),
+        ("gap.jsonl", b'{"prompt": ""}\n', "prompt 1 of .*gap.jsonl is empty"),
     ],
 )
 def test_bad_prompt_files_are_refused(tmp_path, name, content, message):

@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+from models import mesh_of
 from runs import (
     ROOT,
     complete,
@@ -23,6 +24,9 @@ from runs import (
     wait_for_step,
     without_timings,
 )
+
+from mtp_jax.decode import Generator
+from mtp_jax.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +272,14 @@ def test_eight_devices_train_and_one_evaluates_and_decodes(tmp_path, corpus_dir)
         all_heads["heads"][0]["loss"], rel=1e-3
     )
     assert drafted["tokens"] == plain["tokens"] and len(plain["tokens"]) == 8
+
+    generator = Generator.from_checkpoint(str(workdir), mesh_of(1, 1, 2), heads=2)
+    [result] = generator.generate(["import"], max_new_tokens=8)
+    assert result.tokens == plain["tokens"] and generator.cfg.n_future_tokens == 2
+    with pytest.raises(UserError, match="has 3; give 1 to 3"):
+        Generator.from_checkpoint(str(workdir), heads=9)
+    with pytest.raises(UserError, match=r"has 66 tokens.*at most 64"):
+        generator.generate(["a" * 65], max_new_tokens=8)
 
 
 def test_sentencepiece_from_text_to_sample(tmp_path):

@@ -66,8 +66,7 @@ class Blockwise:
         head_BND, cache = run_head(model, 0, trunk_BND, new, cache)
         draws = Draws(state.chance, state.length_B)
         said_BN = choose(state, next_logits(model, state, head_BND, new), draws)
-        right_BM = (drafts_BM == said_BN[:, :-1]).astype(jnp.int32)
-        agreed_B = jnp.sum(jnp.cumprod(right_BM, axis=1), axis=1)
+        agreed_B = self.agreed(drafts_BM, said_BN)
 
         drafting = range(1, len(model.heads))
         heads_BMD, cache = run_heads_at(
@@ -90,3 +89,8 @@ class Blockwise:
         del state, draws
         # Indexing a batch of one row may forget that it is split like any other.
         return jax.sharding.reshard(say(model, heads_BMD), spec("batch", None))
+
+    def agreed(self, drafts_BM: jax.Array, said_BN: jax.Array) -> jax.Array:
+        """How many drafts are right: those before the first that head 1 did not say."""
+        right_BM = (drafts_BM == said_BN[:, :-1]).astype(jnp.int32)
+        return jnp.sum(jnp.cumprod(right_BM, axis=1), axis=1)

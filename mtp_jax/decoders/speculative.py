@@ -71,7 +71,7 @@ class Speculative:
         head_BND, cache = run_head(model, 0, trunk_BND, new, cache)
         p_BNV = law_probs(state, next_logits(model, state, head_BND, new))
         draws = Draws(state.chance, state.length_B)
-        said_BN, agreed_B = accept(p_BNV, drafts.law_BMV, drafts.token_BM, draws)
+        said_BN, agreed_B = self.accept(p_BNV, drafts.law_BMV, drafts.token_BM, draws)
 
         drafting = range(1, len(model.heads))
         heads_BMD, cache = run_heads_at(
@@ -95,6 +95,12 @@ class Speculative:
         law_BMV = law_probs(state, model.logits(heads_BMD))
         token_BM = _from_each(law_BMV, state, draws)
         return _Drafts(jax.sharding.reshard(token_BM, spec("batch", None)), law_BMV)
+
+    def accept(
+        self, p_BNV: jax.Array, q_BMV: jax.Array, drafts_BM: jax.Array, draws: Draws
+    ) -> tuple[jax.Array, jax.Array]:
+        """`accept`, the rule of the paper."""
+        return accept(p_BNV, q_BMV, drafts_BM, draws)
 
 
 def accept(

@@ -121,7 +121,7 @@ class Batch:
         """A few forward passes at the depth that promises most, watched."""
         depth = chooser.depth()
         before = self._at()
-        passes, agreed_N = int(before.forward), _host(before.agreed_N)
+        passes, agreed_BN = int(before.forward), _host(before.passes_BN)
         self._use_heads(depth > 1)
         count = int(_STRETCH_S / self._costs[depth])
         began, compiled = time.perf_counter(), self._programs.compile_s
@@ -130,7 +130,8 @@ class Batch:
         passes = int(after.forward) - passes
         seconds = time.perf_counter() - began - self._programs.compile_s + compiled
         if passes:
-            chooser.saw(depth, _host(after.agreed_N) - agreed_N, passes, seconds)
+            agreed_N = np.sum(_host(after.passes_BN) - agreed_BN, axis=0)
+            chooser.saw(depth, agreed_N, passes, seconds)
             if after.alone is not None:
                 chooser.saw_entropy(float(after.alone.entropy))
 

@@ -157,7 +157,9 @@ def _begin(
             limit_B=prompts.limit_B,
             done_B=prompts.done_B,
             forward=jnp.zeros((), jnp.int32),
-            agreed_N=jnp.zeros(len(model.heads), jnp.int32),
+            passes_BN=jnp.zeros(
+                (b, len(model.heads)), jnp.int32, out_sharding=spec("batch", None)
+            ),
             seen_BV=_seen(cfg, prompts) if prompts.law.penalized else None,
             cache=cache,
             carry=None,

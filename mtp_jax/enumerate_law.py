@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 
 from mtp_jax.cache import at_slot
 from mtp_jax.config import ModelConfig
-from mtp_jax.decode_program import Programs, Prompts
+from mtp_jax.decode_program import Programs, Prompts, slack
 from mtp_jax.decoders.sampling import Chance, Sampling, law_of
 from mtp_jax.decoders.state import Decoder
 from mtp_jax.heads import Rows, attend_within
@@ -213,7 +213,7 @@ class _Run:
         self._prompt = prompt
         self._ranks = ranks
         self._c = _whole(rows, batch_shards(mesh))
-        width = decoder.width(len(params["heads"]))
+        width = slack(decoder, len(params["heads"]))
         self._j = 4 * width + 8  # draws of a forward pass, at most
         self.rows = 0
         room = _power_of_two(len(prompt) + tokens + 2 * width)

@@ -20,6 +20,7 @@ from models import (
     tiny_config,
 )
 
+from benchmarks.hf_llama import llama_of
 from mtp_jax.attention import causal_attention
 from mtp_jax.config import ComputeConfig, Remat
 from mtp_jax.sharding import spec
@@ -91,60 +92,16 @@ def test_logits_of_every_head_are_those_of_a_plain_transformer(
 
 def test_one_head_is_the_llama_of_another_library(one_device):
     torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
     cfg = CASES["one head"]
     params, rows = random_params(cfg), unpacked()
-    llama = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=cfg.vocab_size,
-            hidden_size=cfg.d_model,
-            intermediate_size=cfg.d_ff,
-            num_hidden_layers=cfg.num_layers,
-            num_attention_heads=cfg.num_query_heads,
-            num_key_value_heads=cfg.num_kv_heads,
-            head_dim=cfg.d_head,
-            rms_norm_eps=cfg.norm_eps,
-            tie_word_embeddings=False,
-        )
-    )
-    weights = {k: torch.tensor(np.array(x)) for k, x in llama_weights(params).items()}
-    llama.load_state_dict(weights, strict=True)
+    llama = llama_of(cfg, params, positions=64)
 
     with torch.no_grad():
         expected_BTV = llama(torch.tensor(rows["tokens"].astype(np.int64))).logits
 
     logits_NBTV = ours(cfg, params, rows)
     np.testing.assert_allclose(logits_NBTV[0], expected_BTV.numpy(), atol=1e-4)
-
-
-def llama_weights(params):
-    """Parameters of a model of one head under the names of Hugging Face's Llama."""
-    weights = {
-        "model.embed_tokens.weight": params["w_embedding"],
-        "model.norm.weight": params["norm"],
-        "lm_head.weight": params["w_unembedding"],
-    }
-    blocks = [
-        (params[k], i) for k in ("trunk", "heads") for i in range(len(params[k]["w_q"]))
-    ]
-    for number, (stacked, i) in enumerate(blocks):
-        block = naive.entry(stacked, i)
-        d = block["w_q"].shape[0]
-        weights |= {
-            f"model.layers.{number}.{name}.weight": x
-            for name, x in {
-                "input_layernorm": block["norm_attention"],
-                "self_attn.q_proj": block["w_q"].reshape(d, -1).T,
-                "self_attn.k_proj": block["w_k"].reshape(d, -1).T,
-                "self_attn.v_proj": block["w_v"].reshape(d, -1).T,
-                "self_attn.o_proj": block["w_o"].reshape(-1, d).T,
-                "post_attention_layernorm": block["norm_mlp"],
-                "mlp.gate_proj": block["mlp"]["w_gate"].T,
-                "mlp.up_proj": block["mlp"]["w_up"].T,
-                "mlp.down_proj": block["mlp"]["w_down"].T,
-            }.items()
-        }
-    return weights
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -52,7 +52,7 @@ class DecodeState:
     limit_B: jax.Array  # the length that ends a text
     done_B: jax.Array  # a text that no longer changes
     forward: jax.Array  # forward passes so far; the prompt is the first
-    agreed_N: jax.Array  # passes of unfinished texts with 0, 1 ... right drafts, int32
+    passes_BN: jax.Array  # forward passes with 0, 1 ... right drafts, int32
     seen_BV: jax.Array | None  # tokens of the text, where repetition is penalized
     cache: Cache
     carry: Any  # whatever else the decoder wants to keep
@@ -137,8 +137,8 @@ def commit(
         return jnp.where(new_BE, x_BE, old_BE)
 
     forward = state.forward + 1
-    is_count_BN = agreed_B[:, None] == jnp.arange(state.agreed_N.shape[0])[None]
-    passed_BN = is_count_BN & ~state.done_B[:, None]
+    counts_N = jnp.arange(state.passes_BN.shape[1])[None]
+    passed_BN = (agreed_B[:, None] == counts_N) & ~state.done_B[:, None]
     seen_BV = state.seen_BV
     if seen_BV is not None:
         kept = jnp.where(kept_BW, tokens_BW, -1)
@@ -156,7 +156,7 @@ def commit(
         | (length_B >= state.limit_B)
         | jnp.any(kept_BW & ends_BW, axis=1),
         forward=forward,
-        agreed_N=state.agreed_N + jnp.sum(passed_BN, axis=0, dtype=jnp.int32),
+        passes_BN=state.passes_BN + passed_BN,
         seen_BV=seen_BV,
     )
 

@@ -1,0 +1,135 @@
+"""Decoders on a trained model: speed to plain's, tokens a forward pass, their quotient.
+
+The columns of arXiv:2404.19737, tables S2 and S3. Prompts are held-out text; everything
+is compiled before it is timed. Where torch and transformers are installed, plain is
+compared with their `generate` on the same weights (trunk and head 1) and prompts, in
+float32 with as many threads.
+
+python -m benchmarks.decode --workdir=runs/quickstart --batch_sizes 1 4 16
+"""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.hf_llama import llama_of
+from benchmarks.timing import (
+    interleaved,
+    options,
+    print_environment,
+    print_table,
+    ratio,
+    script,
+    show_ratio,
+)
+from mtp_jax.decode import Generator
+from mtp_jax.decoders import DECODERS
+from mtp_jax.errors import UserError
+from mtp_jax.prompts import heldout_prompts
+from mtp_jax.restore import Restored, restore_model
+
+_ADAPTIVE = "+adaptive"  # behind a decoder's name
+
+
+@script
+def main(argv: list[str]) -> int:
+    """Prints a row for each batch size and decoder."""
+    args = options(
+        argv,
+        "Speed of decoders to plain's, tokens a forward pass, and their quotient.",
+        workdir="runs/quickstart",
+        decoders=["blockwise", "blockwise" + _ADAPTIVE, "tree"],
+        batch_sizes=[1, 4, 16],
+        prompt_tokens=64,
+        max_new_tokens=256,
+        prompts=16,
+        rounds=5,
+    )
+    for name in args.decoders:
+        if name.removesuffix(_ADAPTIVE) not in DECODERS:
+            raise UserError(f"no decoder {name!r}; known are {list(DECODERS)}.")
+    restored = restore_model(args.workdir)
+    sources = restored.config.data.sources
+    prompts = heldout_prompts(sources, args.prompts, args.prompt_tokens)
+    print_environment(args.rounds)
+    rows = []
+    for size in args.batch_sizes:
+        rows += _rows(restored, prompts, size, args)
+    print_table(
+        ("batch, decoder", "tokens/s", "speed", "tokens/forward", "quotient"), *rows
+    )
+    return 0
+
+
+def _rows(
+    restored: Restored, prompts: Sequence[np.ndarray], size: int, args: Any
+) -> list[tuple[str, ...]]:
+    generator = Generator.from_restored(restored)
+    found: dict[str, list[Any]] = {}
+
+    def ours(name: str) -> Callable[[], None]:
+        def run() -> None:
+            found[name] = generator.generate(
+                prompts,
+                max_new_tokens=args.max_new_tokens,
+                decoder=name.removesuffix(_ADAPTIVE),
+                adaptive=name.endswith(_ADAPTIVE),
+                batch_size=size,
+            )
+
+        return run
+
+    functions = {name: ours(name) for name in ("plain", *args.decoders)}
+    if all(map(importlib.util.find_spec, ("torch", "transformers"))):
+        functions["transformers"] = _theirs(restored, prompts, size, args)
+    seconds = interleaved(functions, args.rounds)
+    rows = []
+    for name, taken in seconds.items():
+        speed = ratio(seconds["plain"], taken)
+        made = len(prompts) * args.max_new_tokens
+        figures: tuple[str, ...] = ("", "")
+        if name in found:
+            forwards = sum(r.forwards for r in found[name])
+            made = sum(round(r.tokens_per_forward * r.forwards) for r in found[name])
+            each = made / forwards
+            figures = (f"{each:.2f}", f"{speed[0] / each:.3f}")
+        per_s = made / float(np.median(taken))
+        rows.append((f"{size}, {name}", f"{per_s:.0f}", show_ratio(speed), *figures))
+    return rows
+
+
+def _theirs(
+    restored: Restored, prompts: Sequence[np.ndarray], size: int, args: Any
+) -> Callable[[], None]:
+    """transformers' generate: greedy, with its cache, no end of text."""
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    positions = args.prompt_tokens + 1 + args.max_new_tokens
+    params = jax.device_get(restored.params)
+    llama = llama_of(restored.config.model, params, positions)
+    begin = restored.tokenizer.bos_id
+    ids = np.stack([[begin, *map(int, prompt)] for prompt in prompts])
+
+    def run() -> None:
+        with torch.inference_mode():
+            for start in range(0, len(ids), size):
+                now = torch.from_numpy(ids[start : start + size])
+                llama.generate(
+                    now,
+                    attention_mask=torch.ones_like(now),
+                    do_sample=False,
+                    max_new_tokens=args.max_new_tokens,
+                    pad_token_id=0,
+                )
+
+    return run
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

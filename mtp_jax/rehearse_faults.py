@@ -104,10 +104,12 @@ def _stop(storm: Storm, *which: int) -> Outcome:
 
 
 def stop_one(storm: Storm) -> Outcome:
+    """As the notice that one host of a pod is about to be taken away."""
     return _stop(storm, storm.chance.randrange(storm.hosts))
 
 
 def stop_all(storm: Storm) -> Outcome:
+    """As the end of a job's time."""
     return _stop(storm)
 
 
@@ -118,11 +120,13 @@ def _kill(storm: Storm, which: int) -> Outcome:
 
 
 def kill_one(storm: Storm) -> Outcome:
+    """As a host that crashes, at a random moment."""
     storm.pause()
     return _kill(storm, storm.chance.randrange(1, max(2, storm.hosts)))
 
 
 def kill_first(storm: Storm) -> Outcome:
+    """The same for host 0, through which all find each other."""
     storm.pause()
     return _kill(storm, 0)
 

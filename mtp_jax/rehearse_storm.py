@@ -13,7 +13,9 @@ from mtp_jax.config import Config
 from mtp_jax.rehearse_hosts import Hosts
 from mtp_jax.rehearse_scale import scaled_mesh
 
-_START_S = 180  # a start takes seconds; on a loaded machine, minutes
+_FIRST_START_S = 900  # compiles; seconds, or minutes on a loaded machine
+_START_S = 120  # of a later one, at least; else so many times the slowest before
+_SLOWER = 4
 _STEPS_AFTER_START = 2
 
 
@@ -52,6 +54,8 @@ class Storm:
         self._config_file = config_file
         self._logs = folder / "logs"
         self._starts = 0
+        self._patience_s: float = _FIRST_START_S
+        self._slowest_s = 0.0
         self.group: Hosts | None = None
         self.resume_at = (
             0  # step of the checkpoint with which the next start must begin
@@ -91,6 +95,7 @@ class Storm:
         Raises:
           Broken: it ends, takes too long, or begins at another step than it should.
         """
+        began_s = time.monotonic()
         if self.group is None:
             self.group = self.start(hosts, overrides)
             self._wait_for(lambda: self._beginning() is not None, "nothing began")
@@ -102,6 +107,8 @@ class Storm:
             lambda: self.step() >= max(reached, self.resume_at) + _STEPS_AFTER_START,
             "no new steps",
         )
+        self._slowest_s = max(self._slowest_s, time.monotonic() - began_s)
+        self._patience_s = max(_START_S, _SLOWER * self._slowest_s)
         return self.group
 
     def down(self, timeout_s: float) -> tuple[dict[int, int | None], float, list[str]]:
@@ -170,7 +177,7 @@ class Storm:
 
     def _wait_for(self, ready: Callable[[], bool], otherwise: str) -> None:
         assert self.group is not None
-        end = time.monotonic() + _START_S
+        end = time.monotonic() + self._patience_s
         while not ready():
             if not self.group.running():
                 codes = self.group.wait(60)[0]
@@ -179,5 +186,5 @@ class Storm:
                 raise Broken(f"{otherwise}: ended with {codes}: {said[-1]}")
             if time.monotonic() > end:
                 self.close()
-                raise Broken(f"{otherwise} within {_START_S} s")
+                raise Broken(f"{otherwise} within {self._patience_s:.0f} s")
             time.sleep(0.02)

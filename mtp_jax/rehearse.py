@@ -89,7 +89,10 @@ def main(argv: list[str]) -> int:
         return 1
     finally:
         storm.close()
-    return _report(rows, reference, time.monotonic() - began, folder)
+    code = _report(rows, reference, time.monotonic() - began, folder)
+    if code == 0 and args.workdir is None:
+        shutil.rmtree(folder)
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,7 +111,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only", action="append", metavar="NAME", help="this fault; may be repeated"
     )
-    parser.add_argument("--workdir", metavar="D", help="keep the run and its logs here")
+    parser.add_argument(
+        "--workdir",
+        metavar="D",
+        help="for the run and its logs; default: a temporary one, kept if not all held",
+    )
     parser.add_argument("--list", action="store_true", help="the faults, and no more")
     return parser
 

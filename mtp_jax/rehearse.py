@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
     folder = _folder(args.workdir)
     sources, vocab_size = _corpora(production, folder)
     counts = [n * args.devices_per_host for n in host_counts(args.hosts)]
-    cfg = _with_times(scale_down(production, sources, vocab_size, counts), folder)
+    cfg = _with_times(scale_down(production, sources, vocab_size, counts))
     for line in differences(production, cfg):
         print(f"scaled  {line}")
     config_file = _write_config(cfg, folder)
@@ -182,13 +182,12 @@ def _own_corpora(count: int, folder: pathlib.Path) -> list[str]:
     return made
 
 
-def _with_times(cfg: Config, folder: pathlib.Path) -> Config:
-    """Time limits of a rehearsal, and a cache of compiled programs for its starts."""
+def _with_times(cfg: Config) -> Config:
+    """How long hosts wait: for a lost one a short time, at a start a long one."""
     train = dataclasses.replace(
         cfg.train,
         host_timeout_s=min(cfg.train.host_timeout_s, _HOST_TIMEOUT_S),
         join_timeout_s=_JOIN_TIMEOUT_S,
-        compilation_cache=str(folder / "compiled"),
     )
     return dataclasses.replace(cfg, train=train)
 

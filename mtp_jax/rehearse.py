@@ -66,6 +66,8 @@ def main(argv: list[str]) -> int:
         return 0
     if args.config is None:
         raise UserError("--config=F is missing; configs/tiny.py is one.")
+    if args.hosts < 2:
+        raise UserError(f"--hosts={args.hosts}; a pod has at least 2.")
     production = config_from(args.config, overrides)
     faults = _script(args.only, args.faults, args.seed)
     folder = _folder(args.workdir)

@@ -122,7 +122,7 @@ def _kill(storm: Storm, which: int) -> Outcome:
 def kill_one(storm: Storm) -> Outcome:
     """As a host that crashes, at a random moment."""
     storm.pause()
-    return _kill(storm, storm.chance.randrange(1, max(2, storm.hosts)))
+    return _kill(storm, storm.chance.randrange(1, storm.hosts))
 
 
 def kill_first(storm: Storm) -> Outcome:
@@ -189,7 +189,7 @@ def half_written(storm: Storm) -> Outcome:
 def full_disk(storm: Storm) -> Outcome:
     """A host can write no file of more than a few bytes, as if its disk were full."""
     assert storm.group is not None
-    which = storm.chance.randrange(min(1, storm.hosts - 1), storm.hosts)
+    which = storm.chance.randrange(1, storm.hosts)
     resource.prlimit(storm.group.pid(which), resource.RLIMIT_FSIZE, (64, 64))
     return _ended(storm, _limit_s(storm), names=["no room on the disk"])
 
@@ -237,12 +237,10 @@ def second_run(storm: Storm) -> Outcome:
 def missing_host(storm: Storm) -> Outcome:
     """A host that never comes."""
     stopped = stop_all(storm)
-    which, resume_at = storm.chance.randrange(1, max(2, storm.hosts)), storm.resume_at
+    which, resume_at = storm.chance.randrange(1, storm.hosts), storm.resume_at
     timeout_s = 20
     short = [f"--config.train.join_timeout_s={timeout_s}"]
-    storm.group = storm.start(
-        hosts=max(2, storm.hosts), overrides=short, missing=[which]
-    )
+    storm.group = storm.start(overrides=short, missing=[which])
     outcome = _ended(storm, timeout_s + _LOAD_S, names=[f"host {which}"])
     storm.resume_at = resume_at
     return dataclasses.replace(outcome, wrong=stopped.wrong or outcome.wrong)

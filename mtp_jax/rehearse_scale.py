@@ -88,7 +88,7 @@ def scale_down(
         optim=dataclasses.replace(cfg.optim, warmup_steps=10),
         train=dataclasses.replace(cfg.train, steps=_STEPS),
         checkpoint=dataclasses.replace(
-            cfg.checkpoint, every=_SAVE_EVERY, keep_every=0, keep_best=0
+            cfg.checkpoint, every=_SAVE_EVERY, keep_every=0, keep_best=0, local_dir=""
         ),
         eval=dataclasses.replace(cfg.eval, every=0),
         log=dataclasses.replace(cfg.log, every=1, tensorboard=False, profile_step=0),

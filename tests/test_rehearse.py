@@ -93,7 +93,7 @@ def test_a_fault_that_does_not_exist_is_told():
 
 def test_resumes_go_to_fewer_and_to_more_hosts():
     assert host_counts(4) == [4, 2, 1, 8]
-    assert host_counts(1) == [1, 2]
+    assert host_counts(2) == [2, 1, 4]
 
 
 @pytest.mark.parametrize(

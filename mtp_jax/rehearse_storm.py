@@ -54,7 +54,7 @@ class Storm:
         self._config_file = config_file
         self._logs = folder / "logs"
         self._starts = 0
-        self._patience_s: float = _FIRST_START_S
+        self.patience_s: float = _FIRST_START_S  # for a start
         self._slowest_s = 0.0
         self.group: Hosts | None = None
         self.resume_at = (
@@ -108,7 +108,7 @@ class Storm:
             "no new steps",
         )
         self._slowest_s = max(self._slowest_s, time.monotonic() - began_s)
-        self._patience_s = max(_START_S, _SLOWER * self._slowest_s)
+        self.patience_s = max(_START_S, _SLOWER * self._slowest_s)
         return self.group
 
     def down(self, timeout_s: float) -> tuple[dict[int, int | None], float, list[str]]:
@@ -177,7 +177,7 @@ class Storm:
 
     def _wait_for(self, ready: Callable[[], bool], otherwise: str) -> None:
         assert self.group is not None
-        end = time.monotonic() + self._patience_s
+        end = time.monotonic() + self.patience_s
         while not ready():
             if not self.group.running():
                 codes = self.group.wait(60)[0]
@@ -186,5 +186,5 @@ class Storm:
                 raise Broken(f"{otherwise}: ended with {codes}: {said[-1]}")
             if time.monotonic() > end:
                 self.close()
-                raise Broken(f"{otherwise} within {self._patience_s:.0f} s")
+                raise Broken(f"{otherwise} within {self.patience_s:.0f} s")
             time.sleep(0.02)

@@ -20,6 +20,7 @@ Multi-token prediction: train a model with n heads, and let it draft for itself.
   calibrate measure the heads and choose a tree of drafts
   audit     prove from a run's files which data it has seen
   plan      what a training step costs on a TPU, without one
+  rehearse  faults of a pod, injected into a small run on this machine
 
 mtp-jax VERB --help tells the options of a verb."""
 
@@ -32,6 +33,7 @@ _VERBS = (
     "calibrate",
     "audit",
     "plan",
+    "rehearse",
 )
 
 

@@ -43,6 +43,9 @@ def pytest_addoption(parser):
         help="200 steps on every mesh and number of processes; resumes on 1, 4, 2, 8",
     )
     parser.addoption(
+        "--rehearsals", type=int, default=0, help="faults at 4 hosts, all kinds of them"
+    )
+    parser.addoption(
         "--every_case", action="store_true", help="every form of the loss on every mesh"
     )
 
@@ -50,6 +53,11 @@ def pytest_addoption(parser):
 @pytest.fixture(scope="session")
 def kills(request):
     return request.config.getoption("--kills")
+
+
+@pytest.fixture(scope="session")
+def rehearsals(request):
+    return request.config.getoption("--rehearsals")
 
 
 @pytest.fixture(scope="session")

@@ -14,9 +14,10 @@ LAYERS = [
     {"errors", "hub", "goodput"},
     {"config", "tokenizer", "documents", "zigzag", "place"},
     {"hosts"},
-    {"cli_args", "text_stream", "sharding", "flops", "corpus", "kernels", "program"},
-    {"tokenizing", "shard_writer", "packing", "layers", "attention"},
-    {"data", "feed", "model"},
+    {"cli_args", "text_stream", "sharding", "flops", "corpus", "kernels", "program"}
+    | {"rehearse_hosts", "rehearse_scale"},
+    {"tokenizing", "shard_writer", "packing", "layers", "attention", "rehearse_storm"},
+    {"data", "feed", "model", "rehearse_faults"},
     {"heads", "decode_model", "cross_entropy"},
     {"head_loss", "cache"},
     {"losses", "optim", "decoders.sampling", "decoders.token_tree"},
@@ -32,7 +33,7 @@ LAYERS = [
     {"token_view", "decoder_args", "prompts", "jsonl_output", "compare"},
     {"verify_greedy", "verify_law"},
     {"evaluate", "generate", "verify", "prepare", "audit", "plan"},
-    {"loop", "calibrate"},
+    {"loop", "calibrate", "rehearse"},
     {"train"},
     {"__main__"},
 ]

@@ -1,0 +1,173 @@
+"""The rehearsal: what it scales, what it notices, and a small one for real."""
+
+import dataclasses
+import math
+
+import pytest
+from models import tiny_config
+from runs import CACHE, ROOT, finish, start
+
+from mtp_jax import rehearse
+from mtp_jax.cli_args import config_from
+from mtp_jax.config import Config, MeshConfig
+from mtp_jax.errors import UserError
+from mtp_jax.rehearse_faults import FAULTS, Outcome, _judged, host_counts
+from mtp_jax.rehearse_hosts import Hosts
+from mtp_jax.rehearse_scale import differences, scale_down, scaled_mesh
+
+COUNTS = (8, 4, 2, 16)
+MESHES = [
+    {},
+    {"replica": 2, "tensor": 4},
+    {"replica": -1, "fsdp": 16, "tensor": 8},
+    {"replica": 1, "fsdp": 3},
+]
+
+
+def shape(mesh):
+    return dataclasses.asdict(mesh)
+
+
+@pytest.mark.parametrize("axes", MESHES)
+@pytest.mark.parametrize("devices", [1, 2, 3, 4, 8, 16])
+def test_a_scaled_mesh_has_the_devices_and_no_new_axis(axes, devices):
+    wanted = MeshConfig(**axes)
+
+    found = shape(scaled_mesh(wanted, devices))
+
+    assert math.prod(found.values()) == devices
+    grown = {name for name, size in found.items() if size > 1}
+    assert grown <= {name for name, size in shape(wanted).items() if size != 1}
+
+
+def test_with_enough_devices_every_axis_is_split():
+    found = scaled_mesh(MeshConfig(replica=2, fsdp=-1, tensor=4), 8)
+
+    assert (found.replica, found.fsdp, found.tensor) == (2, 2, 2)
+
+
+@pytest.mark.parametrize("axes", MESHES[:3])
+@pytest.mark.parametrize("name", ["paper.py:7b-n4", "llama.py:8b-n2", "tiny.py"])
+def test_a_scaled_config_keeps_the_structure_and_splits_evenly(name, axes):
+    cfg = config_from(f"{ROOT}/configs/{name}", [])
+    cfg = dataclasses.replace(cfg, mesh=MeshConfig(**axes))
+
+    small = scale_down(cfg, ["a"], 511, COUNTS)
+
+    model, before = small.model, cfg.model
+    assert model.n_future_tokens == before.n_future_tokens
+    grouped = before.num_query_heads > before.num_kv_heads
+    assert (model.num_query_heads > model.num_kv_heads) == grouped
+    assert model.compute_dtype == before.compute_dtype
+    assert small.train.accumulation == cfg.train.accumulation
+    for devices in COUNTS:
+        mesh = shape(scaled_mesh(cfg.mesh, devices))
+        rows = small.data.batch_size // small.train.accumulation
+        split = math.prod(mesh.values()) // mesh["tensor"]
+        assert rows % split == model.d_model % split == 0
+        for size in (model.num_kv_heads, model.d_ff, model.vocab_size):
+            assert size % mesh["tensor"] == 0
+    assert model.vocab_size >= 511
+    assert any("d_model" in line for line in differences(cfg, small))
+
+
+def test_too_many_devices_for_a_machine_are_refused():
+    with pytest.raises(UserError, match="--hosts"):
+        scale_down(tiny_config(), ["a"], 32, [128])
+
+
+def test_a_script_is_decided_by_its_seed_and_has_every_fault():
+    names = [fault.name for fault in rehearse._script(None, 2 * len(FAULTS), 3)]
+
+    again = [fault.name for fault in rehearse._script(None, 2 * len(FAULTS), 3)]
+    other = [fault.name for fault in rehearse._script(None, 2 * len(FAULTS), 4)]
+
+    assert names == again != other
+    assert sorted(names) == sorted(2 * [fault.name for fault in FAULTS])
+
+
+def test_a_fault_that_does_not_exist_is_told():
+    with pytest.raises(UserError, match="kill_one"):
+        rehearse._script(["kill"], None, 0)
+
+
+def test_resumes_go_to_fewer_and_to_more_hosts():
+    assert host_counts(4) == [4, 2, 1, 8]
+    assert host_counts(2) == [2, 1, 4]
+
+
+@pytest.mark.parametrize(
+    ("codes", "lines", "options", "wrong"),
+    [
+        ({0: 0, 1: 0}, ["told to stop: x"], {"well": True}, ""),
+        ({0: 0, 1: 1}, [], {"well": True}, "exit codes"),
+        ({0: 1, 1: -9}, ["host 1 is lost"], {"well": False, "lost": [1]}, ""),
+        ({0: 0, 1: -9}, ["host 1 is lost"], {"well": False, "lost": [1]}, "exit codes"),
+        ({0: None, 1: -9}, ["host 1"], {"well": False, "lost": [1]}, "had not ended"),
+        ({0: 1, 1: -9}, ["it broke"], {"well": False, "names": ["host 1"]}, "nobody"),
+    ],
+)
+def test_an_end_that_is_not_as_it_had_to_be_is_noticed(codes, lines, options, wrong):
+    found = _judged(codes, 1.0, lines, **options).wrong
+
+    assert bool(found) == bool(wrong) and wrong in found
+
+
+def test_other_batches_are_noticed(capsys, tmp_path):
+    calm = ["a", "b", "c"]
+    rows = [
+        rehearse.Row("kill_one", Outcome("host 1 is lost", 2.0), "", ("a", "b")),
+        rehearse.Row("kill_all", Outcome("", 2.0), "", ("a", "x", "c")),
+        rehearse.Row("stop_all", Outcome("", 2.0), "began after step 1", ("a",)),
+        rehearse.Row("full_disk", Outcome("", 2.0, "nobody said"), "", ("a",)),
+    ]
+
+    good = rehearse._report(rows[:1], calm, 1.0, tmp_path)
+    assert "1 of 1 held" in capsys.readouterr().out
+    bad = rehearse._report(rows, calm, 1.0, tmp_path)
+
+    assert (good, bad) == (0, 1)
+    assert "1 of 4 held" in capsys.readouterr().out
+
+
+def test_a_written_config_is_the_config(tmp_path):
+    cfg = scale_down(Config(), ["a", "b"], 300, [2])
+
+    path = rehearse._write_config(cfg, tmp_path)
+
+    assert config_from(str(path), []) == cfg
+
+
+def test_hosts_that_hang_are_ended_and_told(tmp_path, monkeypatch):
+    fake = tmp_path / "mtp_jax"
+    fake.mkdir()
+    (fake / "__main__.py").write_text("import time; time.sleep(100)")
+    monkeypatch.setattr("mtp_jax.rehearse_hosts.__file__", str(fake / "x.py"))
+
+    hosts = Hosts(["train"], hosts=2, devices=1, logs=tmp_path / "logs")
+    codes, _ = hosts.wait(0.5)
+
+    assert codes == {0: None, 1: None}
+    assert all(code == -9 for code in hosts.codes().values())
+
+
+@pytest.mark.timeout(7200)
+def test_a_rehearsal(tmp_path, rehearsals):
+    """By default the faults that differ most; --rehearsals=30: the whole script."""
+    some = ["kill_while_saving", "damage_newest", "stop_one"]
+    script = (
+        [f"--faults={rehearsals}", "--hosts=4", "--devices-per-host=2"]
+        if rehearsals
+        else [*(f"--only={name}" for name in some), "--hosts=2", "--devices-per-host=1"]
+    )
+    script.append(f"--config.train.compilation_cache={CACHE}")
+    config = ROOT / "configs" / "tiny.py"
+
+    process = start(
+        ["rehearse", f"--config={config}", f"--workdir={tmp_path / 'r'}", *script]
+    )
+    code, out, err = finish(process, timeout_s=7200 if rehearsals else 600)
+
+    expected = rehearsals or len(some)
+    assert code == 0, out[-4000:] + err[-2000:]
+    assert f"{expected} of {expected} held" in out

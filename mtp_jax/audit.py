@@ -6,11 +6,11 @@ that was logged. Here they are made again, without devices, and compared.
 
 import dataclasses
 import json
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from mtp_jax.cli_args import Parser, positive_int
 from mtp_jax.config import Config, freeze
@@ -18,6 +18,7 @@ from mtp_jax.corpus import Corpus
 from mtp_jax.data import open_sources, pieces_of_step, train_batches
 from mtp_jax.errors import RunFailed, UserError
 from mtp_jax.packing import batch_hash, format_hash
+from mtp_jax.stores import workdir_at
 
 
 def main(argv: list[str]) -> int:
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
-    workdir = pathlib.Path(args.workdir)
+    workdir = workdir_at(args.workdir)
     runs = _runs(workdir)
     rows = None if args.step is None else rows_of_step(runs, args.step)
     steps = replay(runs, _logged(workdir))
@@ -116,7 +117,7 @@ def _without_workers(cfg: Config) -> Config:
     return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, workers=0))
 
 
-def _runs(workdir: pathlib.Path) -> list[_Run]:
+def _runs(workdir: epath.Path) -> list[_Run]:
     path = workdir / "run.json"
     if not path.is_file():
         raise UserError(f"{workdir} holds no run.json; give the workdir of a run.")
@@ -147,7 +148,7 @@ def _refuse_other_corpora(sources: list[Corpus], fingerprints: list[str]) -> Non
             )
 
 
-def _logged(workdir: pathlib.Path) -> list[tuple[int, str]]:
+def _logged(workdir: epath.Path) -> list[tuple[int, str]]:
     path = workdir / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{workdir} holds no metrics.jsonl; give the workdir of a run.")

@@ -8,8 +8,6 @@ config, the data position, the tokenizer's identity and a checksum of every arra
 import contextlib
 import dataclasses
 import errno
-import pathlib
-import shutil
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -17,12 +15,14 @@ from typing import Any
 import absl.logging
 import jax
 import jax.numpy as jnp
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from mtp_jax import hosts
 from mtp_jax.config import CheckpointConfig
 from mtp_jax.errors import UserError
 from mtp_jax.sharding import abstract_tree
+from mtp_jax.stores import absolute, is_remote
 from mtp_jax.train_step import TrainState
 
 _POLICIES = ocp.training.preservation_policies
@@ -32,7 +32,7 @@ HELDOUT_LOSS = "heldout_loss"  # the metric that keep_best compares, smaller is 
 class Checkpoints:
     """The checkpoints of a workdir, in its folder `checkpoints`."""
 
-    def __init__(self, workdir: pathlib.Path, cfg: CheckpointConfig | None = None):
+    def __init__(self, workdir: epath.Path, cfg: CheckpointConfig | None = None):
         """Opens them; without cfg nothing is ever deleted (reading)."""
         # Orbax logs the traceback of a failed save in every thread it passes through,
         # and then raises it all the same.
@@ -40,10 +40,10 @@ class Checkpoints:
         self.folder = workdir / "checkpoints"
         if cfg is not None and jax.process_index() == 0:
             for part in self.folder.glob("*.orbax-checkpoint-tmp"):
-                shutil.rmtree(part)  # a save that a crash cut short
+                part.rmtree()  # a save that a crash cut short
         hosts.wait_for_all("the checkpoints are tidy")
         self._orbax = ocp.training.Checkpointer(
-            self.folder.absolute(),
+            absolute(self.folder),
             preservation_policy=None if cfg is None else _retention(cfg),
         )
         self._pending: Any = None
@@ -139,7 +139,7 @@ class Checkpoints:
             raise DamagedCheckpoint(self.folder / str(step), told)
         return items
 
-    def set_aside(self, step: int) -> pathlib.Path:
+    def set_aside(self, step: int) -> epath.Path:
         """Moves a damaged checkpoint out of the way; all processes must call it."""
         target = self.folder.parent / "damaged" / str(step)
         if jax.process_index() == 0:
@@ -148,10 +148,12 @@ class Checkpoints:
         self._orbax.reload()
         return target
 
-    def move_aside(self, step: int) -> pathlib.Path:
+    def move_aside(self, step: int) -> epath.Path:
         """The same for the process that is the only one to know of the damage."""
         target = self.folder.parent / "damaged" / str(step)
         target.parent.mkdir(exist_ok=True)
+        if is_remote(target):  # where a folder is there once something is in it
+            (target.parent / "README").write_text("Checkpoints that were damaged.\n")
         number = 0
         while target.exists():
             number += 1
@@ -165,7 +167,7 @@ class DamagedCheckpoint(Exception):
 
     seen_by_all = True  # False: the other processes may wait for this one in Orbax
 
-    def __init__(self, folder: pathlib.Path, cause: Exception):
+    def __init__(self, folder: epath.Path, cause: Exception):
         self.step = int(folder.name)
         while cause.__cause__ is not None:  # what Orbax makes of it says less
             cause = cause.__cause__  # type: ignore[assignment]
@@ -242,7 +244,7 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def _refuse_mismatch(
-    folder: pathlib.Path, saved: dict[str, Any], wanted: dict[str, Any]
+    folder: epath.Path, saved: dict[str, Any], wanted: dict[str, Any]
 ) -> None:
     """Raises UserError with the difference of two trees of arrays, if there is one."""
 
@@ -284,7 +286,7 @@ def _retention(cfg: CheckpointConfig) -> Any:
 
 
 @contextlib.contextmanager
-def _disk_full_is_said(folder: pathlib.Path, intact: list[int]) -> Iterator[None]:
+def _disk_full_is_said(folder: epath.Path, intact: list[int]) -> Iterator[None]:
     """Turns "no space" in any of its shapes into one line; other errors pass."""
     try:
         yield

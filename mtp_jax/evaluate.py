@@ -5,13 +5,13 @@ Axes: B rows, S = T + N tokens of a row, N heads, V vocabulary.
 
 import dataclasses
 import math
-import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from mtp_jax.cli_args import Parser, positive_int
 from mtp_jax.config import ComputeConfig, Config, ModelConfig
@@ -119,7 +119,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     restored = restore_model(args.workdir, step=args.step, heads=args.heads)
     result = evaluate(restored, args.data, args.max_batches)
-    path = pathlib.Path(args.workdir) / "eval.json"
+    path = epath.Path(args.workdir) / "eval.json"
     print(table(result))
     try:
         write_json(path, result)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import pathlib
 import sys
 import time
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 
 from mtp_jax import hosts
@@ -44,7 +44,7 @@ from mtp_jax.train_step import TrainState, make_init, make_step
 
 
 def run(
-    cfg: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, corpora: list[Corpus]
+    cfg: Config, workdir: epath.Path, mesh: jax.sharding.Mesh, corpora: list[Corpus]
 ) -> None:
     """Trains from the newest checkpoint, or from the start, to `cfg.train.steps`.
 
@@ -105,7 +105,7 @@ def _restore_or_init(
 
 
 def _local_checkpoints(
-    cfg: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh
+    cfg: Config, workdir: epath.Path, mesh: jax.sharding.Mesh
 ) -> LocalCheckpoints | None:
     if not cfg.checkpoint.local_dir:
         return None
@@ -120,7 +120,7 @@ def _compile_on_all(function: Any, *args: Any) -> None:
     hosts.wait_for_all("compiled")
 
 
-def _opening(cfg: Config, state: TrainState, start: int, workdir: pathlib.Path) -> str:
+def _opening(cfg: Config, state: TrainState, start: int, workdir: epath.Path) -> str:
     size = sum(x.size for x in jax.tree.leaves(state.params))
     model = cfg.model
     begun = f"continues after step {start}" if start else "begins"
@@ -136,7 +136,7 @@ class _Run:
 
     def __init__(self, cfg, workdir, mesh, corpora, checkpoints, log, generator, file):
         self.cfg: Config = cfg
-        self.workdir: pathlib.Path = workdir
+        self.workdir: epath.Path = workdir
         self.mesh: jax.sharding.Mesh = mesh
         self.corpora: list[Corpus] = corpora
         self.checkpoints: Checkpoints = checkpoints
@@ -191,6 +191,7 @@ class _Run:
                 if saving_here and not saving:
                     self.save_here(state, done)
                 if saving:
+                    self.log.sync()  # a resume needs the lines up to its step
                     with self.goodput.spent("save"):
                         self.checkpoints.save(done, state, self.metadata(done), loss)
                 self.file.write_sometimes()

@@ -5,7 +5,6 @@ No config file is needed: it lies in the checkpoint. Only parameters are read.
 
 import dataclasses
 import math
-import pathlib
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from mtp_jax.checkpoint import Checkpoints, restore_newest
 from mtp_jax.config import Config, MeshConfig, freeze
 from mtp_jax.errors import UserError
 from mtp_jax.sharding import abstract_tree, make_mesh, slice_count
+from mtp_jax.stores import workdir_at
 from mtp_jax.tokenizer import Tokenizer, tokenizer_from_dir
 from mtp_jax.train_step import model_builder
 
@@ -47,7 +47,7 @@ def restore_model(
     Raises:
       UserError: no such run or checkpoint, or more heads than the model has.
     """
-    folder = pathlib.Path(workdir)
+    folder = workdir_at(workdir)
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{workdir} holds no checkpoints; give the workdir of a run.")
     checkpoints = Checkpoints(folder)

@@ -4,19 +4,20 @@ import dataclasses
 import fcntl
 import json
 import os
-import pathlib
 import socket
 import time
 import uuid
 from typing import Any, TextIO
 
 import jax
+from etils import epath
 
 from mtp_jax.config import Config
 from mtp_jax.corpus import Corpus
 from mtp_jax.errors import UserError
 from mtp_jax.goodput import Goodput
 from mtp_jax.run_log import environment, write_atomically, write_json
+from mtp_jax.stores import is_remote
 
 _WRITE_EVERY_S = 30.0  # a workdir may be far away
 # What decides on the batches; `audit` reads them for each start.
@@ -26,9 +27,7 @@ _DATA_FIELDS = ("sources", "weights", "seq_len", "batch_size", "seed")
 class RunFile:
     """The file; only process 0 writes."""
 
-    def __init__(
-        self, workdir: pathlib.Path, goodput: Goodput, content: dict[str, Any]
-    ):
+    def __init__(self, workdir: epath.Path, goodput: Goodput, content: dict[str, Any]):
         self._path = workdir / "run.json"
         self.goodput = goodput
         self._content = content
@@ -39,7 +38,7 @@ class RunFile:
     def begin(
         cls,
         cfg: Config,
-        workdir: pathlib.Path,
+        workdir: epath.Path,
         mesh: jax.sharding.Mesh,
         corpora: list[Corpus],
         start: int,
@@ -95,7 +94,7 @@ class RunFile:
             self.write()
 
 
-def _read(path: pathlib.Path) -> dict[str, Any]:
+def _read(path: epath.Path) -> dict[str, Any]:
     """What is there; empty where nothing is, or nothing that can be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -104,25 +103,29 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
         return {}
 
 
-def identity(workdir: pathlib.Path) -> str:
+def identity(workdir: epath.Path) -> str:
     """Of the run in a locked workdir: another one if the folder is made again."""
     return (workdir / ".id").read_text(encoding="utf-8").strip()
 
 
-def lock(workdir: pathlib.Path) -> TextIO:
+def lock(workdir: epath.Path) -> TextIO | None:
     """Keeps other runs out of a workdir until this process ends, however it ends.
 
     Of a file system: one that many hosts share must know locks (NFS 4 and Lustre do).
     Object stores have none, and none is taken there.
 
     Returns:
-      The open file; the lock lasts as long as it.
+      The open file; the lock lasts as long as it. None: there is no lock.
 
     Raises:
       UserError: another process holds it.
     """
-    path = workdir / ".lock"
-    file = path.open("a+", encoding="utf-8")
+    path, here = workdir / ".lock", f"process {os.getpid()} on {socket.gethostname()}\n"
+    if is_remote(path):
+        path.write_text(here)
+        _write_identity(workdir)
+        return None
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held as the lock)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -134,10 +137,14 @@ def lock(workdir: pathlib.Path) -> TextIO:
         ) from None
     except OSError:
         pass  # a file system without locks
-    identity = workdir / ".id"
-    if not identity.exists():
-        write_atomically(identity, uuid.uuid4().hex[:12] + "\n")
+    _write_identity(workdir)
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.write(here)
     file.flush()
     return file
+
+
+def _write_identity(workdir: epath.Path) -> None:
+    path = workdir / ".id"
+    if not path.exists():
+        write_atomically(path, uuid.uuid4().hex[:12] + "\n")

@@ -8,7 +8,6 @@ import dataclasses
 import json
 import math
 import os
-import pathlib
 import platform
 import sys
 import time
@@ -16,14 +15,18 @@ from importlib import metadata
 from typing import Any
 
 import jax
+from etils import epath
 
+from mtp_jax.stores import is_remote
+
+_REMOTE_EVERY_S = 30.0
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 class RunLog:
     """The files of a workdir; only process 0 writes."""
 
-    def __init__(self, workdir: pathlib.Path, start_step: int, tensorboard: bool):
+    def __init__(self, workdir: epath.Path, start_step: int, tensorboard: bool):
         """Opens them, dropping what was logged after start_step: it will come again."""
         self._active = jax.process_index() == 0
         self._files: dict[str, Any] = {}
@@ -32,7 +35,7 @@ class RunLog:
             return
         for name in ("metrics.jsonl", "heldout.jsonl"):
             keep_until(workdir / name, start_step)
-            self._files[name] = (workdir / name).open("a", encoding="utf-8")
+            self._files[name] = _Lines(workdir / name)
         if tensorboard:
             from tensorboardX import SummaryWriter  # over a second to import
 
@@ -46,8 +49,7 @@ class RunLog:
             return
         # JSON has no NaN: a number that is not finite is null there.
         plain = {k: None if _not_finite(v) else v for k, v in record.items()}
-        self._files[name].write(json.dumps(plain, allow_nan=False) + "\n")
-        self._files[name].flush()
+        self._files[name].add(json.dumps(plain, allow_nan=False) + "\n")
         if self._tensorboard is not None:
             group = name.removesuffix(".jsonl")
             for key, value in record.items():
@@ -56,6 +58,11 @@ class RunLog:
                         f"{group}/{key}", value, record["step"]
                     )
             self._tensorboard.flush()
+
+    def sync(self) -> None:
+        """All that was written is in the files from here on, wherever they are."""
+        for lines in self._files.values():
+            lines.sync()
 
     def say(self, line: str) -> None:
         """A line for people, on stdout."""
@@ -106,11 +113,48 @@ class Stopwatch:
         return result
 
 
+class _Lines:
+    """A file that grows by lines.
+
+    Nothing can be appended to an object of a store, and opening one for it would
+    silently begin it anew: there, the file is written as a whole, now and then.
+    """
+
+    def __init__(self, path: epath.Path):
+        self._path = path
+        self._written = time.monotonic()
+        if is_remote(path):
+            self._file = None
+            self._text = [path.read_text()] if path.exists() else []
+        else:
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def add(self, line: str) -> None:
+        if self._file is not None:
+            self._file.write(line)
+            self._file.flush()
+            return
+        self._text.append(line)
+        if time.monotonic() - self._written > _REMOTE_EVERY_S:
+            self.sync()
+
+    def sync(self) -> None:
+        """Writes what has come since the last time; a local file has it already."""
+        if self._file is None:
+            self._path.write_text("".join(self._text))
+            self._written = time.monotonic()
+
+    def close(self) -> None:
+        self.sync()
+        if self._file is not None:
+            self._file.close()
+
+
 def _not_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def keep_until(path: pathlib.Path, step: int) -> None:
+def keep_until(path: epath.Path, step: int) -> None:
     """Drops the records after `step`, and a last line cut short by a crash."""
     if not path.exists():
         return
@@ -124,14 +168,17 @@ def keep_until(path: pathlib.Path, step: int) -> None:
     write_atomically(path, "".join(kept))
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
+def write_atomically(path: epath.Path, text: str) -> None:
     """Writes a file that is either the old one or the new one, never a part."""
+    if is_remote(path):  # where a write is all or nothing
+        path.write_text(text)
+        return
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
+def write_json(path: epath.Path, value: Any) -> None:
     """Writes a value as an indented JSON file, atomically."""
     write_atomically(path, json.dumps(value, indent=2) + "\n")
 

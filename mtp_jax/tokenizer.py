@@ -6,13 +6,13 @@ Ids of text round-trip exactly with the byte tokenizer and with every model that
 
 import hashlib
 import io
-import pathlib
 import re
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 import sentencepiece
+from etils import epath
 
 from mtp_jax.errors import UserError
 
@@ -226,7 +226,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     """
     if spec == "bytes":
         return ByteTokenizer()
-    path = pathlib.Path(spec)
+    path = epath.Path(spec)
     try:
         model_bytes = path.read_bytes()
     except OSError as error:
@@ -240,14 +240,14 @@ def load_tokenizer(spec: str) -> Tokenizer:
         raise UserError(f"tokenizer {spec}: {error}") from None
 
 
-def save_tokenizer(tokenizer: Tokenizer, directory: str | pathlib.Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, directory: str | epath.Path) -> None:
     """Writes `tokenizer.model`; the byte tokenizer needs no file."""
     if isinstance(tokenizer, SentencePieceTokenizer):
-        path = pathlib.Path(directory) / _MODEL_FILE
+        path = epath.Path(directory) / _MODEL_FILE
         path.write_bytes(tokenizer.model_bytes)
 
 
-def tokenizer_from_dir(directory: str | pathlib.Path, kind: str) -> Tokenizer:
+def tokenizer_from_dir(directory: str | epath.Path, kind: str) -> Tokenizer:
     """The tokenizer that `save_tokenizer` put into a directory.
 
     Raises:
@@ -258,5 +258,5 @@ def tokenizer_from_dir(directory: str | pathlib.Path, kind: str) -> Tokenizer:
             f"{directory} names a tokenizer of kind {kind!r}; known are bytes and "
             "sentencepiece."
         )
-    path = pathlib.Path(directory) / _MODEL_FILE
+    path = epath.Path(directory) / _MODEL_FILE
     return load_tokenizer("bytes" if kind == "bytes" else str(path))

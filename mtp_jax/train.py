@@ -4,11 +4,11 @@ import dataclasses
 import hashlib
 import json
 import os
-import pathlib
 import time
 from typing import TextIO
 
 import jax
+from etils import epath
 
 from mtp_jax import __version__, hosts, place
 from mtp_jax.attention import check_attention
@@ -20,6 +20,7 @@ from mtp_jax.errors import UserError
 from mtp_jax.loop import run
 from mtp_jax.run_file import lock
 from mtp_jax.sharding import check_divisible, make_mesh
+from mtp_jax.stores import workdir_at
 from mtp_jax.tokenizer import Tokenizer, save_tokenizer
 
 
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> int:
     mesh = make_mesh(cfg.mesh)
     check_divisible(cfg, mesh)
     check_attention(cfg, mesh)
-    workdir = pathlib.Path(args.workdir)
+    workdir = workdir_at(args.workdir)
     part = (jax.process_index(), jax.process_count())
     corpora = open_sources(cfg, part=part)
     _refuse_another_run(cfg.model, corpora[0].tokenizer, workdir)
@@ -84,7 +85,7 @@ def _refuse_nothing_held_out(cfg: Config, corpora: list[Corpus]) -> None:
 
 
 def _refuse_another_run(
-    model: ModelConfig, tokenizer: Tokenizer, workdir: pathlib.Path
+    model: ModelConfig, tokenizer: Tokenizer, workdir: epath.Path
 ) -> None:
     """Raises UserError if the workdir's run has another model or tokenizer."""
     path = workdir / "run.json"
@@ -115,7 +116,7 @@ def _refuse_another_run(
         )
 
 
-def _prepare_workdir(workdir: pathlib.Path, corpora: list[Corpus]) -> None:
+def _prepare_workdir(workdir: epath.Path, corpora: list[Corpus]) -> None:
     """Makes the folder, with the tokenizer, so that a run can be moved as a whole."""
     if jax.process_index() != 0:
         return
@@ -127,7 +128,7 @@ def _prepare_workdir(workdir: pathlib.Path, corpora: list[Corpus]) -> None:
         raise UserError(said) from error
 
 
-def _lock_for_all(workdir: pathlib.Path) -> TextIO | None:
+def _lock_for_all(workdir: epath.Path) -> TextIO | None:
     """Process 0 locks the workdir; the others see to it that it is the same folder.
 
     Raises:

@@ -12,7 +12,7 @@ from mtp_jax.config import Config
 # A module imports only from the sets above its own.
 LAYERS = [
     {"errors", "hub", "goodput"},
-    {"config", "tokenizer", "documents", "zigzag", "place"},
+    {"config", "tokenizer", "documents", "zigzag", "place", "stores"},
     {"hosts"},
     {"cli_args", "text_stream", "sharding", "flops", "corpus", "kernels", "program"}
     | {"rehearse_hosts", "rehearse_scale"},

@@ -24,13 +24,11 @@ def decoder_of(name: str, options: Sequence[str] = ()) -> Decoder:
         raise UserError(f"--decoder={name} is unknown; give one of {known}.")
     kind = DECODERS[name]
     parser = Parser(f"mtp-jax generate --decoder={name}", "")
-    for field in dataclasses.fields(typing.cast(Any, kind)):
+    for field in _options(kind):
         parser.add_argument(f"--{field.name}", **_argument(kind, field))
     values, unknown = parser.parse_known_args(list(options))
     if unknown:
-        own = [
-            f"--{field.name}" for field in dataclasses.fields(typing.cast(Any, kind))
-        ]
+        own = [f"--{field.name}" for field in _options(kind)]
         raise UserError(
             f"unknown option {unknown[0]}; the options of --decoder={name} are "
             f"{', '.join(own) or 'none'}, and those of --help."
@@ -68,10 +66,16 @@ def description() -> str:
     for name, kind in DECODERS.items():
         says = (kind.__doc__ or "").strip().splitlines()[0]
         lines.append(f"{name}: {says}{' (lossy)' if kind.lossy else ''}")
-        for field in dataclasses.fields(typing.cast(Any, kind)):
-            default = "" if _required(field) else f" ({_default(field)})"
+        for field in _options(kind):
+            has_one = not _required(field) and _default(field) != ""
+            default = f" ({_default(field)})" if has_one else ""
             lines.append(f"  --{field.name}  {field.metadata.get('help', '')}{default}")
     return "\n".join(lines)
+
+
+def _options(kind: type) -> list[dataclasses.Field]:
+    """Fields that are given; others a decoder makes itself of these."""
+    return [f for f in dataclasses.fields(typing.cast(Any, kind)) if f.init]
 
 
 def _argument(kind: type, field: dataclasses.Field) -> dict[str, Any]:

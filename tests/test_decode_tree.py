@@ -29,6 +29,7 @@ from mtp_jax.decode import Generator
 from mtp_jax.decode_batch import Batch
 from mtp_jax.decode_model import build, unstack
 from mtp_jax.decode_program import Programs, Prompts
+from mtp_jax.decoder_args import decoder_of, description, fitting
 from mtp_jax.decoders import DECODERS
 from mtp_jax.decoders.sampling import Chance, Sampling, law_of
 from mtp_jax.decoders.token_tree import default_tree, read_tree, tree_of
@@ -477,3 +478,15 @@ def test_a_file_written_anew_is_another_tree(tree_file):
 def test_typical_refuses_wrong_thresholds(changes):
     with pytest.raises(UserError, match=f"{next(iter(changes))} is"):
         Typical(**changes)
+
+
+def test_command_lines_give_the_options_and_nothing_else(tree_file):
+    file = tree_file([[1], [0]])
+    assert decoder_of("tree") == Tree() == fitting(4)["tree"]
+    assert decoder_of("tree", [f"--tree={file}"]) == Tree(file)
+    options = ["--epsilon=0.2", "--delta=0.5", f"--tree={file}"]
+    assert decoder_of("typical", options) == Typical(0.2, 0.5, file)
+    with pytest.raises(UserError, match="the options of --decoder=tree are --tree,"):
+        decoder_of("tree", ["--given=3"])
+    assert "given" not in description().replace("if not given", "")
+    assert fitting(1)["tree"] == "there are no heads to draft with"

@@ -55,7 +55,7 @@ class Tree:
 
     tree: str = dataclasses.field(
         default="",
-        metadata={"help": "file of a tree, as calibrate writes it; a built-in one"},
+        metadata={"help": "file that calibrate wrote; if not given, a built-in tree"},
     )
     # What the file says, read once.
     given: TokenTree | None = dataclasses.field(init=False, repr=False)

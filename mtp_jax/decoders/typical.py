@@ -39,7 +39,7 @@ class Typical:
     )
     tree: str = dataclasses.field(
         default="",
-        metadata={"help": "file of a tree, as calibrate writes it; a built-in one"},
+        metadata={"help": "file that calibrate wrote; if not given, a built-in tree"},
     )
     # The same drafts with exact verification.
     exact: Tree = dataclasses.field(init=False, repr=False)

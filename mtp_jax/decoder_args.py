@@ -24,11 +24,11 @@ def decoder_of(name: str, options: Sequence[str] = ()) -> Decoder:
         raise UserError(f"--decoder={name} is unknown; give one of {known}.")
     kind = DECODERS[name]
     parser = Parser(f"mtp-jax generate --decoder={name}", "")
-    for field in _options(kind):
+    for field in options_of(kind):
         parser.add_argument(f"--{field.name}", **_argument(kind, field))
     values, unknown = parser.parse_known_args(list(options))
     if unknown:
-        own = [f"--{field.name}" for field in _options(kind)]
+        own = [f"--{field.name}" for field in options_of(kind)]
         raise UserError(
             f"unknown option {unknown[0]}; the options of --decoder={name} are "
             f"{', '.join(own) or 'none'}, and those of --help."
@@ -66,14 +66,14 @@ def description() -> str:
     for name, kind in DECODERS.items():
         says = (kind.__doc__ or "").strip().splitlines()[0]
         lines.append(f"{name}: {says}{' (lossy)' if kind.lossy else ''}")
-        for field in _options(kind):
+        for field in options_of(kind):
             has_one = not _required(field) and _default(field) != ""
             default = f" ({_default(field)})" if has_one else ""
             lines.append(f"  --{field.name}  {field.metadata.get('help', '')}{default}")
     return "\n".join(lines)
 
 
-def _options(kind: type) -> list[dataclasses.Field]:
+def options_of(kind: Any) -> list[dataclasses.Field]:
     """Fields that are given; others a decoder makes itself of these."""
     return [f for f in dataclasses.fields(typing.cast(Any, kind)) if f.init]
 

@@ -213,10 +213,11 @@ class _Run:
         self._prompt = prompt
         self._ranks = ranks
         self._c = _whole(rows, batch_shards(mesh))
-        width = slack(decoder, len(params["heads"]))
+        width = decoder.width(len(params["heads"]))
         self._j = 4 * width + 8  # draws of a forward pass, at most
         self.rows = 0
-        room = _power_of_two(len(prompt) + tokens + 2 * width)
+        more = slack(decoder, len(params["heads"]))
+        room = _power_of_two(len(prompt) + tokens + more)
         tokens_CP = np.tile(np.asarray(prompt, np.int32), (self._c, 1))
         length_C = np.full(self._c, len(prompt), np.int32)
         zeros_CJ = np.zeros((self._c, self._j), np.int32)

@@ -60,6 +60,7 @@ def main(argv: list[str]) -> int:
     settings = {
         "max_new_tokens": args.max_new_tokens,
         "stop": [_unescape(text) for text in args.stop],
+        "adaptive": args.adaptive,
     }
     _warn_of_length(generator, prompts, args.max_new_tokens, run.data.seq_len)
     if args.compare:
@@ -104,6 +105,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--decoder", metavar="NAME", help="blockwise, or plain if there is 1 head")
     add("--decoders", action=_Decoders, nargs=0, help="list them and their options")
     add("--heads", type=positive_int, metavar="K", help="use the first so many; all")
+    add("--adaptive", action="store_true", help="use as many as is fastest")
     add("--max_new_tokens", type=positive_int, default=128, metavar="N", help="(128)")
     add("--batch_size", type=positive_int, metavar="B",
         help="prompts at a time; all, with --output 16")  # fmt: skip
@@ -169,6 +171,7 @@ def _write(
     settings: dict[str, Any],
 ) -> int:
     """Appends the continuations that are not in the file yet."""
+    from mtp_jax.decoder_args import options_of
     from mtp_jax.jsonl_output import JsonlOutput
 
     decoder, sampling = settings["decoder"], settings["sampling"]
@@ -177,7 +180,7 @@ def _write(
         "step": step,
         "heads": generator.cfg.n_future_tokens,
         "decoder": {"name": type(decoder).__name__.lower(),
-                    **dataclasses.asdict(decoder)},
+                    **{f.name: getattr(decoder, f.name) for f in options_of(decoder)}},
         "sampling": dataclasses.asdict(sampling),
     }  # fmt: skip
     output = JsonlOutput(path, [generator.prompt_text(p) for p in prompts], kept)

@@ -119,7 +119,7 @@ def test_a_wrong_config_is_refused(program, corpus_dir, tmp_path, override, word
         (["generate", "--workdir=x", "--prompt=a", "--wide=3"], ["--wide"]),
         (["verify", "--workdir=nowhere"], ["nowhere"]),
         (["verify", "--workdir=x", "--decoder=plain:wide=3"], ["--wide", "none"]),
-        (["verify", "--workdir=x", "--batch_sizes=1,0"], ["--batch_sizes", "1,0"]),
+        (["verify", "--workdir=x", "--batch_sizes=1,0"], ["--batch_sizes", "above 0"]),
         (["prepare", "--input=nowhere", "--output=x"], ["nowhere"]),
         (["prepare", "--output=x"], ["--input"]),
     ],
@@ -300,3 +300,13 @@ def test_a_prompt_that_is_not_unicode_is_refused(program, tmp_path):
     result = program("generate", "--workdir=nowhere", f"--prompts={path}")
 
     assert_refused(result, "not valid Unicode")
+
+
+def test_a_damaged_tree_is_refused_before_the_model_is_read(program, tmp_path):
+    path = tmp_path / "tree.json"
+    path.write_text('{"paths": [[0], [0, ')
+
+    options = ["--prompt=a", "--decoder=tree", f"--tree={path}"]
+    result = program("generate", "--workdir=nowhere", *options)
+
+    assert_refused(result, "tree.json")

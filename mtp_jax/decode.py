@@ -19,7 +19,7 @@ from mtp_jax.decode_model import unstack
 from mtp_jax.decode_program import Programs
 from mtp_jax.decoders import DECODERS
 from mtp_jax.decoders.sampling import Sampling
-from mtp_jax.decoders.state import Decoder
+from mtp_jax.decoders.state import Decoder, Reading
 from mtp_jax.errors import UserError
 from mtp_jax.generation import Generation, generation_of
 from mtp_jax.restore import Restored, restore_model
@@ -51,6 +51,7 @@ class Generator:
         self.mesh = mesh
         self.max_prompt_tokens = max_prompt_tokens
         self._programs = Programs(model_cfg, tokenizer.eos_id)
+        self._tables: dict[Reading, Any] = {}
         self.use(params)
 
     @classmethod
@@ -240,6 +241,8 @@ class Generator:
                 assert self._given is not None, "no parameters in use"
                 self._params, self._given = unstack(self.cfg, self._given), None
             params = {**self._params, "heads": self._params["heads"][:heads]}
+            if isinstance(decoder, Reading):
+                params["tables"] = self._tables_of(decoder)
             batch = Batch(
                 self._programs,
                 params,
@@ -253,6 +256,15 @@ class Generator:
             clock.start()
             batch.begin()
         return batch
+
+    def _tables_of(self, decoder: Reading) -> Any:
+        """What a decoder reads besides the model, on every device."""
+        if decoder not in self._tables:
+            tables = decoder.tables(self.tokenizer.fingerprint, self.cfg.vocab_size)
+            self._tables[decoder] = jax.device_put(
+                tables, jax.NamedSharding(self.mesh, jax.P())
+            )
+        return self._tables[decoder]
 
     def _advance(
         self, batch: Batch, forwards: int, stop: Sequence[str], count: int

@@ -16,9 +16,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from mtp_jax.adaptive import DepthChooser, leave_heads
 from mtp_jax.cache import grow
-from mtp_jax.decode_program import Programs, Prompts, slack
+from mtp_jax.decode_program import REPORTED, Programs, Prompts, slack
 from mtp_jax.decoders.sampling import Chance, Sampling, law_of
-from mtp_jax.decoders.state import Decoder, DecodeState, Drafter
+from mtp_jax.decoders.state import Decoder, DecodeState, Drafter, Finishing
 from mtp_jax.sharding import batch_shards, spec
 
 _STRETCH_S = 0.03  # between two decisions on the depth: looking costs about 1 ms
@@ -38,6 +38,7 @@ class Texts:
     length_B: np.ndarray
     done_B: np.ndarray
     start_B: np.ndarray  # lengths of the prompts
+    unverified: bool = False  # the i-th token of a pass is head i's; else head i + 1's
 
     def new_tokens(self, b: int | np.integer) -> list[int]:
         """The tokens after the prompt of text b."""
@@ -84,7 +85,9 @@ class Batch:
         # A finished text is still read with the others: its drafts need room, too.
         self._room = _ladder(longest + max_new_tokens + width)
         self._slots = min(self._room, _ladder(longest + 2 * width))
-        self._prompts = _prompts(rows, max_new_tokens, sampling, first, params)
+        self._prompts = _prompts(
+            rows, max_new_tokens, sampling, first, params, rows_of(decoder)
+        )
         self._begin, (shapes, _) = programs.begin(
             decoder, params, self._prompts, self._room, self._slots
         )
@@ -97,6 +100,8 @@ class Batch:
             )
         else:
             programs.advance(decoder, params, self._depth, shapes)
+        if isinstance(decoder, Finishing):
+            programs.finish(decoder, params, shapes)
 
     def begin(self) -> None:
         """Reads the prompts and commits the first token of each text."""
@@ -185,19 +190,29 @@ class Batch:
         """Ends texts where they are."""
         state = self._at()
         done_B = _host(state.done_B).copy()
-        done_B[list(rows)] = True
+        many = rows_of(self._decoder)
+        done_B[[row * many + i for row in rows for i in range(many)]] = True
         done_B = jax.device_put(done_B, state.done_B.sharding)
         self._state = dataclasses.replace(state, done_B=done_B)
 
     def _fetch(self) -> Texts:
-        names = ("tokens_BE", "forward_BE", "agreed_BE", "length_B", "done_B")
-        arrays = {name: _host(getattr(self._at(), name)) for name in names}
-        departed_BE = self._at().departed_BE
-        return Texts(
-            **arrays,
-            departed_BE=None if departed_BE is None else _host(departed_BE),
-            start_B=_host(self._prompts.length_B),
-        )
+        state, decoder = self._at(), self._decoder
+        if isinstance(decoder, Finishing):
+            finish = self._programs.finish(decoder, self._params, state)
+            reported = finish(self._params, state)
+        else:
+            reported = {name: getattr(state, name) for name in REPORTED}
+        arrays: dict[str, Any] = {
+            name: None if x is None else _host(x) for name, x in reported.items()
+        }
+        start_B = _host(self._prompts.length_B)[:: rows_of(decoder)]
+        unverified = getattr(decoder, "unverified", False)
+        return Texts(**arrays, start_B=start_B, unverified=unverified)
+
+
+def rows_of(decoder: Decoder) -> int:
+    """Rows of the batch that a prompt takes: the beams of a search, else one."""
+    return getattr(decoder, "rows", 1)
 
 
 def _ladder(tokens: int, least: int = _LEAST) -> int:
@@ -211,11 +226,16 @@ def _prompts(
     sampling: Sampling,
     first: int,
     params: Any,
+    many: int = 1,
 ) -> Prompts:
-    """Rows as arrays on the mesh, with rows of nothing to fill it up."""
+    """Rows as arrays on the mesh, with rows of nothing to fill it up.
+
+    Each is there `many` times, one after another and on the same device.
+    """
     mesh = jax.sharding.get_mesh()
     shards = batch_shards(mesh)
-    b = -(-len(rows) // shards) * shards
+    b = -(-len(rows) // shards) * shards * many
+    rows = [row for row in rows for _ in range(many)]
     tokens_BP = np.zeros((b, _ladder(max(map(len, rows)), least=8)), np.int32)
     length_B = np.ones(b, np.int32)
     for i, row in enumerate(rows):

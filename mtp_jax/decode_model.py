@@ -35,6 +35,7 @@ class DecodeModel:
     norm_D: jax.Array
     w_embedding_VD: jax.Array
     w_unembedding_VD: jax.Array
+    tables: Any = None  # what the decoder reads besides; see `state.Reading`
 
     def embed(self, tokens_BW: jax.Array) -> jax.Array:
         """Token embeddings, [B, W, D]."""
@@ -109,4 +110,5 @@ def build(cfg: ModelConfig, params: Any) -> DecodeModel:
         norm_D=params["norm"],
         w_embedding_VD=params["w_embedding"],
         w_unembedding_VD=params.get("w_unembedding", params["w_embedding"]),
+        tables=params.get("tables"),
     )

@@ -16,10 +16,15 @@ from mtp_jax.adaptive import CATCH_UP, catch_up, step_alone
 from mtp_jax.cache import Cache, chain, make_cache, run_heads_at, run_trunk
 from mtp_jax.config import ModelConfig
 from mtp_jax.decode_model import DecodeModel, build
-from mtp_jax.decoders.state import Decoder, DecodeState, Drafter
+from mtp_jax.decoders.state import Decoder, DecodeState, Drafter, Finishing
 from mtp_jax.sharding import spec
 
 _PIECE = 256  # tokens of a prompt read at once: bounds the memory of long prompts
+
+# Of a state, what leaves the devices.
+REPORTED = (
+    "tokens_BE", "forward_BE", "agreed_BE", "departed_BE", "length_B", "done_B"
+)
 
 # begin(params, prompts) -> (state, confidence_M): how likely the first drafts are by
 # their own heads, a mean over the texts.
@@ -112,6 +117,20 @@ class Programs:
         """What `measure` finds for a batch of such prompts, measured once."""
         key = ("costs", decoder, room, slots, *_kind(params), *_kind(prompts))
         return self._get(key, measure)
+
+    def finish(self, decoder: Finishing, params: Any, state: Any) -> Callable[..., Any]:
+        """The program (params, state) -> what is REPORTED of the state, by name."""
+
+        def compiled():
+            @jax.jit
+            def finish(params, state):
+                state = decoder.finish(build(self._cfg, params), state)
+                return {name: getattr(state, name) for name in REPORTED}
+
+            return finish.lower(params, jax.tree.map(_abstract, state)).compile()
+
+        key = ("finish", decoder, *_kind(params), *_kind(state))
+        return self._get(key, compiled)
 
     def _get(self, key: Any, compiled: Callable[[], Any]) -> Any:
         if key not in self._compiled:

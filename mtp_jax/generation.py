@@ -66,6 +66,8 @@ def generation_of(
     passes, first, nth_T = np.unique(forward_T, return_index=True, return_inverse=True)
     place_T = np.arange(made) - first[nth_T]
     heads_T = np.where(place_T < agreed_T, place_T + 2, 1)
+    if texts.unverified:
+        heads_T = place_T + 1
     agreed = agreed_T[first[1:]]  # the first pass read the prompt
     return Generation(
         prompt=tokenizer.decode(texts.tokens_BE[b, :start]),

@@ -27,6 +27,7 @@ class Letters:
 
     eos_id: int
     bos_id: int = 0
+    fingerprint: str = "letters"
 
     def encode(self, text):
         return np.array([ord(c) - ord("a") for c in text], np.int32)

@@ -1,6 +1,8 @@
 """Ways to turn what the heads say into text, by name; see `state.Decoder`."""
 
 from mtp_jax.decoders.blockwise import Blockwise
+from mtp_jax.decoders.dynamo import Dynamo
+from mtp_jax.decoders.dynamo_exact import DynamoExact
 from mtp_jax.decoders.plain import Plain
 from mtp_jax.decoders.speculative import Speculative
 from mtp_jax.decoders.state import Decoder
@@ -13,4 +15,6 @@ DECODERS: dict[str, type[Decoder]] = {
     "speculative": Speculative,
     "tree": Tree,
     "typical": Typical,
+    "dynamo": Dynamo,
+    "dynamo_exact": DynamoExact,
 }

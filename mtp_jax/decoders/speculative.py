@@ -2,14 +2,14 @@
 
 Head i draws a draft from its own law q; head 1, with law p, accepts it with probability
 min(1, p / q), and at the first rejection draws from the rest, max(0, p - q), instead.
-Texts have exactly the law of `plain`'s, whatever the heads say. The drafts of a forward
-pass are independent given the text, which is all that the proof there asks for.
+Texts have exactly the law of `plain`'s, whatever the heads say. All that the proof
+there asks for is that each draft was drawn from its q, given the text before it.
 
 Axes: N heads, M = N - 1 drafts, B batch, D model width, V vocabulary.
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from mtp_jax.decode_model import DecodeModel
 from mtp_jax.decoders.sampling import Draws
 from mtp_jax.decoders.state import (
     DecodeState,
+    Drafter,
     choose,
     commit,
     last_token,
@@ -30,9 +31,11 @@ from mtp_jax.sharding import spec
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Drafts:
-    token_BM: jax.Array
-    law_BMV: jax.Array  # what each was drawn from, float32
+class Drafts:
+    """Tokens that heads 2..n propose."""
+
+    token_BM: jax.Array  # int32
+    law_BMV: jax.Array  # what each was drawn from, given those before it, float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,35 +56,11 @@ class Speculative:
         self, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
     ) -> DecodeState:
         """Commits a draw of head 1 at the prompt's end, and drafts with the others."""
-        draws = Draws(state.chance, state.length_B)
-        said_B1 = choose(state, next_logits(model, state, heads_BND[:, :1]), draws)
-        drafts = self.draft(model, state, heads_BND[:, 1:], draws)
-        state = dataclasses.replace(state, carry=drafts, chance=draws.after())
-        none_B = jnp.zeros_like(state.length_B)
-        return commit(state, said_B1, none_B + 1, none_B)
+        return begin(self, model, state, heads_BND)
 
     def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
         """Verifies drafts, commits the right ones and one more, and drafts again."""
-        drafts = jax.tree.map(lambda x: x[:, : depth - 1], state.carry)
-        new = chain(
-            jnp.concatenate([last_token(state), drafts.token_BM], axis=1),
-            state.length_B - 1,
-        )
-        trunk_BND, cache = run_trunk(model, new, state.cache)
-        head_BND, cache = run_head(model, 0, trunk_BND, new, cache)
-        p_BNV = law_probs(state, next_logits(model, state, head_BND, new))
-        draws = Draws(state.chance, state.length_B)
-        said_BN, agreed_B = self.accept(p_BNV, drafts.law_BMV, drafts.token_BM, draws)
-
-        drafting = range(1, len(model.heads))
-        heads_BMD, cache = run_heads_at(
-            model, drafting, trunk_BND, new, agreed_B, cache
-        )
-        drafts = self.draft(model, state, heads_BMD, draws)
-        state = dataclasses.replace(
-            state, cache=cache, carry=drafts, chance=draws.after()
-        )
-        return commit(state, said_BN, agreed_B + 1, agreed_B)
+        return step(self, model, state, depth)
 
     def draft(
         self,
@@ -89,18 +68,62 @@ class Speculative:
         state: DecodeState,
         heads_BMD: jax.Array,
         draws: Draws,
-    ) -> _Drafts:
+    ) -> Drafts:
         """A draw of each drafting head, and what it was drawn from."""
         # Tokens that the text repeats are not penalized: any law of drafts will do.
         law_BMV = law_probs(state, model.logits(heads_BMD))
-        token_BM = _from_each(law_BMV, state, draws)
-        return _Drafts(jax.sharding.reshard(token_BM, spec("batch", None)), law_BMV)
+        token_BM = choose_from(law_BMV, state, draws)
+        return Drafts(jax.sharding.reshard(token_BM, spec("batch", None)), law_BMV)
 
     def accept(
         self, p_BNV: jax.Array, q_BMV: jax.Array, drafts_BM: jax.Array, draws: Draws
     ) -> tuple[jax.Array, jax.Array]:
         """`accept`, the rule of the paper."""
         return accept(p_BNV, q_BMV, drafts_BM, draws)
+
+
+class Proposing(Drafter, Protocol):
+    """A decoder whose drafts are drawn from laws, `Drafts`, and may be refused."""
+
+    def accept(
+        self, p_BNV: jax.Array, q_BMV: jax.Array, drafts_BM: jax.Array, draws: Draws
+    ) -> tuple[jax.Array, jax.Array]:
+        """As the function `accept`."""
+        ...
+
+
+def begin(
+    decoder: Proposing, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
+) -> DecodeState:
+    """Commits a draw of head 1, and has the others draft what comes after it."""
+    draws = Draws(state.chance, state.length_B)
+    said_B1 = choose(state, next_logits(model, state, heads_BND[:, :1]), draws)
+    none_B = jnp.zeros_like(state.length_B)
+    state = commit(state, said_B1, none_B + 1, none_B)
+    drafts = decoder.draft(model, state, heads_BND[:, 1:], draws)
+    return dataclasses.replace(state, carry=drafts, chance=draws.after())
+
+
+def step(
+    decoder: Proposing, model: DecodeModel, state: DecodeState, depth: int
+) -> DecodeState:
+    """Verifies what was drafted, commits what is right, and has it draft again."""
+    drafts = jax.tree.map(lambda x: x[:, : depth - 1], state.carry)
+    new = chain(
+        jnp.concatenate([last_token(state), drafts.token_BM], axis=1),
+        state.length_B - 1,
+    )
+    trunk_BND, cache = run_trunk(model, new, state.cache)
+    head_BND, cache = run_head(model, 0, trunk_BND, new, cache)
+    p_BNV = law_probs(state, next_logits(model, state, head_BND, new))
+    draws = Draws(state.chance, state.length_B)
+    said_BN, agreed_B = decoder.accept(p_BNV, drafts.law_BMV, drafts.token_BM, draws)
+
+    drafting = range(1, len(model.heads))
+    heads_BMD, cache = run_heads_at(model, drafting, trunk_BND, new, agreed_B, cache)
+    state = commit(state, said_BN, agreed_B + 1, agreed_B)
+    drafts = decoder.draft(model, state, heads_BMD, draws)
+    return dataclasses.replace(state, cache=cache, carry=drafts, chance=draws.after())
 
 
 def accept(
@@ -138,7 +161,7 @@ def accept(
     return jnp.where(order_1N < agreed_B[:, None], drafts_BN, last_B1), agreed_B
 
 
-def _from_each(law_BMV: jax.Array, state: DecodeState, draws: Draws) -> jax.Array:
+def choose_from(law_BMV: jax.Array, state: DecodeState, draws: Draws) -> jax.Array:
     """A draw from each law; of a greedy one there is nothing to draw."""
     if state.law.greedy:
         return jnp.argmax(law_BMV, axis=-1).astype(jnp.int32)

@@ -5,7 +5,7 @@ width, V vocabulary.
 """
 
 import dataclasses
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +100,32 @@ class Drafter(Decoder, Protocol):
         draws: Draws,
     ) -> Any:
         """What it carries to the next pass, from what the drafting heads say."""
+        ...
+
+
+@runtime_checkable
+class Reading(Protocol):
+    """A decoder that reads more than the model: a file of its own."""
+
+    def tables(self, fingerprint: str, vocab_size: int) -> Any:
+        """A tree of arrays, `DecodeModel.tables` of every program.
+
+        Args:
+          fingerprint: of the model's tokenizer.
+          vocab_size: of the model.
+
+        Raises:
+          UserError: no file, or one that does not fit.
+        """
+        ...
+
+
+@runtime_checkable
+class Finishing(Protocol):
+    """A decoder whose texts are not reported as they stand in its state."""
+
+    def finish(self, model: DecodeModel, state: DecodeState) -> DecodeState:
+        """What is reported of a state; decoding goes on from the state itself."""
         ...
 
 
@@ -211,6 +237,20 @@ def law_probs(state: DecodeState, logits_BWV: jax.Array) -> jax.Array:
     """The law of the next token, float32 [B, W, V], whole on every device."""
     whole = spec("batch", None, None)
     return probabilities(state.law, jax.sharding.reshard(logits_BWV, whole))
+
+
+def head_probs(
+    model: DecodeModel, state: DecodeState, heads_BWD: jax.Array
+) -> jax.Array:
+    """What heads think likely, float32 [B, W, V], whole on every device.
+
+    The law of the state without its penalty; for a greedy one, that of temperature 1.
+    """
+    logits_BWV = model.logits(heads_BWD)
+    if not state.law.greedy:
+        return law_probs(state, logits_BWV)
+    whole = spec("batch", None, None)
+    return jax.nn.softmax(jax.sharding.reshard(logits_BWV, whole), axis=-1)
 
 
 def _one_hot(tokens_BW: jax.Array, vocab: int) -> jax.Array:

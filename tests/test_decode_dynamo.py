@@ -1,0 +1,488 @@
+"""DynaMo's decoders and their tables, against dense NumPy and plain loops."""
+
+import collections
+import dataclasses
+import functools
+import itertools
+import pathlib
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import all_logits
+from test_decode import Letters, init, on_mesh, one_device, tiny
+
+from mtp_jax import cooccurrence, count, decode_program
+from mtp_jax.config import MeshConfig
+from mtp_jax.corpus import Corpus
+from mtp_jax.decode import Generator
+from mtp_jax.decode_batch import _prompts
+from mtp_jax.decode_model import build
+from mtp_jax.decoders.dynamo import Dynamo, blur, otsu
+from mtp_jax.decoders.dynamo_exact import DynamoExact
+from mtp_jax.decoders.ngrams import log_joint_ratio, log_next_ratio, tables_of
+from mtp_jax.decoders.sampling import Chance, Sampling
+from mtp_jax.errors import UserError
+from mtp_jax.sharding import make_mesh
+from mtp_jax.train_step import model_builder
+
+N, V, NEW = 3, 16, 18
+LENGTHS = (0, 1, 3, 4, 7)
+EOS = 5
+
+
+def documents(vocab=V, many=40, seed=0):
+    """What `Corpus.documents` gives, of random tokens that repeat a lot."""
+    rng = np.random.default_rng(seed)
+    rows = [
+        (rng.integers(0, vocab, rng.integers(1, 30)) * rng.integers(0, 2, 1)) % vocab
+        + rng.integers(0, 2)
+        for _ in range(many)
+    ]
+    rows = [np.minimum(row, vocab - 1).astype(np.uint8) for row in rows]
+    return types.SimpleNamespace(
+        rows=rows,
+        lengths=np.array([len(row) for row in rows], np.uint64),
+        tokens=lambda i, start=0, stop=None: rows[i][start:stop],
+    )
+
+
+def counted(docs):
+    """Counts of runs by their length, by plain loops."""
+    counts = {m: collections.Counter() for m in (1, 2, 3)}
+    for row in docs.rows:
+        for m, runs in counts.items():
+            for i in range(len(row) - m + 1):
+                runs[tuple(map(int, row[i : i + m]))] += 1
+    return counts
+
+
+def frequency(runs, m, vocab=V):
+    """Dense frequencies, an axis a token."""
+    dense = np.zeros((vocab,) * m)
+    for run, times in runs.items():
+        dense[run] = times
+    return dense / dense.sum()
+
+
+@functools.cache
+def dense_ratios(order):
+    """log phat(x1 x2) / ..., and of what follows two tokens, by NumPy."""
+    counts = counted(documents())
+    p1, p2, p3 = (frequency(counts[m], m) for m in (1, 2, 3))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        pair = np.log(p2) - np.log(p1)[:, None] - np.log(p1)[None]
+        if order == 3:
+            after = np.log(p3) - np.log(p2)[..., None] - np.log(p1)
+        else:
+            after = np.log(p2) - np.log(p1)[:, None] - np.log(p1)[None]
+            after = np.broadcast_to(after[None], (V, V, V))
+    clean = [np.where(np.isfinite(x), x, -np.inf) for x in (pair, after)]
+    return clean
+
+
+def ngrams(order=3, vocab=V):
+    return cooccurrence.count(documents(vocab), vocab, "letters", order)
+
+
+@pytest.fixture(scope="module")
+def counts_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("counts") / "counts"
+    cooccurrence.save(ngrams(), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("piece", [5, 64, 1 << 20])
+def test_tables_hold_what_loops_count(monkeypatch, piece):
+    monkeypatch.setattr(cooccurrence, "_PIECE", piece)
+    found, slow = ngrams(), counted(documents())
+    runs = [((t,), int(c)) for t, c in enumerate(found.count_V) if c]
+    assert dict(runs) == slow[1]
+    rows = [(t,) for t in range(V)]
+    for m, level in enumerate(found.levels, 2):
+        rows = [
+            (*rows[r], int(level.token_E[e]))
+            for r in range(len(rows))
+            for e in range(level.start_R[r], level.start_R[r + 1])
+        ]
+        assert dict(zip(rows, level.count_E.tolist(), strict=True)) == slow[m]
+
+
+def test_the_verb_counts_the_train_split(corpus_dir, tmp_path, capsys):
+    output = tmp_path / "counts.npz"
+    assert count.main([f"--input={corpus_dir}", f"--output={output}", "--order=2"]) == 0
+    corpus = Corpus.open(corpus_dir)
+    ngrams = cooccurrence.load(output, corpus.tokenizer.fingerprint)
+    docs = corpus.documents("train")
+    assert ngrams.order == 2
+    assert ngrams.count_V.sum() == docs.lengths.sum()
+    pairs = collections.Counter()
+    for i in range(len(docs)):
+        row = docs.tokens(i).tolist()
+        pairs.update(itertools.pairwise(row))
+    level = ngrams.levels[0]
+    first = np.repeat(np.arange(256), np.diff(level.start_R))
+    keys = zip(first.tolist(), level.token_E.tolist(), strict=True)
+    assert dict(zip(keys, level.count_E.tolist(), strict=True)) == pairs
+    assert f"{int(docs.lengths.sum()):,} tokens" in capsys.readouterr().out
+
+
+def test_a_file_that_does_not_fit_is_refused(counts_file, tmp_path):
+    whole = pathlib.Path(counts_file).read_bytes()
+    bad = tmp_path / "bad"
+    with pytest.raises(UserError, match="another tokenizer"):
+        cooccurrence.load(counts_file, "words")
+    with pytest.raises(UserError, match="cannot be read"):
+        cooccurrence.load(tmp_path / "nowhere", "letters")
+    with pytest.raises(UserError, match="cannot be written"):
+        cooccurrence.save(ngrams(2), tmp_path / "no" / "where")
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 255
+    for content in (b"", b"PK", whole[: len(whole) // 2], bytes(flipped)):
+        bad.write_bytes(content)
+        with pytest.raises(UserError, match="not a file of counts, or damaged"):
+            cooccurrence.load(bad, "letters")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"2_token_E": lambda x: x + V},
+        {"2_start_R": lambda x: x[:-1]},
+        {"2_start_R": lambda x: x[::-1]},
+        {"1": lambda x: x[:-1]},
+        {"3_count_E": lambda x: x.astype(np.float32)},
+        {"format": lambda x: x + 1},
+        {"2_count_E": lambda x: None},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_arrays_that_would_lead_a_look_up_astray_are_refused(
+    counts_file, tmp_path, change
+):
+    arrays = dict(np.load(counts_file))
+    [(name, changed)] = change.items()
+    arrays[name] = changed(arrays[name])
+    arrays = {name: x for name, x in arrays.items() if x is not None}
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(UserError, match="not a file of counts"):
+        cooccurrence.load(tmp_path / "bad.npz", "letters")
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("m", [2, 3, 4])
+def test_ratios_are_those_of_the_counts(order, m):
+    rng = np.random.default_rng(m)
+    ids = [rng.permutation(V)[:6] for _ in range(m)]
+    found = log_joint_ratio(
+        jax.tree.map(jnp.asarray, tables_of(ngrams(order), V + 2)),
+        [jnp.asarray(x) for x in ids],
+    )
+    pair, after = dense_ratios(order)
+    for cell in itertools.product(range(6), repeat=m):
+        x = [ids[i][r] for i, r in enumerate(cell)]
+        slow = pair[x[0], x[1]]
+        slow += sum(after[tuple(x[i - 2 : i + 1])] for i in range(2, m))
+        np.testing.assert_allclose(found[cell], slow, rtol=2e-5, atol=2e-5)
+    assert np.isneginf(found).any() and np.isfinite(found).any()
+
+
+def test_the_next_token_backs_off_to_shorter_runs():
+    tables = jax.tree.map(jnp.asarray, tables_of(ngrams(), V))
+    pair, after = dense_ratios(3)
+    single = counted(documents())[1]
+    every = jnp.arange(V)
+    before_X, last_X = (x.reshape(-1) for x in jnp.meshgrid(every, every))
+    found_XV = jax.jit(jax.vmap(log_next_ratio, in_axes=(None, 0, 0, None)))(
+        tables, before_X, last_X, every
+    )
+    seen = set()
+    for found_V, before, last in zip(found_XV, before_X, last_X, strict=True):
+        slow_V, discounts = after[before, last], np.zeros(V)
+        for shorter_V in (pair[last], np.zeros(V)):
+            unseen_V = np.isneginf(slow_V)
+            discounts += unseen_V
+            slow_V = np.where(unseen_V, shorter_V, slow_V)
+        seen |= set(discounts)
+        slow_V = slow_V + discounts * np.log(0.4)
+        counted_V = [(x,) in single for x in range(V)]
+        np.testing.assert_allclose(
+            found_V[np.array(counted_V)], slow_V[counted_V], rtol=2e-5, atol=2e-5
+        )
+    assert seen == {0, 1, 2}
+
+
+def slow_blur(x):
+    for axis in range(x.ndim):
+        y = np.pad(
+            x, [(1, 1) if a == axis else (0, 0) for a in range(x.ndim)], "reflect"
+        )
+        parts = [np.take(y, range(i, i + x.shape[axis]), axis) for i in range(3)]
+        x = 0.25 * parts[0] + 0.5 * parts[1] + 0.25 * parts[2]
+    return x
+
+
+def slow_otsu(x):
+    """The threshold with the least variance within the two classes."""
+    x = np.sort(x.reshape(-1).astype(np.float64))
+
+    def within(i):
+        return i * x[:i].var() + (x.size - i) * x[i:].var()
+
+    return x[min(range(1, x.size), key=within)]
+
+
+def test_blur_and_otsu_are_what_they_are_called():
+    rng = np.random.default_rng(0)
+    for shape in [(9,), (5, 5), (3, 3, 3), (2, 2)]:
+        x = np.exp(3 * rng.normal(size=shape)).astype(np.float32)
+        np.testing.assert_allclose(blur(jnp.asarray(x)), slow_blur(x), rtol=1e-5)
+        np.testing.assert_allclose(otsu(jnp.asarray(x)), slow_otsu(x), rtol=1e-5)
+    assert otsu(jnp.ones((1, 1))) == 1.0
+    np.testing.assert_array_equal(blur(jnp.ones((4, 4))), np.ones((4, 4)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    cfg: object
+    generator: Generator
+    prompts: list[np.ndarray]
+    logits: object  # of rows of tokens, [N, B, T, V]
+
+
+@functools.cache
+def case(n=N, vocab=V, eos_id=EOS):
+    cfg, mesh = tiny(n, n + 1, vocab_size=vocab), one_device()
+    params = init(cfg, mesh)
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(1, vocab, k).astype(np.int32) for k in LENGTHS]
+    with jax.set_mesh(mesh):
+        _, of = model_builder(cfg)
+        sharper = {**params, "norm": 4 * params["norm"]}
+
+    @jax.jit
+    def said(params, tokens_BT):
+        positions_BT = jnp.arange(tokens_BT.shape[1])[None] + 0 * tokens_BT
+        # Larger: laws of initial weights are too even for thresholds to matter.
+        return 4 * all_logits(of(params), tokens_BT, 0 * tokens_BT, positions_BT)
+
+    def logits(rows):
+        tokens_BT = np.zeros((len(rows), 32), np.int32)
+        for i, row in enumerate(rows):
+            tokens_BT[i, : len(row)] = row
+        with jax.set_mesh(mesh):
+            return np.asarray(said(params, on_mesh(tokens_BT)), np.float64)
+
+    return Case(cfg, Generator(cfg, sharper, Letters(eos_id), mesh), prompts, logits)
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def slow_run(probs_NV, seen, threshold, cells, penalty):
+    """Greedy tokens of one forward pass, by the algorithm as it is written."""
+    pair, after = dense_ratios(3)
+    for m in range(len(probs_NV), 1, -1):
+        k = min(50, V, int(cells ** (1 / m) + 1e-9))
+        ids = [np.argsort(-p, kind="stable")[:k] for p in probs_NV[:m]]
+        joint = np.ones(())
+        for i in range(m):
+            joint = joint[..., None] * probs_NV[i][ids[i]]
+        ratio = pair[np.ix_(ids[0], ids[1])]
+        if m == 3:
+            ratio = ratio[..., None] + after[np.ix_(*ids)]
+        corrected = joint * np.exp(ratio)
+        if threshold == 0 and not corrected.any():
+            corrected = joint
+        joint = corrected / max(1.0, corrected.sum())
+        joint[joint <= threshold ** (m - 1)] = 0
+        joint[joint < slow_otsu(slow_blur(joint))] = 0
+        for cell in np.ndindex(joint.shape):
+            run = [int(ids[i][r]) for i, r in enumerate(cell)]
+            again = sum(x in seen or x in run[:i] for i, x in enumerate(run))
+            joint[cell] /= penalty**again
+        if (joint > threshold ** (m - 1)).any():
+            cell = np.unravel_index(joint.argmax(), joint.shape)
+            return [int(ids[i][r]) for i, r in enumerate(cell)]
+    return None
+
+
+def slow_text(c, prompt, threshold, cells, penalty):
+    """Runs of tokens, and how many depart, of one text."""
+    row, runs, departed = [0, *map(int, prompt)], [], 0
+    start = len(row)
+
+    def alone(logits_V, text):
+        seen = np.isin(np.arange(V), text)
+        less = np.where(logits_V > 0, logits_V / penalty, logits_V * penalty)
+        return int(np.where(seen, less, logits_V).argmax())
+
+    while len(row) - start < NEW and EOS not in row[start:]:
+        logits_NV = c.logits([row])[:, 0, len(row) - 1]
+        run = slow_run(softmax(logits_NV), set(row), threshold, cells, penalty)
+        run = run or [alone(logits_NV[0], row)]
+        if EOS in run:
+            run = run[: run.index(EOS) + 1]
+        run = run[: NEW - (len(row) - start)]
+        for token in run:
+            logits_V = c.logits([row])[0, 0, len(row) - 1]
+            departed += token != alone(logits_V, row)
+            row.append(token)
+        runs.append(run)
+    return runs, departed
+
+
+@pytest.mark.parametrize("threshold,cells,penalty", [(0.3, 729, 1.2), (0.0, 64, 1.0)])
+def test_greedy_texts_are_those_of_the_algorithm(
+    counts_file, threshold, cells, penalty
+):
+    c = case()
+    decoder = Dynamo(counts=counts_file, threshold=threshold, cells=cells)
+    results = c.generator.generate(
+        c.prompts,
+        max_new_tokens=NEW,
+        decoder=decoder,
+        sampling=Sampling(repetition_penalty=penalty),
+    )
+    lengths, departures = set(), 0
+    for result, prompt in zip(results, c.prompts, strict=True):
+        runs, departed = slow_text(c, prompt, threshold, cells, penalty)
+        tokens = [t for run in runs for t in run]
+        assert result.tokens == [t for t in tokens if t != EOS]
+        assert result.forwards == len(runs)
+        heads = [i + 1 for run in runs for i in range(len(run))]
+        assert result.heads == heads[: len(result.tokens)]
+        assert result.departures == departed
+        lengths |= {len(run) for run in runs[:-1]}
+        departures += departed
+    # Threshold 0 always gives n tokens, but for the end of a text.
+    assert lengths == {N} if threshold == 0 else {1} < lengths
+    assert departures > 0
+
+
+def test_threshold_one_is_plain(counts_file):
+    c = case()
+    decoder = Dynamo(counts=counts_file, threshold=1.0)
+    results, plain = (
+        c.generator.generate(c.prompts, max_new_tokens=NEW, decoder=which)
+        for which in (decoder, "plain")
+    )
+    for result, expected in zip(results, plain, strict=True):
+        assert result.tokens == expected.tokens
+        assert result.tokens_per_forward == 1.0
+        assert result.departures == 0
+
+
+def test_the_mesh_does_not_change_what_is_drawn(counts_file):
+    c, mesh = case(), make_mesh(MeshConfig(fsdp=4, tensor=2))
+    params = init(c.cfg, mesh)
+    with jax.set_mesh(mesh):
+        params = {**params, "norm": 4 * params["norm"]}
+    other = Generator(c.cfg, params, Letters(EOS), mesh)
+    settings = {
+        "max_new_tokens": 9,
+        "decoder": Dynamo(counts=counts_file, threshold=0.1),
+        "sampling": Sampling(temperature=0.7, repetition_penalty=1.1, seed=3),
+    }
+    # Four rows on both: draws are by the place in the batch.
+    one, many = (g.generate(c.prompts[:4], **settings) for g in (c.generator, other))
+    assert [r.tokens for r in one] == [r.tokens for r in many]
+    assert [r.departures for r in one] == [r.departures for r in many]
+    assert [r.forwards for r in one] == [r.forwards for r in many]
+
+
+def law_of_texts(c, prompt, count, sampling):
+    """The law of the next tokens by head 1 alone, an axis a token."""
+    vocab = c.cfg.vocab_size
+    law = np.ones(())
+    for length in range(count):
+        rows = [[0, *prompt, *text] for text in np.ndindex((vocab,) * length)]
+        logits_RV = np.concatenate(
+            [c.logits(rows[i : i + 64])[0, :, len(rows[0]) - 1] for i in
+             range(0, len(rows), 64)]
+        )  # fmt: skip
+        probs_RV = softmax(logits_RV / sampling.temperature)
+        law = law[..., None] * probs_RV.reshape((vocab,) * (length + 1))
+    return law
+
+
+def branched(state, draws):
+    """Every row once for each outcome of draws among so many, and these outcomes."""
+    forced = np.array(list(np.ndindex(*draws)), np.int32)
+    b = state.length_B.shape[0]
+
+    def repeated(x):
+        more = np.repeat(np.asarray(x), len(forced), axis=0) if x.ndim else x
+        return jax.device_put(more, x.sharding)
+
+    law, agreed_N = state.law, state.agreed_N
+    state = dataclasses.replace(state, law=None, agreed_N=None)
+    state = jax.tree.map(repeated, state)
+    state = dataclasses.replace(state, agreed_N=agreed_N)
+    chance = dataclasses.replace(
+        state.chance, forced_BJ=jnp.asarray(np.tile(forced, (b, 1)))
+    )
+    return dataclasses.replace(state, law=law, chance=chance)
+
+
+@pytest.mark.parametrize(
+    "n,vocab,tokens,steps", [(2, 4, 3, 2), (3, 3, 2, 1)], ids=["n2", "n3"]
+)
+def test_the_exact_variant_has_the_law_of_head_1(tmp_path, n, vocab, tokens, steps):
+    cooccurrence.save(ngrams(vocab=vocab), tmp_path / "counts")
+    decoder = DynamoExact(counts=str(tmp_path / "counts"), candidates=vocab - 1)
+    c = case(n, vocab, eos_id=-1)  # no text ends early
+    prompt, sampling = c.prompts[2] % vocab, Sampling(temperature=0.8)
+    m = n - 1
+    with jax.set_mesh(one_device()):
+        params = {**c.generator._params}
+        params["tables"] = jax.device_put(
+            decoder.tables("letters", vocab), jax.NamedSharding(one_device(), jax.P())
+        )
+        first = (vocab,) * n  # what head 1 says, and the drafts
+        rows = [np.append(0, prompt).astype(np.int32)] * vocab**n
+        prompts = _prompts(rows, tokens, sampling, params)
+        forced = jnp.asarray(list(np.ndindex(first)), jnp.int32)
+        chance = Chance(prompts.chance.key_B2, forced, jnp.zeros(len(rows)))
+        prompts = dataclasses.replace(prompts, chance=chance)
+        begin = decode_program._begin(c.cfg, decoder, -1, 16, 16)
+        state, _ = begin(params, prompts)
+        step = jax.jit(
+            lambda params, state: decoder.step(build(c.cfg, params), state, n)
+        )
+        for _ in range(steps):
+            # Coins, what head 1 says in the end, and the drafts.
+            state = step(params, branched(state, (2,) * m + (vocab,) * n))
+        texts = np.asarray(state.tokens_BE)[:, len(rows[0]) :][:, :tokens]
+        probs = np.exp(np.asarray(state.chance.log_prob_B, np.float64))
+    assert np.asarray(state.length_B).min() == len(rows[0]) + tokens
+    law = np.zeros((vocab,) * tokens)
+    np.add.at(law, tuple(texts.T), probs)
+    np.testing.assert_allclose(law.sum(), 1, atol=1e-6)
+    expected = law_of_texts(c, prompt.tolist(), tokens, sampling)
+    np.testing.assert_allclose(law, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"threshold": 1.5}, "threshold is 1.5"),
+        ({"threshold": float("nan")}, "threshold is nan"),
+        ({"alpha": -1.0}, "alpha is -1.0"),
+        ({"candidates": 0}, "candidates is 0"),
+        ({"cells": 0}, "cells is 0"),
+    ],
+)
+def test_bad_options_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        Dynamo(**changes)
+
+
+def test_counts_must_be_given():
+    for decoder in (Dynamo(), DynamoExact()):
+        with pytest.raises(UserError, match="counts is empty"):
+            case().generator.generate(["b"], max_new_tokens=2, decoder=decoder)

@@ -1,5 +1,6 @@
 """Ways to turn what the heads say into text, by name; see `state.Decoder`."""
 
+from mtp_jax.decoders.beam import Beam
 from mtp_jax.decoders.blockwise import Blockwise
 from mtp_jax.decoders.dynamo import Dynamo
 from mtp_jax.decoders.dynamo_exact import DynamoExact
@@ -17,4 +18,5 @@ DECODERS: dict[str, type[Decoder]] = {
     "typical": Typical,
     "dynamo": Dynamo,
     "dynamo_exact": DynamoExact,
+    "beam": Beam,
 }

@@ -1,0 +1,409 @@
+"""Beam search whose continuations the heads propose and head 1 verifies.
+
+K beams a prompt are rows of the batch. A forward pass reads a tree of drafts after each
+of them; then the beams advance, by head 1's scores alone, as long as the token that
+extends each of the K best was among the drafts after its parent. The result is that of
+ordinary beam search, in fewer forward passes.
+
+Scores and ends are those of Hugging Face's generate: a hypothesis has the sum of its
+log probabilities over its length to the power `length_penalty`; of the 2 K best
+continuations the first K may end, and the K best others go on; a prompt is done with K
+hypotheses when the best beam, at its length, is no better than the worst of them.
+
+With look-ahead the choice among continuations counts, times `lookahead`, what the other
+heads say after their common part: the log probability of the most likely token of each.
+It is no part of the score. All heads then read the tree.
+
+Axes: R rows, K beams of a prompt, B prompts, W nodes of the tree, M drafting heads, C
+continuations of a node, X the best of all beams, I candidates of a head, E tokens of a
+text, F what is kept of each token, P nodes of a path, V vocabulary.
+"""
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from mtp_jax.cache import Cache, chain, keep_path, run_head, run_heads_at
+from mtp_jax.decode_model import DecodeModel
+from mtp_jax.decoders.ngrams import option
+from mtp_jax.decoders.state import DecodeState, next_logits
+from mtp_jax.decoders.token_tree import TokenTree, default_tree
+from mtp_jax.decoders.tree import read_nodes
+from mtp_jax.errors import UserError
+from mtp_jax.sharding import spec
+
+_KEPT = ("tokens_BE", "forward_BE", "agreed_BE", "departed_BE")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Carry:
+    """The search so far; what is of a prompt is the same in all its rows."""
+
+    drafts_RMI: jax.Array  # candidates of the drafting heads
+    start_R: jax.Array  # length of the prompt
+    score_R: jax.Array  # sums of log probabilities; -inf: no beam
+    ended_score_R: jax.Array  # of hypotheses, best first; -inf: none
+    ended_length_R: jax.Array
+    ended_RFE: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Search:
+    """The beams of a prompt within a forward pass."""
+
+    score_K: jax.Array
+    text_KFE: jax.Array
+    row_K: jax.Array  # which beam of before each comes from
+    node_K: jax.Array  # the node that the next token comes after
+    last_K: jax.Array  # the node that the last token comes after
+    ended_score_K: jax.Array
+    ended_length_K: jax.Array
+    ended_KFE: jax.Array
+    length: jax.Array
+    done: jax.Array
+    active: jax.Array  # whether it advances once more in this pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Beam:
+    """Beam search; not the text of plain, but of ordinary beam search."""
+
+    beams: int = option(4, "beams of a prompt (4)")
+    length_penalty: float = option(1.0, "power of the length that scores are over (1)")
+    lookahead: float = option(0.0, "weight of the other heads in the choice (0)")
+
+    lossy: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if self.beams < 1:
+            raise UserError(f"beams is {self.beams}; it must be at least 1.")
+        for name in ("length_penalty", "lookahead"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"{name} is {getattr(self, name)}; give a number.")
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch that a prompt takes."""
+        return self.beams
+
+    def heads(self, n: int) -> int:
+        """All of them."""
+        return n
+
+    def width(self, n: int) -> int:
+        """The nodes of the tree."""
+        return len(default_tree(n - 1).paths)
+
+    def begin(
+        self, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
+    ) -> DecodeState:
+        """The first token of each beam, from what the heads say at the prompt's end."""
+        if not state.law.greedy:
+            raise UserError("beam search draws nothing; leave temperature at 0.")
+        start_R = state.length_B
+        none_R = jnp.where(start_R < 0, 0.0, -jnp.inf)
+        is_first_R = jnp.arange(start_R.shape[0]) % self.beams == 0
+        carry = _Carry(
+            drafts_RMI=self._drafts(model, heads_BND[:, 1:]),
+            start_R=start_R,
+            score_R=jnp.where(is_first_R, 0.0, none_R),
+            ended_score_R=none_R,
+            ended_length_R=start_R,
+            ended_RFE=jnp.zeros_like(_texts(state)),
+        )
+        state = dataclasses.replace(state, carry=carry)
+        logits_R1V = next_logits(model, state, heads_BND[:, :1])
+        others = [heads_BND[:, i : i + 1] for i in range(1, len(model.heads))]
+        ahead_R1 = self._ahead(model, others, start_R[:, None])
+        root_R1 = start_R[:, None]  # whatever: it has no children
+        return self._advance(state, logits_R1V, ahead_R1, default_tree(0), root_R1)[0]
+
+    def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
+        """Reads the trees, and advances the beams as far as they reach."""
+        tree = _tree(depth, model.cfg.vocab_size)
+        held = dataclasses.replace(state, carry=state.carry.drafts_RMI)
+        read = read_nodes(model, held, tree)
+        others, cache = [], read.cache
+        if self.lookahead:
+            for i in range(1, len(model.heads)):
+                head_RWD, cache = run_head(model, i, read.trunk_BWD, read.new, cache)
+                others.append(head_RWD)
+        tokens_RW = read.new.tokens_BW
+        ahead_RW = self._ahead(model, others, tokens_RW)
+        state = dataclasses.replace(state, cache=cache)
+        after, row_R, last_R = self._advance(
+            state, read.logits_BWV, ahead_RW, tree, tokens_RW
+        )
+
+        def follow(row_K, last_K, trunk_KWD, tokens_KW):
+            path_KP = jnp.asarray(tree.path_WP)[last_K]
+            trunk_KPD = trunk_KWD[row_K[:, None], path_KP]
+            tokens_KP = tokens_KW[row_K[:, None], path_KP]
+            return path_KP, jnp.asarray(tree.depth_W)[last_K], trunk_KPD, tokens_KP
+
+        path_RP, agreed_R, trunk_RPD, tokens_RP = self._by_prompt(
+            follow, row_R, last_R, read.trunk_BWD, tokens_RW
+        )
+        used = len(model.trunk) + 1  # layers whose entries are those of the tree
+        k, v, start_R = after.cache.k_BGSK, after.cache.v_BGSK, read.new.start_B
+        kept = keep_path(Cache(k[:used], v[:used]), start_R, path_RP)
+        cache = Cache(kept.k_BGSK + k[used:], kept.v_BGSK + v[used:])
+        drafting, path = range(1, len(model.heads)), chain(tokens_RP, start_R)
+        others_RMD, cache = run_heads_at(
+            model, drafting, trunk_RPD, path, agreed_R, cache
+        )
+        drafts_RMI = self._drafts(model, others_RMD)
+        carry = dataclasses.replace(after.carry, drafts_RMI=drafts_RMI)
+        return dataclasses.replace(after, cache=cache, carry=carry)
+
+    def finish(self, model: DecodeModel, state: DecodeState) -> DecodeState:
+        """The best hypothesis of each prompt; its best beam, if none has ended."""
+        del model
+        carry = state.carry
+
+        def best(score_K, ended_KFE, length_K, text_KFE, running_K, done_K):
+            ended = score_K[0] > -jnp.inf
+            text_FE = jnp.where(ended, ended_KFE[0], text_KFE[0])
+            length = jnp.where(ended, length_K[0], running_K[0])
+            return text_FE[None], length[None], done_K[:1]
+
+        text_BFE, length_B, done_B = self._by_prompt(
+            best,
+            carry.ended_score_R,
+            carry.ended_RFE,
+            carry.ended_length_R,
+            _texts(state),
+            state.length_B,
+            state.done_B,
+        )
+        kept = {name: text_BFE[:, f] for f, name in enumerate(_KEPT)}
+        return dataclasses.replace(state, **kept, length_B=length_B, done_B=done_B)
+
+    def _drafts(self, model: DecodeModel, heads_RMD: jax.Array) -> jax.Array:
+        """The most likely tokens of each drafting head, best first, [R, M, I]."""
+        ranks = _tree(len(model.heads), model.cfg.vocab_size).ranks
+        whole = spec("batch", None, None)
+        if not heads_RMD.shape[1]:
+            shape = (heads_RMD.shape[0], 0, ranks)
+            return jnp.zeros(shape, jnp.int32, out_sharding=whole)
+        logits_RMV = jax.sharding.reshard(model.logits(heads_RMD), whole)
+        return jax.sharding.reshard(lax.top_k(logits_RMV, ranks)[1], whole)
+
+    def _ahead(
+        self, model: DecodeModel, others: list[jax.Array], like_RW: jax.Array
+    ) -> jax.Array:
+        """What the other heads add to the choice after each token, float32 [R, W]."""
+        ahead_RW = jnp.zeros_like(like_RW, jnp.float32)
+        if not self.lookahead:
+            return ahead_RW
+        for head_RWD in others:
+            logits_RWV = model.logits(head_RWD)
+            log_p_RWV = jax.nn.log_softmax(logits_RWV, axis=-1)
+            ahead_RW += self.lookahead * jnp.max(log_p_RWV, axis=-1)
+        return ahead_RW
+
+    def _advance(
+        self,
+        state: DecodeState,
+        logits_RWV: jax.Array,
+        ahead_RW: jax.Array,
+        tree: TokenTree,
+        tokens_RW: jax.Array,
+    ) -> tuple[DecodeState, jax.Array, jax.Array]:
+        """Advances the beams as far as their tokens are in the trees.
+
+        Returns the state, its cache in the order of the new beams, and of each of them
+        the row and the node that its last token comes after.
+        """
+        whole, carry = spec("batch", None, None), state.carry
+        logits_RWV = jax.sharding.reshard(logits_RWV, whole)
+        log_p_RWV = jax.nn.log_softmax(logits_RWV, axis=-1)
+        # More of one beam than of all of them are never among the best of all.
+        top_RWC, ids_RWC = lax.top_k(
+            log_p_RWV, min(2 * self.beams, log_p_RWV.shape[-1])
+        )
+        count = state.length_B.shape[0]
+        forward_R = jnp.zeros_like(state.length_B) + (state.forward + 1)
+        eos_id = state.eos_id
+
+        def one(carry, text_KFE, length_K, limit_K, done_K, forward_K, *nodes):
+            zero_K = jnp.zeros_like(length_K)
+            search = _Search(
+                score_K=carry.score_R,
+                text_KFE=text_KFE,
+                row_K=zero_K + jnp.arange(self.beams),
+                node_K=zero_K,
+                last_K=zero_K,
+                ended_score_K=carry.ended_score_R,
+                ended_length_K=carry.ended_length_R,
+                ended_KFE=carry.ended_RFE,
+                length=length_K[0],
+                done=done_K[0],
+                active=~done_K[0],
+            )
+            for level in range(tree.depth + 1):
+                bounds = (carry.start_R[0], limit_K[0], eos_id)
+                marks = (forward_K[0], level, length_K[0])
+                new = self._level(search, tree, nodes, bounds, marks)
+                search = jax.tree.map(
+                    lambda new, old, on=search.active: jnp.where(on, new, old),
+                    new,
+                    search,
+                )
+            ended = search.ended_score_K, search.ended_length_K, search.ended_KFE
+            of_prompt = zero_K + search.length, (zero_K + search.done) > 0
+            beams = search.score_K, search.text_KFE, search.row_K, search.last_K
+            return *beams, *ended, *of_prompt
+
+        nodes = (top_RWC, ids_RWC, ahead_RW, tokens_RW)
+        score, text, row, last, ended_score, ended_length, ended, length, done = (
+            self._by_prompt(
+                one,
+                dataclasses.replace(carry, drafts_RMI=jnp.zeros_like(forward_R)),
+                _texts(state),
+                state.length_B,
+                state.limit_B,
+                state.done_B,
+                forward_R,
+                *nodes,
+            )
+        )
+        assert text.shape[0] == count
+        seen_BV = state.seen_BV
+        if seen_BV is not None:
+            seen_BV = self._by_prompt(_with_tokens, seen_BV, row, text, length)
+        carry = dataclasses.replace(
+            carry,
+            score_R=score,
+            ended_score_R=ended_score,
+            ended_length_R=ended_length,
+            ended_RFE=ended,
+        )
+        state = dataclasses.replace(
+            state,
+            **{name: text[:, f] for f, name in enumerate(_KEPT)},
+            length_B=length,
+            done_B=done,
+            forward=state.forward + 1,
+            seen_BV=seen_BV,
+            cache=self._reordered(state.cache, row),
+            carry=carry,
+        )
+        return state, row, last
+
+    def _level(self, old, tree, nodes, bounds, marks):
+        """The search with every beam one token longer."""
+        top_KWC, ids_KWC, ahead_KW, tokens_KW = nodes
+        start, limit, eos_id = bounds
+        forward, level, first = marks
+        k, c, e = self.beams, top_KWC.shape[-1], old.text_KFE.shape[-1]
+        length = old.length + 1
+        norm = (length - start).astype(jnp.float32) ** self.length_penalty
+
+        here = (old.row_K, old.node_K)
+        score_KC = old.score_K[:, None] + top_KWC[here]
+        choice_KC = score_KC + ahead_KW[here][:, None]
+        # Twice as many as go on, for at most as many may end.
+        choice_X, which_X = lax.top_k(choice_KC.reshape(-1), min(2 * k, k * c))
+        score_X = score_KC.reshape(-1)[which_X]
+        token_X = ids_KWC[here].reshape(-1)[which_X]
+        from_X = which_X // c
+        departs_X = (which_X % c > 0).astype(jnp.int32)
+        level_X, forward_X = jnp.full_like(token_X, level), jnp.zeros_like(token_X)
+        new_XF = [token_X, forward_X + forward, level_X, departs_X]
+        place_1E = jnp.arange(e)[None]
+        is_new_FE = (place_1E == old.length) & np.ones((len(_KEPT), 1), bool)
+        # How far the pass came is a mark of all that it wrote.
+        is_agreed_F1 = np.array([name == "agreed_BE" for name in _KEPT])[:, None]
+        is_new_FE |= is_agreed_F1 & (place_1E >= first) & (place_1E <= old.length)
+        text_XFE = jnp.where(
+            is_new_FE[None],
+            jnp.stack(new_XF, axis=1)[:, :, None],
+            old.text_KFE[from_X],
+        )
+
+        ends_X = (token_X == eos_id) | (length >= limit)
+        may_X = ends_X & (jnp.arange(ends_X.size) < k)
+        final_X = jnp.where(may_X, score_X / norm, -jnp.inf)
+        ended_K, best_K = lax.top_k(jnp.concatenate([old.ended_score_K, final_X]), k)
+        texts = jnp.concatenate([old.ended_KFE, text_XFE])
+        lengths = jnp.concatenate(
+            [old.ended_length_K, jnp.zeros_like(token_X) + length]
+        )
+
+        on_K = lax.top_k(jnp.where(ends_X, -jnp.inf, choice_X), k)[1]
+        score_K = jnp.where(ends_X, -jnp.inf, score_X)[on_K]
+        alive_K = score_K > -jnp.inf
+        full = jnp.all(ended_K > -jnp.inf)
+        hopeless = full & (jnp.max(score_K) / norm <= jnp.min(ended_K))
+        done = (length >= limit) | hopeless | ~jnp.any(alive_K)
+
+        row_K, last_K = old.row_K[from_X[on_K]], old.node_K[from_X[on_K]]
+        is_child_KW = jnp.asarray(tree.parent_W)[None] == last_K[:, None]
+        is_child_KW &= tokens_KW[row_K] == token_X[on_K][:, None]
+        drafted_K = jnp.any(is_child_KW, axis=1)
+        return _Search(
+            score_K=score_K,
+            text_KFE=text_XFE[on_K],
+            row_K=row_K,
+            node_K=jnp.argmax(is_child_KW, axis=1).astype(jnp.int32),
+            last_K=last_K,
+            ended_score_K=ended_K,
+            ended_length_K=lengths[best_K],
+            ended_KFE=texts[best_K],
+            length=length,
+            done=done,
+            active=old.active & ~done & jnp.all(drafted_K | ~alive_K),
+        )
+
+    def _by_prompt(self, f, *args):
+        """f of each prompt, whose rows of arrays [R, ...] it is given as [K, ...]."""
+        return self._local(f, spec("batch"), args)
+
+    def _reordered(self, cache: Cache, row_R: jax.Array) -> Cache:
+        store = spec("batch", "heads", None, None)
+
+        def take(x_KGSH, row_K):
+            return x_KGSH[row_K]
+
+        def move(x_RGSH):
+            return self._local(take, (store, spec("batch")), (x_RGSH, row_R), store)
+
+        return jax.tree.map(move, cache)
+
+    def _local(self, f, in_specs, args, out_specs=None):
+        def local(*args):
+            def grouped(x):
+                return x.reshape(-1, self.beams, *x.shape[1:])
+
+            results = jax.vmap(f)(*jax.tree.map(grouped, args))
+            return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
+
+        out_specs = spec("batch") if out_specs is None else out_specs
+        return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs)(*args)
+
+
+def _tree(heads: int, vocab: int) -> TokenTree:
+    tree = default_tree(heads - 1)
+    return tree.cut(heads - 1, min(tree.ranks, vocab))
+
+
+def _texts(state: DecodeState) -> jax.Array:
+    """The arrays of _KEPT, [R, F, E]."""
+    texts = jnp.stack([getattr(state, name) for name in _KEPT], axis=1)
+    return jax.sharding.reshard(texts, spec("batch", None, None))
+
+
+def _with_tokens(seen_KV, row_K, text_KFE, length_K):
+    """Which tokens each beam has, from what the beam before it had."""
+    tokens_KE = text_KFE[:, _KEPT.index("tokens_BE")]
+    inside_KE = jnp.arange(tokens_KE.shape[1])[None] < length_K[:, None]
+    rows_K1 = jnp.arange(row_K.size)[:, None]
+    return seen_KV[row_K].at[rows_K1, tokens_KE].max(inside_KE)

@@ -1,0 +1,124 @@
+"""Beam search against a slow one that shares none of its code."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from models import all_logits
+from test_decode import Letters, init, on_mesh, one_device, tiny
+
+from mtp_jax.config import MeshConfig
+from mtp_jax.decode import Generator
+from mtp_jax.decoders.beam import Beam
+from mtp_jax.decoders.sampling import Sampling
+from mtp_jax.errors import UserError
+from mtp_jax.sharding import make_mesh
+from mtp_jax.train_step import model_builder
+
+V, NEW = 16, 12
+LENGTHS = (0, 1, 3, 7, 4)
+
+
+@functools.cache
+def case(n):
+    """A generator, prompts, and log probabilities of all heads at a row's end."""
+    cfg, mesh = tiny(n, n + 1), one_device()
+    params = init(cfg, mesh)
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(1, V, k).astype(np.int32) for k in LENGTHS]
+    with jax.set_mesh(mesh):
+        _, of = model_builder(cfg)
+
+    @jax.jit
+    def said(params, tokens_BT):
+        positions_BT = jax.numpy.arange(tokens_BT.shape[1])[None] + 0 * tokens_BT
+        logits = all_logits(of(params), tokens_BT, 0 * tokens_BT, positions_BT)
+        return jax.nn.log_softmax(logits)
+
+    @functools.cache
+    def after(row):
+        tokens_BT = np.zeros((1, 24), np.int32)
+        tokens_BT[0, : len(row)] = row
+        with jax.set_mesh(mesh):
+            log_p = said(params, on_mesh(tokens_BT))
+        return np.asarray(log_p, np.float64)[:, 0, len(row) - 1]
+
+    return cfg, params, prompts, after
+
+
+def generator(n, eos_id, mesh=None):
+    cfg, params, _, _ = case(n)
+    if mesh is None:
+        return Generator(cfg, params, Letters(eos_id), one_device())
+    return Generator(cfg, init(cfg, mesh), Letters(eos_id), mesh)
+
+
+def slow_beams(after, prompt, beams, eos_id, limit, penalty, lookahead=0.0):
+    """Tokens of the best hypothesis, one step at a time, with lists."""
+    start = (0, *map(int, prompt))
+    running, ended = [(0.0, start)], []
+    for made in range(1, limit + 1):
+        options = []
+        for score, row in running:
+            log_p_NV = after(row)
+            ahead = lookahead * log_p_NV[1:].max(-1).sum()
+            for token, log_p in enumerate(log_p_NV[0]):
+                total = score + log_p
+                options.append((total + ahead, total, (*row, token)))
+        options = sorted(options, key=lambda x: -x[0])[: 2 * beams]
+        running = []
+        for rank, (_, score, row) in enumerate(options):
+            if row[-1] == eos_id or made == limit:
+                if rank < beams:
+                    ended.append((score / made**penalty, row))
+            elif len(running) < beams:
+                running.append((score, row))
+        ended = sorted(ended, key=lambda x: -x[0])[:beams]
+        best = max((score for score, _ in running), default=-np.inf)
+        if not running or (
+            len(ended) == beams and best / made**penalty <= ended[-1][0]
+        ):
+            break
+    return list(ended[0][1][len(start) :])
+
+
+def check(n, eos_id, limit, lookahead=0.0, mesh=None, **options):
+    _, _, prompts, after = case(n)
+    decoder = Beam(lookahead=lookahead, **options)
+    results = generator(n, eos_id, mesh).generate(
+        prompts, max_new_tokens=limit, decoder=decoder
+    )
+    for result, prompt in zip(results, prompts, strict=True):
+        slow = slow_beams(
+            after,
+            prompt,
+            decoder.beams,
+            eos_id,
+            limit,
+            decoder.length_penalty,
+            lookahead,
+        )
+        assert result.tokens == slow[: len(slow) - (slow[-1] == eos_id)]
+        assert result.finish == ("eos" if slow[-1] == eos_id else "length")
+        row, departed = (0, *map(int, prompt)), 0
+        for token in slow:
+            departed += int(after(row)[0].argmax()) != token
+            row = (*row, token)
+        assert result.departures == departed
+    return results
+
+
+@pytest.mark.parametrize(
+    "n,eos_id,limit,options",
+    [
+        (3, 5, NEW, {"beams": 1}),
+        (3, 5, NEW, {"beams": 2}),
+        (3, 9, NEW, {"beams": 4, "length_penalty": 0.0}),
+        (3, 5, 1, {"beams": 3, "length_penalty": 2.0}),
+    ],
+    ids=str,
+)
+def test_beams_are_those_of_a_slow_search(n, eos_id, limit, options):
+    results = check(n, eos_id, limit, **options)
+    assert all(1 <= r.tokens_per_forward <= n for r in results)

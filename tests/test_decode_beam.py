@@ -113,12 +113,50 @@ def check(n, eos_id, limit, lookahead=0.0, mesh=None, **options):
     "n,eos_id,limit,options",
     [
         (3, 5, NEW, {"beams": 1}),
-        (3, 5, NEW, {"beams": 2}),
         (3, 9, NEW, {"beams": 4, "length_penalty": 0.0}),
         (3, 5, 1, {"beams": 3, "length_penalty": 2.0}),
+        (2, 5, NEW, {"beams": 2, "lookahead": 0.5}),
     ],
     ids=str,
 )
 def test_beams_are_those_of_a_slow_search(n, eos_id, limit, options):
     results = check(n, eos_id, limit, **options)
     assert all(1 <= r.tokens_per_forward <= n for r in results)
+    if options["beams"] == 1:  # several tokens of all beams in one pass
+        assert max(r.tokens_per_forward for r in results) > 1
+
+
+def test_the_mesh_does_not_change_the_search():
+    check(3, 5, NEW, mesh=make_mesh(MeshConfig(fsdp=4, tensor=2)), beams=2)
+
+
+def test_the_weight_of_look_ahead_changes_texts():
+    _, _, prompts, after = case(2)
+    texts = [
+        [slow_beams(after, p, 2, 5, NEW, 1.0, weight) for p in prompts]
+        for weight in (0.0, 0.5)
+    ]
+    assert texts[0] != texts[1]
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"beams": 0}, "beams is 0"),
+        ({"length_penalty": float("nan")}, "length_penalty is nan"),
+        ({"lookahead": float("inf")}, "lookahead is inf"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        Beam(**options)
+
+
+def test_a_search_draws_nothing():
+    with pytest.raises(UserError, match="temperature"):
+        generator(2, 5).generate(
+            ["b"],
+            max_new_tokens=2,
+            decoder=Beam(),
+            sampling=Sampling(temperature=1.0),
+        )

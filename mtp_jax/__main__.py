@@ -13,6 +13,7 @@ usage: mtp-jax VERB [options]
 Multi-token prediction: train a model with n heads, and let it draft for itself.
 
   prepare   text, JSONL or code into a tokenized corpus
+  count     how often tokens of a corpus follow each other, for dynamo
   train     train a model; the same command again continues the run
   evaluate  measure a trained model on held-out text
   generate  decode from a trained model
@@ -26,6 +27,7 @@ mtp-jax VERB --help tells the options of a verb."""
 
 _VERBS = (
     "prepare",
+    "count",
     "train",
     "evaluate",
     "generate",

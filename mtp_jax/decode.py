@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mtp_jax.config import ModelConfig
-from mtp_jax.decode_batch import Batch, Texts
+from mtp_jax.decode_batch import Batch, Texts, rows_of
 from mtp_jax.decode_model import unstack
 from mtp_jax.decode_program import Programs
 from mtp_jax.decoders import DECODERS
@@ -143,7 +143,8 @@ class Generator:
         if rows and size < 1:
             raise UserError(f"batch_size is {size}; give at least 1.")
         # Without stop strings there is nothing to look for on the way.
-        look = _LOOK if stop else max_new_tokens
+        # A search may yet change its mind: its text is cut when it is complete.
+        look = _LOOK if stop and rows_of(decoder) == 1 else max_new_tokens
         results: list[Generation] = []
         for start in range(0, len(rows), size or 1):
             now = rows[start : start + size]
@@ -199,7 +200,8 @@ class Generator:
         )
         shown = 0
         while True:
-            texts = self._advance(batch, 1, stop, len(rows))
+            look = 1 if rows_of(decoder) == 1 else max_new_tokens
+            texts = self._advance(batch, look, stop, len(rows))
             if texts.done_B.all():
                 break
             text = settled(self.tokenizer.decode(texts.new_tokens(0)), stop)

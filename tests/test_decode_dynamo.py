@@ -445,7 +445,7 @@ def test_the_exact_variant_has_the_law_of_head_1(tmp_path, n, vocab, tokens, ste
         )
         first = (vocab,) * n  # what head 1 says, and the drafts
         rows = [np.append(0, prompt).astype(np.int32)] * vocab**n
-        prompts = _prompts(rows, tokens, sampling, params)
+        prompts = _prompts(rows, tokens, sampling, 0, params)
         forced = jnp.asarray(list(np.ndindex(first)), jnp.int32)
         chance = Chance(prompts.chance.key_B2, forced, jnp.zeros(len(rows)))
         prompts = dataclasses.replace(prompts, chance=chance)
@@ -479,10 +479,13 @@ def test_the_exact_variant_has_the_law_of_head_1(tmp_path, n, vocab, tokens, ste
 )
 def test_bad_options_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
-        Dynamo(**changes)
+        Dynamo(**{"counts": "some", **changes})
 
 
 def test_counts_must_be_given():
-    for decoder in (Dynamo(), DynamoExact()):
+    for kind in (Dynamo, DynamoExact):
         with pytest.raises(UserError, match="counts is empty"):
-            case().generator.generate(["b"], max_new_tokens=2, decoder=decoder)
+            kind()
+        assert kind(alpha=0.0).tables("letters", V) is None
+        with pytest.raises(UserError, match="nowhere cannot be read"):
+            kind(counts="nowhere").tables("letters", V)

@@ -20,6 +20,7 @@ text, F what is kept of each token, P nodes of a path, V vocabulary.
 """
 
 import dataclasses
+import functools
 import math
 from typing import ClassVar
 
@@ -75,9 +76,9 @@ class _Search:
 class Beam:
     """Beam search; not the text of plain, but of ordinary beam search."""
 
-    beams: int = option(4, "beams of a prompt (4)")
-    length_penalty: float = option(1.0, "power of the length that scores are over (1)")
-    lookahead: float = option(0.0, "weight of the other heads in the choice (0)")
+    beams: int = option(4, "beams of a prompt")
+    length_penalty: float = option(1.0, "power of the length that scores are over")
+    lookahead: float = option(0.0, "weight of the other heads in the choice")
 
     lossy: ClassVar[bool] = True
 
@@ -229,53 +230,19 @@ class Beam:
         top_RWC, ids_RWC = lax.top_k(
             log_p_RWV, min(2 * self.beams, log_p_RWV.shape[-1])
         )
-        count = state.length_B.shape[0]
         forward_R = jnp.zeros_like(state.length_B) + (state.forward + 1)
-        eos_id = state.eos_id
-
-        def one(carry, text_KFE, length_K, limit_K, done_K, forward_K, *nodes):
-            zero_K = jnp.zeros_like(length_K)
-            search = _Search(
-                score_K=carry.score_R,
-                text_KFE=text_KFE,
-                row_K=zero_K + jnp.arange(self.beams),
-                node_K=zero_K,
-                last_K=zero_K,
-                ended_score_K=carry.ended_score_R,
-                ended_length_K=carry.ended_length_R,
-                ended_KFE=carry.ended_RFE,
-                length=length_K[0],
-                done=done_K[0],
-                active=~done_K[0],
-            )
-            for level in range(tree.depth + 1):
-                bounds = (carry.start_R[0], limit_K[0], eos_id)
-                marks = (forward_K[0], level, length_K[0])
-                new = self._level(search, tree, nodes, bounds, marks)
-                search = jax.tree.map(
-                    lambda new, old, on=search.active: jnp.where(on, new, old),
-                    new,
-                    search,
-                )
-            ended = search.ended_score_K, search.ended_length_K, search.ended_KFE
-            of_prompt = zero_K + search.length, (zero_K + search.done) > 0
-            beams = search.score_K, search.text_KFE, search.row_K, search.last_K
-            return *beams, *ended, *of_prompt
-
-        nodes = (top_RWC, ids_RWC, ahead_RW, tokens_RW)
         score, text, row, last, ended_score, ended_length, ended, length, done = (
             self._by_prompt(
-                one,
+                functools.partial(self._search, tree, state.eos_id),
                 dataclasses.replace(carry, drafts_RMI=jnp.zeros_like(forward_R)),
                 _texts(state),
                 state.length_B,
                 state.limit_B,
                 state.done_B,
                 forward_R,
-                *nodes,
+                (top_RWC, ids_RWC, ahead_RW, tokens_RW),
             )
         )
-        assert text.shape[0] == count
         seen_BV = state.seen_BV
         if seen_BV is not None:
             seen_BV = self._by_prompt(_with_tokens, seen_BV, row, text, length)
@@ -297,6 +264,35 @@ class Beam:
             carry=carry,
         )
         return state, row, last
+
+    def _search(
+        self, tree, eos_id, carry, text_KFE, length_K, limit_K, done_K, forward_K, nodes
+    ):
+        """The beams of a prompt after as many levels as they stay in their trees."""
+        zero_K = jnp.zeros_like(length_K)
+        search = _Search(
+            score_K=carry.score_R,
+            text_KFE=text_KFE,
+            row_K=zero_K + jnp.arange(self.beams),
+            node_K=zero_K,
+            last_K=zero_K,
+            ended_score_K=carry.ended_score_R,
+            ended_length_K=carry.ended_length_R,
+            ended_KFE=carry.ended_RFE,
+            length=length_K[0],
+            done=done_K[0],
+            active=~done_K[0],
+        )
+        bounds = (carry.start_R[0], limit_K[0], eos_id)
+        for level in range(tree.depth + 1):
+            marks = (forward_K[0], level, length_K[0])
+            new = self._level(search, tree, nodes, bounds, marks)
+            choose = functools.partial(jnp.where, search.active)
+            search = jax.tree.map(choose, new, search)
+        ended = search.ended_score_K, search.ended_length_K, search.ended_KFE
+        of_prompt = zero_K + search.length, (zero_K + search.done) > 0
+        beams = search.score_K, search.text_KFE, search.row_K, search.last_K
+        return *beams, *ended, *of_prompt
 
     def _level(self, old, tree, nodes, bounds, marks):
         """The search with every beam one token longer."""

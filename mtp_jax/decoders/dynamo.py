@@ -78,17 +78,17 @@ class Dynamo:
     """Draws runs of 1 to n tokens from the heads' corrected joint law; lossy."""
 
     counts: str = option("", "file of the verb count")
-    threshold: float = option(0.5, "0: always n tokens a pass; 1: always one (0.5)")
-    alpha: float = option(1.0, "power of the co-occurrence correction; 0: none (1)")
-    adaptive: bool = option(True, "Otsu's threshold of the blurred joint (true)")
-    candidates: int = option(50, "most tokens of a head that are considered (50)")
-    cells: int = option(16384, "most runs that are considered (16384)")
+    threshold: float = option(0.5, "0: always n tokens a pass; 1: always one")
+    alpha: float = option(1.0, "power of the co-occurrence correction; 0: none")
+    adaptive: bool = option(True, "Otsu's threshold of the blurred joint")
+    candidates: int = option(50, "most tokens of a head that are considered")
+    cells: int = option(16384, "most runs that are considered")
 
     lossy: ClassVar[bool] = True
     unverified: ClassVar[bool] = True  # the i-th token of a pass is head i's
 
     def __post_init__(self):
-        check_correction(self.alpha, self.candidates)
+        check_correction(self.counts, self.alpha, self.candidates)
         if not 0 <= self.threshold <= 1:
             raise UserError(f"threshold is {self.threshold}; it must be 0 to 1.")
         if self.cells < 1:

@@ -36,13 +36,13 @@ class DynamoExact:
     """Drafts are drawn from the heads' corrected joint; exact, greedy or sampled."""
 
     counts: str = option("", "file of the verb count")
-    alpha: float = option(1.0, "power of the co-occurrence correction; 0: none (1)")
-    candidates: int = option(50, "most tokens of a head that are considered (50)")
+    alpha: float = option(1.0, "power of the co-occurrence correction; 0: none")
+    candidates: int = option(50, "most tokens of a head that are considered")
 
     lossy: ClassVar[bool] = False
 
     def __post_init__(self):
-        check_correction(self.alpha, self.candidates)
+        check_correction(self.counts, self.alpha, self.candidates)
 
     def heads(self, n: int) -> int:
         """All of them."""
@@ -90,6 +90,12 @@ class DynamoExact:
             return Drafts(state.tokens_BE[:, :0], probs_BMV)
         token_BM = jax.sharding.reshard(jnp.stack(tokens, 1), spec("batch", None))
         return Drafts(token_BM, jnp.stack(laws, axis=1))
+
+    def accept(
+        self, p_BNV: jax.Array, q_BMV: jax.Array, drafts_BM: jax.Array, draws: Draws
+    ) -> tuple[jax.Array, jax.Array]:
+        """`speculative.accept`."""
+        return speculative.accept(p_BNV, q_BMV, drafts_BM, draws)
 
     def _corrected(self, tables, before_B, last_B, probs_BV):
         """The law of a draft after two tokens, [B, V]."""

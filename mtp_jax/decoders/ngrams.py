@@ -49,7 +49,7 @@ def option(default: Any, text: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": text})
 
 
-def check_correction(alpha: float, candidates: int) -> None:
+def check_correction(counts: str, alpha: float, candidates: int) -> None:
     """Checks the fields of a decoder that corrects joint laws.
 
     Raises:
@@ -59,6 +59,11 @@ def check_correction(alpha: float, candidates: int) -> None:
         raise UserError(f"alpha is {alpha}; it must be 0 or more.")
     if candidates < 1:
         raise UserError(f"candidates is {candidates}; it must be at least 1.")
+    if alpha and not counts:
+        raise UserError(
+            "counts is empty; give the file that `mtp-jax count --input=CORPUS "
+            "--output=FILE` writes, or alpha=0 for no correction."
+        )
 
 
 def read_tables(
@@ -69,15 +74,10 @@ def read_tables(
     None if alpha is 0: then nothing is corrected.
 
     Raises:
-      UserError: no file given, one that does not fit, or one that is too large.
+      UserError: no such file, one that does not fit, or one that is too large.
     """
     if alpha == 0:
         return None
-    if not path:
-        raise UserError(
-            "counts is empty; give the file that `mtp-jax count --input=CORPUS "
-            "--output=FILE` writes, or alpha=0 for no correction."
-        )
     return tables_of(load(path, fingerprint), vocab_size)
 
 

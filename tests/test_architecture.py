@@ -22,7 +22,7 @@ LAYERS = [
     {"heads", "decode_model", "cross_entropy"},
     {"head_loss", "cache"},
     {"losses", "optim", "decoders.sampling", "decoders.token_tree"},
-    {"decoders.state", "decoders.ngrams"},
+    {"decoders.state", "decoders.ngrams", "decoders.beam_search"},
     {"decoders.plain", "decoders.blockwise", "decoders.speculative", "decoders.tree"},
     {"decoders.typical", "decoders.dynamo", "decoders.dynamo_exact", "decoders.beam"},
     {"decoders"},

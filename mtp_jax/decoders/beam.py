@@ -15,30 +15,27 @@ heads say after their common part: the log probability of the most likely token 
 It is no part of the score. All heads then read the tree.
 
 Axes: R rows, K beams of a prompt, B prompts, W nodes of the tree, M drafting heads, C
-continuations of a node, X the best of all beams, I candidates of a head, E tokens of a
-text, F what is kept of each token, P nodes of a path, V vocabulary.
+continuations of a node, I candidates of a head, E tokens of a text, F what is kept of
+each token, P nodes of a path, V vocabulary.
 """
 
 import dataclasses
-import functools
 import math
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from mtp_jax.cache import Cache, chain, keep_path, run_head, run_heads_at
 from mtp_jax.decode_model import DecodeModel
+from mtp_jax.decoders.beam_search import KEPT, Search, advance
 from mtp_jax.decoders.ngrams import option
 from mtp_jax.decoders.state import DecodeState, next_logits
 from mtp_jax.decoders.token_tree import TokenTree, default_tree
 from mtp_jax.decoders.tree import read_nodes
 from mtp_jax.errors import UserError
 from mtp_jax.sharding import spec
-
-_KEPT = ("tokens_BE", "forward_BE", "agreed_BE", "departed_BE")
 
 
 @jax.tree_util.register_dataclass
@@ -52,24 +49,6 @@ class _Carry:
     ended_score_R: jax.Array  # of hypotheses, best first; -inf: none
     ended_length_R: jax.Array
     ended_RFE: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Search:
-    """The beams of a prompt within a forward pass."""
-
-    score_K: jax.Array
-    text_KFE: jax.Array
-    row_K: jax.Array  # which beam of before each comes from
-    node_K: jax.Array  # the node that the next token comes after
-    last_K: jax.Array  # the node that the last token comes after
-    ended_score_K: jax.Array
-    ended_length_K: jax.Array
-    ended_KFE: jax.Array
-    length: jax.Array
-    done: jax.Array
-    active: jax.Array  # whether it advances once more in this pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +163,7 @@ class Beam:
             state.length_B,
             state.done_B,
         )
-        kept = {name: text_BFE[:, f] for f, name in enumerate(_KEPT)}
+        kept = {name: text_BFE[:, f] for f, name in enumerate(KEPT)}
         return dataclasses.replace(state, **kept, length_B=length_B, done_B=done_B)
 
     def _drafts(self, model: DecodeModel, heads_RMD: jax.Array) -> jax.Array:
@@ -231,9 +210,33 @@ class Beam:
             log_p_RWV, min(2 * self.beams, log_p_RWV.shape[-1])
         )
         forward_R = jnp.zeros_like(state.length_B) + (state.forward + 1)
+
+        def one(carry, text_KFE, length_K, limit_K, done_K, forward_K, nodes):
+            zero_K = jnp.zeros_like(length_K)
+            search = Search(
+                score_K=carry.score_R,
+                text_KFE=text_KFE,
+                row_K=zero_K + jnp.arange(self.beams),
+                node_K=zero_K,
+                last_K=zero_K,
+                ended_score_K=carry.ended_score_R,
+                ended_length_K=carry.ended_length_R,
+                ended_KFE=carry.ended_RFE,
+                length=length_K[0],
+                done=done_K[0],
+                active=~done_K[0],
+            )
+            bounds = (carry.start_R[0], limit_K[0], state.eos_id)
+            penalty = self.length_penalty
+            search = advance(search, tree, penalty, nodes, bounds, forward_K[0])
+            ended = search.ended_score_K, search.ended_length_K, search.ended_KFE
+            of_prompt = zero_K + search.length, (zero_K + search.done) > 0
+            beams = search.score_K, search.text_KFE, search.row_K, search.last_K
+            return *beams, *ended, *of_prompt
+
         score, text, row, last, ended_score, ended_length, ended, length, done = (
             self._by_prompt(
-                functools.partial(self._search, tree, state.eos_id),
+                one,
                 dataclasses.replace(carry, drafts_RMI=jnp.zeros_like(forward_R)),
                 _texts(state),
                 state.length_B,
@@ -255,7 +258,7 @@ class Beam:
         )
         state = dataclasses.replace(
             state,
-            **{name: text[:, f] for f, name in enumerate(_KEPT)},
+            **{name: text[:, f] for f, name in enumerate(KEPT)},
             length_B=length,
             done_B=done,
             forward=state.forward + 1,
@@ -264,100 +267,6 @@ class Beam:
             carry=carry,
         )
         return state, row, last
-
-    def _search(
-        self, tree, eos_id, carry, text_KFE, length_K, limit_K, done_K, forward_K, nodes
-    ):
-        """The beams of a prompt after as many levels as they stay in their trees."""
-        zero_K = jnp.zeros_like(length_K)
-        search = _Search(
-            score_K=carry.score_R,
-            text_KFE=text_KFE,
-            row_K=zero_K + jnp.arange(self.beams),
-            node_K=zero_K,
-            last_K=zero_K,
-            ended_score_K=carry.ended_score_R,
-            ended_length_K=carry.ended_length_R,
-            ended_KFE=carry.ended_RFE,
-            length=length_K[0],
-            done=done_K[0],
-            active=~done_K[0],
-        )
-        bounds = (carry.start_R[0], limit_K[0], eos_id)
-        for level in range(tree.depth + 1):
-            marks = (forward_K[0], level, length_K[0])
-            new = self._level(search, tree, nodes, bounds, marks)
-            choose = functools.partial(jnp.where, search.active)
-            search = jax.tree.map(choose, new, search)
-        ended = search.ended_score_K, search.ended_length_K, search.ended_KFE
-        of_prompt = zero_K + search.length, (zero_K + search.done) > 0
-        beams = search.score_K, search.text_KFE, search.row_K, search.last_K
-        return *beams, *ended, *of_prompt
-
-    def _level(self, old, tree, nodes, bounds, marks):
-        """The search with every beam one token longer."""
-        top_KWC, ids_KWC, ahead_KW, tokens_KW = nodes
-        start, limit, eos_id = bounds
-        forward, level, first = marks
-        k, c, e = self.beams, top_KWC.shape[-1], old.text_KFE.shape[-1]
-        length = old.length + 1
-        norm = (length - start).astype(jnp.float32) ** self.length_penalty
-
-        here = (old.row_K, old.node_K)
-        score_KC = old.score_K[:, None] + top_KWC[here]
-        choice_KC = score_KC + ahead_KW[here][:, None]
-        # Twice as many as go on, for at most as many may end.
-        choice_X, which_X = lax.top_k(choice_KC.reshape(-1), min(2 * k, k * c))
-        score_X = score_KC.reshape(-1)[which_X]
-        token_X = ids_KWC[here].reshape(-1)[which_X]
-        from_X = which_X // c
-        departs_X = (which_X % c > 0).astype(jnp.int32)
-        level_X, forward_X = jnp.full_like(token_X, level), jnp.zeros_like(token_X)
-        new_XF = [token_X, forward_X + forward, level_X, departs_X]
-        place_1E = jnp.arange(e)[None]
-        is_new_FE = (place_1E == old.length) & np.ones((len(_KEPT), 1), bool)
-        # How far the pass came is a mark of all that it wrote.
-        is_agreed_F1 = np.array([name == "agreed_BE" for name in _KEPT])[:, None]
-        is_new_FE |= is_agreed_F1 & (place_1E >= first) & (place_1E <= old.length)
-        text_XFE = jnp.where(
-            is_new_FE[None],
-            jnp.stack(new_XF, axis=1)[:, :, None],
-            old.text_KFE[from_X],
-        )
-
-        ends_X = (token_X == eos_id) | (length >= limit)
-        may_X = ends_X & (jnp.arange(ends_X.size) < k)
-        final_X = jnp.where(may_X, score_X / norm, -jnp.inf)
-        ended_K, best_K = lax.top_k(jnp.concatenate([old.ended_score_K, final_X]), k)
-        texts = jnp.concatenate([old.ended_KFE, text_XFE])
-        lengths = jnp.concatenate(
-            [old.ended_length_K, jnp.zeros_like(token_X) + length]
-        )
-
-        on_K = lax.top_k(jnp.where(ends_X, -jnp.inf, choice_X), k)[1]
-        score_K = jnp.where(ends_X, -jnp.inf, score_X)[on_K]
-        alive_K = score_K > -jnp.inf
-        full = jnp.all(ended_K > -jnp.inf)
-        hopeless = full & (jnp.max(score_K) / norm <= jnp.min(ended_K))
-        done = (length >= limit) | hopeless | ~jnp.any(alive_K)
-
-        row_K, last_K = old.row_K[from_X[on_K]], old.node_K[from_X[on_K]]
-        is_child_KW = jnp.asarray(tree.parent_W)[None] == last_K[:, None]
-        is_child_KW &= tokens_KW[row_K] == token_X[on_K][:, None]
-        drafted_K = jnp.any(is_child_KW, axis=1)
-        return _Search(
-            score_K=score_K,
-            text_KFE=text_XFE[on_K],
-            row_K=row_K,
-            node_K=jnp.argmax(is_child_KW, axis=1).astype(jnp.int32),
-            last_K=last_K,
-            ended_score_K=ended_K,
-            ended_length_K=lengths[best_K],
-            ended_KFE=texts[best_K],
-            length=length,
-            done=done,
-            active=old.active & ~done & jnp.all(drafted_K | ~alive_K),
-        )
 
     def _by_prompt(self, f, *args):
         """f of each prompt, whose rows of arrays [R, ...] it is given as [K, ...]."""
@@ -392,14 +301,14 @@ def _tree(heads: int, vocab: int) -> TokenTree:
 
 
 def _texts(state: DecodeState) -> jax.Array:
-    """The arrays of _KEPT, [R, F, E]."""
-    texts = jnp.stack([getattr(state, name) for name in _KEPT], axis=1)
+    """The arrays of KEPT, [R, F, E]."""
+    texts = jnp.stack([getattr(state, name) for name in KEPT], axis=1)
     return jax.sharding.reshard(texts, spec("batch", None, None))
 
 
 def _with_tokens(seen_KV, row_K, text_KFE, length_K):
     """Which tokens each beam has, from what the beam before it had."""
-    tokens_KE = text_KFE[:, _KEPT.index("tokens_BE")]
+    tokens_KE = text_KFE[:, KEPT.index("tokens_BE")]
     inside_KE = jnp.arange(tokens_KE.shape[1])[None] < length_K[:, None]
     rows_K1 = jnp.arange(row_K.size)[:, None]
     return seen_KV[row_K].at[rows_K1, tokens_KE].max(inside_KE)

@@ -39,6 +39,9 @@ def compare(
     plain_speed, differs = 0.0, False
     for name in ["plain", *(name for name in decoders if name != "plain")]:
         decoder = decoders[name]
+        if not greedy and getattr(decoder, "draws_nothing", False):
+            print(f"{name} left out: it draws nothing, and temperature is above 0")
+            continue
         runs = [
             generator.generate(prompts, decoder=decoder, sampling=sampling, **settings)
             for _ in range(_REPEATS)

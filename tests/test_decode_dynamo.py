@@ -19,7 +19,7 @@ from mtp_jax.config import MeshConfig
 from mtp_jax.corpus import Corpus
 from mtp_jax.decode import Generator
 from mtp_jax.decode_batch import _prompts
-from mtp_jax.decode_model import build
+from mtp_jax.decode_model import build, unstack
 from mtp_jax.decoders.dynamo import Dynamo, blur, otsu
 from mtp_jax.decoders.dynamo_exact import DynamoExact
 from mtp_jax.decoders.ngrams import log_joint_ratio, log_next_ratio, tables_of
@@ -248,6 +248,7 @@ def test_blur_and_otsu_are_what_they_are_called():
 class Case:
     cfg: object
     generator: Generator
+    params: object
     prompts: list[np.ndarray]
     logits: object  # of rows of tokens, [N, B, T, V]
 
@@ -275,7 +276,8 @@ def case(n=N, vocab=V, eos_id=EOS):
         with jax.set_mesh(mesh):
             return np.asarray(said(params, on_mesh(tokens_BT)), np.float64)
 
-    return Case(cfg, Generator(cfg, sharper, Letters(eos_id), mesh), prompts, logits)
+    generator = Generator(cfg, sharper, Letters(eos_id), mesh)
+    return Case(cfg, generator, sharper, prompts, logits)
 
 
 def softmax(x):
@@ -439,7 +441,7 @@ def test_the_exact_variant_has_the_law_of_head_1(tmp_path, n, vocab, tokens, ste
     prompt, sampling = c.prompts[2] % vocab, Sampling(temperature=0.8)
     m = n - 1
     with jax.set_mesh(one_device()):
-        params = {**c.generator._params}
+        params = unstack(c.cfg, c.params)
         params["tables"] = jax.device_put(
             decoder.tables("letters", vocab), jax.NamedSharding(one_device(), jax.P())
         )

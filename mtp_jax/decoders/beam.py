@@ -60,6 +60,7 @@ class Beam:
     lookahead: float = option(0.0, "weight of the other heads in the choice")
 
     lossy: ClassVar[bool] = True
+    draws_nothing: ClassVar[bool] = True  # so it is for temperature 0 alone
 
     def __post_init__(self):
         if self.beams < 1:

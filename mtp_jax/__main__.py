@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import sys
 
 from mtp_jax import hosts
@@ -41,9 +42,7 @@ _VERBS = (
 
 def main() -> int:
     """Runs a verb; the exit code is 0, 1 for a run that failed, 2 for bad input."""
-    # XLA runs the collectives of all local CPU devices on one pool of threads, one a
-    # core; with more devices than threads they wait for each other for ever.
-    os.environ.setdefault("NPROC", str(max(16, os.cpu_count() or 1)))
+    os.environ.setdefault("NPROC", str(_threads()))
     verb, argv = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     if verb in ("-h", "--help"):
         print(_USAGE)
@@ -63,6 +62,20 @@ def main() -> int:
             print(f"mtp-jax: {error}", file=sys.stderr)
             return 1
         raise
+
+
+def _threads() -> int:
+    """Of XLA's pool on CPUs.
+
+    It runs the collectives of all local devices, by default on a thread a core; with
+    fewer than two a device they may wait for each other for ever. More than that would
+    only be in each other's way.
+    """
+    flag = r"--xla_force_host_platform_device_count=(\d+)"
+    match = re.search(flag, os.environ.get("XLA_FLAGS", ""))
+    asked = os.environ.get("JAX_NUM_CPU_DEVICES") or (match[1] if match else "1")
+    devices = int(asked) if asked.isdecimal() else 1  # JAX will say what is wrong
+    return max(2 * devices, os.cpu_count() or 1)
 
 
 if __name__ == "__main__":

@@ -244,7 +244,7 @@ class Generator:
                 self._params, self._given = unstack(self.cfg, self._given), None
             params = {**self._params, "heads": self._params["heads"][:heads]}
             if isinstance(decoder, Reading):
-                params["tables"] = self._tables_of(decoder)
+                params["tables"] = self.tables_of(decoder)
             batch = Batch(
                 self._programs,
                 params,
@@ -259,7 +259,7 @@ class Generator:
             batch.begin()
         return batch
 
-    def _tables_of(self, decoder: Reading) -> Any:
+    def tables_of(self, decoder: Reading) -> Any:
         """What a decoder reads besides the model, on every device."""
         if decoder not in self._tables:
             tables = decoder.tables(self.tokenizer.fingerprint, self.cfg.vocab_size)

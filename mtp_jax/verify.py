@@ -17,7 +17,7 @@ from mtp_jax.decode_program import Programs
 from mtp_jax.decoder_args import decoder_of_spec, fitting
 from mtp_jax.decoders.plain import Plain
 from mtp_jax.decoders.sampling import Sampling
-from mtp_jax.decoders.state import Decoder
+from mtp_jax.decoders.state import Decoder, Reading
 from mtp_jax.enumerate_law import (
     TooManyDraws,
     decoder_law,
@@ -238,10 +238,12 @@ class _Verifier:
             right = [self._right_law(number) for number in range(count)]
 
             def furthest(decoder: Decoder, heads: int, count: int) -> float:
-                kept = params["heads"][: decoder.heads(heads)]
+                kept = {**params, "heads": params["heads"][: decoder.heads(heads)]}
+                if isinstance(decoder, Reading):
+                    kept["tables"] = self.generator.tables_of(decoder)
                 laws = [
                     decoder_law(
-                        programs, {**params, "heads": kept}, decoder,
+                        programs, kept, decoder,
                         self.ids(number), args.law_tokens, self.sampling,
                         rows=_rows_at_a_time(cfg, max(args.prompt_tokens)),
                     )
@@ -309,7 +311,7 @@ def _rows_at_a_time(cfg: ModelConfig, prompt_tokens: int) -> int:
     return min(256, max(8, 2**28 // row_bytes))
 
 
-_row = "{:<12}{:<16}{:<26}{:>9}  {:<28}{}".format
+_row = "{:<12}{:<16} {:<26} {:>8}  {:<28}{}".format
 
 
 def _shown(check: Check, verifier: _Verifier) -> str:

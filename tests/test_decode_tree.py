@@ -276,12 +276,11 @@ def test_the_mesh_does_not_change_the_text(decoder):
         assert [getattr(r, name) for r in results] == [getattr(r, name) for r in one]
 
 
-def test_a_model_with_one_head_has_a_tree_of_the_root_alone():
+def test_a_model_with_one_head_has_nothing_to_make_a_tree_of():
     c = case(1, 2)
-    results = c.generator.generate(c.prompts, max_new_tokens=NEW, decoder="tree")
-    for result, text in zip(results, c.texts, strict=True):
-        assert (result.tokens, result.finish) == expected(text, c.eos_id)
-        assert result.tokens_per_forward == 1.0
+    for name in ("tree", "typical"):
+        with pytest.raises(UserError, match=f"{name} drafts .* the model has 1"):
+            c.generator.generate(c.prompts, max_new_tokens=NEW, decoder=name)
 
 
 def fresh_cache(cfg, params, tokens_BT, heads):

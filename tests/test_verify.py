@@ -55,7 +55,7 @@ def test_exact_decoders_pass_and_what_is_lossy_is_left_out(
 ):
     lossy = dataclasses.make_dataclass("Lossy", [], bases=(Trusting,), frozen=True)
     lossy.lossy = True
-    only = {name: DECODERS[name] for name in ("plain", "speculative")}
+    only = {name: DECODERS[name] for name in ("plain", "speculative", "dynamo_exact")}
     monkeypatch.setattr("mtp_jax.decoder_args.DECODERS", {**only, "lossy": lossy})
 
     assert verify.main(FEW) == 0
@@ -65,7 +65,11 @@ def test_exact_decoders_pass_and_what_is_lossy_is_left_out(
     assert ["equal", "texts", "speculative", "batch"] in rows
     assert out.count("0 differ, 0 at near-ties") == 3  # plain at another size, too
     assert out.count("caught") == 3 and "not caught" not in out
-    assert "left out: lossy" in out and "drafting changes nothing" in out
+    assert (
+        "left out: lossy" in out
+        and "left out: dynamo_exact (counts" in out
+        and "drafting changes nothing" in out
+    )
 
 
 def test_a_broken_decoder_fails_and_is_told_where(restored, capsys, monkeypatch):

@@ -421,10 +421,8 @@ def branched(state, draws):
         more = np.repeat(np.asarray(x), len(forced), axis=0) if x.ndim else x
         return jax.device_put(more, x.sharding)
 
-    law, agreed_N = state.law, state.agreed_N
-    state = dataclasses.replace(state, law=None, agreed_N=None)
+    law, state = state.law, dataclasses.replace(state, law=None)
     state = jax.tree.map(repeated, state)
-    state = dataclasses.replace(state, agreed_N=agreed_N)
     chance = dataclasses.replace(
         state.chance, forced_BJ=jnp.asarray(np.tile(forced, (b, 1)))
     )

@@ -29,7 +29,8 @@ from benchmarks.timing import (
 from mtp_jax.config import Config, HeadLoss
 from mtp_jax.head_loss import Targets, head_loss
 from mtp_jax.heads import Rows
-from mtp_jax.losses import future_targets
+from mtp_jax.losses import future_targets, split_time
+from mtp_jax.sharding import spec
 from mtp_jax.train_step import model_builder
 
 FORMS = get_args(HeadLoss)
@@ -82,15 +83,17 @@ def _head_part(cfg: Config) -> tuple[Callable[[], object], int]:
     batch = {name: x[0] for name, x in random_batch(cfg).items()}
     shape = (cfg.data.batch_size, cfg.data.seq_len, cfg.model.d_model)
     trunk_BTD = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
-    trunk_BTD = jax.device_put(trunk_BTD, batch["tokens"].sharding)
+    trunk_BTD = jax.sharding.reshard(trunk_BTD, spec("batch", "time", None))
 
     @jax.jit
     def gradients(params, trunk_BTD, rest, batch):
         def loss_of(params, trunk_BTD):
             model = build(params | rest)
-            token_NBT, valid_NBT = future_targets(batch["tokens"], batch["segments"], n)
+            token_NBT, valid_NBT = map(
+                split_time, future_targets(batch["tokens"], batch["segments"], n)
+            )
             weight_NBT = valid_NBT / jnp.sum(valid_NBT)
-            angles_BTk = model.angles(batch["positions"][:, :-n])
+            angles_BTk = model.angles(split_time(batch["positions"][:, :-n]))
             rows = Rows(angles_BTk, batch["segments"][:, :-n])
             targets = Targets(token_NBT, weight_NBT)
             return head_loss(model, trunk_BTD, rows, targets, 0.0, cfg.compute)[0]

@@ -32,12 +32,12 @@ HELDOUT_LOSS = "heldout_loss"  # the metric that keep_best compares, smaller is 
 class Checkpoints:
     """The checkpoints of a workdir, in its folder `checkpoints`."""
 
-    def __init__(self, workdir: epath.Path, cfg: CheckpointConfig | None = None):
+    def __init__(self, workdir: epath.PathLike, cfg: CheckpointConfig | None = None):
         """Opens them; without cfg nothing is ever deleted (reading)."""
         # Orbax logs the traceback of a failed save in every thread it passes through,
         # and then raises it all the same.
         absl.logging.set_verbosity(absl.logging.FATAL)
-        self.folder = workdir / "checkpoints"
+        self.folder = epath.Path(workdir) / "checkpoints"
         if cfg is not None and jax.process_index() == 0:
             for part in self.folder.glob("*.orbax-checkpoint-tmp"):
                 part.rmtree()  # a save that a crash cut short

@@ -101,10 +101,10 @@ def batch_loss(
     n = model.cfg.n_future_tokens
     # Every device has its rows whole, and so whatever its positions must predict.
     token_NBT, valid_NBT = map(
-        _split_time, future_targets(batch["tokens"], batch["segments"], n)
+        split_time, future_targets(batch["tokens"], batch["segments"], n)
     )
-    tokens_BT = _split_time(batch["tokens"][:, :-n])
-    positions_BT = _split_time(batch["positions"][:, :-n])
+    tokens_BT = split_time(batch["tokens"][:, :-n])
+    positions_BT = split_time(batch["positions"][:, :-n])
     rows = Rows(model.angles(positions_BT), batch["segments"][:, :-n])
     trunk_BTD = run_trunk(
         model,
@@ -118,7 +118,7 @@ def batch_loss(
     return loss, _sums(scores, token_NBT, valid_NBT)
 
 
-def _split_time(x_BT: jax.Array) -> jax.Array:
+def split_time(x_BT: jax.Array) -> jax.Array:
     """Whole rows [..., B, T], laid out over the devices that share them."""
     parts = jax.sharding.get_abstract_mesh().shape["sequence"]
     outer = (None,) * (x_BT.ndim - 2)
@@ -127,7 +127,7 @@ def _split_time(x_BT: jax.Array) -> jax.Array:
 
 
 def _whole_time(x_BT: jax.Array) -> jax.Array:
-    """The inverse of `_split_time`, of [B, T]."""
+    """The inverse of `split_time`, of [B, T]."""
     parts = time_parts(x_BT)
     whole_BT = jax.sharding.reshard(x_BT, spec("batch", None))
     return zigzag.restore(whole_BT, parts, axis=-1)
@@ -170,7 +170,7 @@ def _acceptance(said_NBT: jax.Array, valid_NBT: jax.Array) -> dict[str, jax.Arra
     for i in range(1, n):
         # Shifted by a pad of -i: jax 0.12 loses the sharding of a slice of one row.
         spoken_BT = jax.lax.pad(first_BT, jnp.int32(-1), [(0, 0, 0), (-i, i, 0)])
-        prefix_BT = prefix_BT & (said_NBT[i] == _split_time(spoken_BT))
+        prefix_BT = prefix_BT & (said_NBT[i] == split_time(spoken_BT))
         accepted.append(prefix_BT)
     accepted_N = jnp.sum(jnp.stack(accepted), axis=(1, 2), dtype=jnp.float32)
     return {"windows": accepted_N[0], "accepted_N": accepted_N}

@@ -87,13 +87,13 @@ def test_what_a_stop_string_leaves_of_a_token_is_shown():
 
 def test_the_terminal_shows_the_text_and_is_not_steered_by_it():
     result = generation()
-    shown = terminal(result, BYTES)
-    assert "\x1b[2J" not in shown
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
+    seen = terminal(result, BYTES)
+    assert "\x1b[2J" not in seen
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", seen)
     assert plain == shown(result)
-    coloured = re.findall(r"\x1b\[38;5;16;48;5;(\d+)m(.*?)\x1b\[0m", shown)
+    coloured = re.findall(r"\x1b\[38;5;16;48;5;(\d+)m(.*?)\x1b\[0m", seen)
     assert len({colour for colour, _ in coloured}) == 3, "heads 2, 3 and 4"
-    assert not re.search(r"m[^\x1b]*\n[^\x1b]*\x1b\[0m", shown), "no colour over an end"
+    assert not re.search(r"m[^\x1b]*\n[^\x1b]*\x1b\[0m", seen), "no colour over an end"
     assert "head 4" in terminal_legend([result])
 
 

@@ -80,7 +80,7 @@ class Dynamo:
     counts: str = option("", "file of the verb count")
     threshold: float = option(0.5, "0: always n tokens a pass; 1: always one")
     alpha: float = option(1.0, "power of the co-occurrence correction; 0: none")
-    adaptive: bool = option(True, "Otsu's threshold of the blurred joint")
+    otsu: bool = option(True, "Otsu's threshold of the blurred joint")
     candidates: int = option(50, "most tokens of a head that are considered")
     cells: int = option(16384, "most runs that are considered")
 
@@ -216,7 +216,7 @@ class Dynamo:
             log_joint = corrected
         log_joint -= jnp.maximum(jax.nn.logsumexp(log_joint), 0.0)
         log_joint = jnp.where(log_joint > self._bound(m), log_joint, -jnp.inf)
-        if self.adaptive:
+        if self.otsu:
             top = jnp.maximum(jnp.max(log_joint), jnp.finfo(jnp.float32).min)
             scaled = jnp.exp(log_joint - top)
             log_joint = jnp.where(

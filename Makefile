@@ -14,7 +14,7 @@ quickstart: .venv/installed
 	    --exclude=idlelib --exclude=lib2to3 --exclude=turtledemo
 	$(RUN) train --config=configs/quickstart.py --workdir=$(QUICKSTART)
 	$(RUN) evaluate --workdir=$(QUICKSTART)
-	$(RUN) generate --workdir=$(QUICKSTART) --heldout=64 --max_new_tokens=256 --compare
+	$(RUN) generate --workdir=$(QUICKSTART) --heldout=16 --max_new_tokens=128 --compare
 	$(RUN) generate --workdir=$(QUICKSTART) --prompt='def read_' --max_new_tokens=200
 
 test: .venv/installed

@@ -1,6 +1,5 @@
 """A model's trunk and head 1 as Hugging Face's Llama: an ordinary transformer."""
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -17,30 +16,40 @@ def llama_of(cfg: ModelConfig, params: Any, positions: int) -> Any:
       positions: the longest text.
     """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    one = dataclasses.replace(cfg.with_heads(1), tie_embeddings=False)
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=one.vocab_size,
-            hidden_size=one.d_model,
-            intermediate_size=one.d_ff,
-            num_hidden_layers=one.num_layers,
-            num_attention_heads=one.num_query_heads,
-            num_key_value_heads=one.num_kv_heads,
-            head_dim=one.d_head,
-            rms_norm_eps=one.norm_eps,
-            rope_theta=one.rope_theta,
-            max_position_embeddings=positions,
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    )
+    llama = new_llama(cfg.with_heads(1), positions)
     weights = llama_weights(params)
     arrays = {k: torch.tensor(np.array(w, np.float32)) for k, w in weights.items()}
     llama.load_state_dict(arrays, strict=True)
     return llama.eval()
+
+
+def new_llama(cfg: ModelConfig, positions: int, **changed: Any) -> Any:
+    """LlamaForCausalLM of the shape of a model of one head, its weights random.
+
+    Args:
+      cfg: of the model; the output matrix is untied, as one that is given may differ.
+      positions: the longest text.
+      changed: other arguments of LlamaConfig.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    of = {
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.d_model,
+        "intermediate_size": cfg.d_ff,
+        "num_hidden_layers": cfg.num_layers,
+        "num_attention_heads": cfg.num_query_heads,
+        "num_key_value_heads": cfg.num_kv_heads,
+        "head_dim": cfg.d_head,
+        "rms_norm_eps": cfg.norm_eps,
+        "rope_theta": cfg.rope_theta,
+        "max_position_embeddings": positions,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return LlamaForCausalLM(LlamaConfig(**of, **changed))
 
 
 def llama_weights(params: Any) -> dict[str, np.ndarray]:

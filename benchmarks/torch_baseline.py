@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from benchmarks.hf_llama import new_llama
 from benchmarks.timing import (
     Training,
     config_of,
@@ -85,23 +86,8 @@ def _torch_environment() -> str:
 def _torch_step(cfg: Config, tokens_BS: np.ndarray) -> Callable[[], None]:
     """One step of the same model, batch and optimizer, in torch."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    of = cfg.model
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=of.vocab_size,
-            hidden_size=of.d_model,
-            intermediate_size=of.d_ff,
-            num_hidden_layers=of.num_layers,
-            num_attention_heads=of.num_query_heads,
-            num_key_value_heads=of.num_kv_heads,
-            max_position_embeddings=cfg.data.seq_len,
-            rms_norm_eps=of.norm_eps,
-            tie_word_embeddings=False,
-            use_cache=False,
-        )
-    )
+    model = new_llama(cfg.model, cfg.data.seq_len, use_cache=False)
     model.train()
     optimizer = torch.optim.AdamW(
         model.parameters(),

@@ -17,18 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mtp_jax.cache import NewTokens, chain, run_head, run_heads_at, run_trunk
+from mtp_jax.cache import chain, run_heads_at
 from mtp_jax.decode_model import DecodeModel
+from mtp_jax.decoders.passes import read, write_one
 from mtp_jax.decoders.sampling import Draws
-from mtp_jax.decoders.state import (
-    Alone,
-    DecodeState,
-    Drafter,
-    choose,
-    commit,
-    last_token,
-    next_logits,
-)
+from mtp_jax.decoders.state import Alone, DecodeState, Drafter, last_token
 from mtp_jax.sharding import spec
 
 CATCH_UP = 16  # tokens that the drafting heads read at once when they are asked again
@@ -51,21 +44,15 @@ def step_alone(model: DecodeModel, state: DecodeState) -> DecodeState:
     """One token by head 1, which all exact decoders agree on at depth 1."""
     alone = state.alone
     assert alone is not None, "leave_heads comes first"
-    new = chain(last_token(state), state.length_B - 1)
-    trunk_B1D, cache = run_trunk(model, new, state.cache)
-    head_B1D, cache = run_head(model, 0, trunk_B1D, new, cache)
-    logits_B1V = next_logits(model, state, head_B1D)
-    draws = Draws(state.chance, state.length_B)
-    token_B1 = choose(state, logits_B1V, draws)
-    entropy_B = _entropy(logits_B1V)[:, 0]
+    seen = read(model, state, last_token(state))
+    entropy_B1 = _entropy(seen.logits_BWV)
     alone = Alone(
-        trunk_BED=_store(alone.trunk_BED, trunk_B1D, new.start_B),
+        trunk_BED=_store(alone.trunk_BED, seen.trunk_BWD, seen.new.start_B),
         since_B=alone.since_B,
-        entropy=0.9 * alone.entropy + 0.1 * jnp.mean(entropy_B),
+        entropy=0.9 * alone.entropy + 0.1 * jnp.mean(entropy_B1),
     )
-    state = dataclasses.replace(state, cache=cache, chance=draws.after(), alone=alone)
-    none_B = jnp.zeros_like(state.length_B)
-    return commit(state, token_B1, none_B + 1, none_B)
+    state = dataclasses.replace(state, cache=seen.cache, alone=alone)
+    return write_one(state, seen.logits_BWV)
 
 
 def catch_up(
@@ -93,7 +80,7 @@ def catch_up(
         from_B, heads_BMD, cache = carry
         trunk_BWD = _slice(alone.trunk_BED, from_B, CATCH_UP)
         nothing_BW = jnp.zeros(trunk_BWD.shape[:2], jnp.int32, out_sharding=_IDS)
-        new: NewTokens = chain(nothing_BW, from_B)
+        new = chain(nothing_BW, from_B)
         slot_B = last_B - from_B
         here_BMD, cache = run_heads_at(model, drafting, trunk_BWD, new, slot_B, cache)
         is_here_B11 = ((slot_B >= 0) & (slot_B < CATCH_UP))[:, None, None]

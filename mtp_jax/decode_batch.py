@@ -12,7 +12,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from mtp_jax.adaptive import DepthChooser, leave_heads
 from mtp_jax.cache import grow
@@ -83,8 +83,8 @@ class Batch:
         width = slack(decoder, self._depth)
         longest = max(map(len, rows))
         # A finished text is still read with the others: its drafts need room, too.
-        self._room = _ladder(longest + max_new_tokens + width)
-        self._slots = min(self._room, _ladder(longest + 2 * width))
+        self._room = ladder(longest + max_new_tokens + width)
+        self._slots = min(self._room, ladder(longest + 2 * width))
         self._prompts = _prompts(
             rows, max_new_tokens, sampling, first, params, rows_of(decoder)
         )
@@ -215,8 +215,8 @@ def rows_of(decoder: Decoder) -> int:
     return getattr(decoder, "rows", 1)
 
 
-def _ladder(tokens: int, least: int = _LEAST) -> int:
-    """The first of least, 2 least, 4 least ... that is enough."""
+def ladder(tokens: int, least: int = _LEAST) -> int:
+    """The first of least, 2 least, 4 least ... that is enough; a power of two."""
     return max(least, 1 << (tokens - 1).bit_length())
 
 
@@ -232,18 +232,16 @@ def _prompts(
 
     Each is there `many` times, one after another and on the same device.
     """
-    mesh = jax.sharding.get_mesh()
-    shards = batch_shards(mesh)
+    shards = batch_shards(jax.sharding.get_mesh())
     b = -(-len(rows) // shards) * shards * many
     rows = [row for row in rows for _ in range(many)]
-    tokens_BP = np.zeros((b, _ladder(max(map(len, rows)), least=8)), np.int32)
+    tokens_BP = np.zeros((b, ladder(max(map(len, rows)), least=8)), np.int32)
     length_B = np.ones(b, np.int32)
     for i, row in enumerate(rows):
         tokens_BP[i, : len(row)] = row
         length_B[i] = len(row)
     fold_in = functools.partial(jax.random.fold_in, jax.random.key(sampling.seed))
     keys_B = jax.vmap(fold_in)(np.arange(first, first + b, dtype=np.uint32))
-    put = functools.partial(_put, mesh)
     return Prompts(
         tokens_BP=put(tokens_BP),
         length_B=put(length_B),
@@ -254,9 +252,10 @@ def _prompts(
     )
 
 
-def _put(mesh: Mesh, x: np.ndarray) -> jax.Array:
+def put(x: np.ndarray) -> jax.Array:
+    """[B, ...] on the mesh that is set, split by row."""
     axes = ("batch", *[None] * (x.ndim - 1))
-    return jax.device_put(x, NamedSharding(mesh, spec(*axes)))
+    return jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), spec(*axes)))
 
 
 @functools.partial(jax.jit, static_argnums=1)

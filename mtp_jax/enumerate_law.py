@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
 from mtp_jax.cache import at_slot
 from mtp_jax.config import ModelConfig
+from mtp_jax.decode_batch import ladder, put
 from mtp_jax.decode_program import Programs, Prompts, slack
 from mtp_jax.decoders.sampling import Chance, Sampling, law_of
 from mtp_jax.decoders.state import Decoder
@@ -67,7 +67,7 @@ def head_one(cfg: ModelConfig, params: Any) -> NextLogits:
 
     def call(rows: Sequence[Sequence[int]]) -> np.ndarray:
         mesh = jax.sharding.get_mesh()
-        width = _power_of_two(max(map(len, rows)))
+        width = ladder(max(map(len, rows)), least=8)
         size = _whole(min(_ROWS, len(rows)), batch_shards(mesh))
         logits = []
         for start in range(0, len(rows), size):
@@ -77,7 +77,7 @@ def head_one(cfg: ModelConfig, params: Any) -> NextLogits:
             for b, row in enumerate(now):
                 tokens_BT[b, : len(row)] = row
                 length_B[b] = len(row)
-            said_BV = after(params, _put(tokens_BT), _put(length_B))
+            said_BV = after(params, put(tokens_BT), put(length_B))
             logits.append(np.asarray(said_BV)[: len(now)])
         return np.concatenate(logits)
 
@@ -217,20 +217,20 @@ class _Run:
         self._j = 4 * width + 8  # draws of a forward pass, at most
         self.rows = 0
         more = slack(decoder, len(params["heads"]))
-        room = _power_of_two(len(prompt) + tokens + more)
+        room = ladder(len(prompt) + tokens + more, least=8)
         tokens_CP = np.tile(np.asarray(prompt, np.int32), (self._c, 1))
         length_C = np.full(self._c, len(prompt), np.int32)
         zeros_CJ = np.zeros((self._c, self._j), np.int32)
         self._prompts = Prompts(
-            tokens_BP=_put(tokens_CP),
-            length_B=_put(length_C),
-            limit_B=_put(length_C + np.int32(tokens)),
-            done_B=_put(np.zeros(self._c, bool)),
+            tokens_BP=put(tokens_CP),
+            length_B=put(length_C),
+            limit_B=put(length_C + np.int32(tokens)),
+            done_B=put(np.zeros(self._c, bool)),
             law=law_of(sampling, params["w_embedding"].shape[0]),
             chance=Chance(
-                _put(np.zeros((self._c, 2), np.uint32)),
-                _put(zeros_CJ),
-                _put(np.zeros(self._c, np.float32)),
+                put(np.zeros((self._c, 2), np.uint32)),
+                put(zeros_CJ),
+                put(np.zeros(self._c, np.float32)),
             ),
         )
         self._begin, (shapes, _) = programs.begin(
@@ -295,7 +295,7 @@ class _Run:
         """Runs a state a row with prescribed draws; more rows fill up the batch."""
         spare = self._c - len(states)
         forced_CJ = np.pad(forced, ((0, spare), (0, 0)))
-        return call([*states, *[states[0]] * spare], _put(forced_CJ))
+        return call([*states, *[states[0]] * spare], put(forced_CJ))
 
     def _expand(self, call, states, draws: list[int], most_rows: int) -> list[_State]:
         """What a forward pass makes of the states, with every value of every draw."""
@@ -345,12 +345,3 @@ def _key(x: np.ndarray) -> bytes:
 
 def _whole(count: int, shards: int) -> int:
     return -(-count // shards) * shards
-
-
-def _power_of_two(count: int, least: int = 8) -> int:
-    return max(least, 1 << (count - 1).bit_length())
-
-
-def _put(x: np.ndarray) -> jax.Array:
-    axes = ("batch", *[None] * (x.ndim - 1))
-    return jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), spec(*axes)))

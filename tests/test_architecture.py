@@ -23,6 +23,7 @@ LAYERS = [
     {"head_loss", "cache"},
     {"losses", "optim", "decoders.sampling", "decoders.token_tree"},
     {"decoders.state", "decoders.ngrams", "decoders.beam_search"},
+    {"decoders.passes"},
     {"decoders.plain", "decoders.blockwise", "decoders.speculative", "decoders.tree"},
     {"decoders.typical", "decoders.dynamo", "decoders.dynamo_exact", "decoders.beam"},
     {"decoders"},

@@ -17,17 +17,10 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.cache import chain, run_head, run_heads_at, run_trunk
 from mtp_jax.decode_model import DecodeModel
+from mtp_jax.decoders import passes
 from mtp_jax.decoders.sampling import Draws
-from mtp_jax.decoders.state import (
-    DecodeState,
-    choose,
-    commit,
-    last_token,
-    next_logits,
-    say,
-)
+from mtp_jax.decoders.state import DecodeState, choose, say
 from mtp_jax.sharding import spec
 
 
@@ -49,34 +42,17 @@ class Blockwise:
         self, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
     ) -> DecodeState:
         """Commits what head 1 says at the prompt's end, and drafts with the others."""
-        draws = Draws(state.chance, state.length_B)
-        said_B1 = choose(state, next_logits(model, state, heads_BND[:, :1]), draws)
-        drafts_BM = self.draft(model, state, heads_BND[:, 1:], draws)
-        none_B = jnp.zeros_like(state.length_B)
-        state = dataclasses.replace(state, carry=drafts_BM, chance=draws.after())
-        return commit(state, said_B1, none_B + 1, none_B)
+        return passes.begin(self, model, state, heads_BND)
 
     def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
         """Verifies drafts, commits the right ones and one more, and drafts again."""
         drafts_BM = state.carry[:, : depth - 1]
-        new = chain(
-            jnp.concatenate([last_token(state), drafts_BM], axis=1), state.length_B - 1
-        )
-        trunk_BND, cache = run_trunk(model, new, state.cache)
-        head_BND, cache = run_head(model, 0, trunk_BND, new, cache)
-        draws = Draws(state.chance, state.length_B)
-        said_BN = choose(state, next_logits(model, state, head_BND, new), draws)
-        agreed_B = self.agreed(drafts_BM, said_BN)
 
-        drafting = range(1, len(model.heads))
-        heads_BMD, cache = run_heads_at(
-            model, drafting, trunk_BND, new, agreed_B, cache
-        )
-        drafts_BM = self.draft(model, state, heads_BMD, draws)
-        state = dataclasses.replace(
-            state, cache=cache, carry=drafts_BM, chance=draws.after()
-        )
-        return commit(state, said_BN, agreed_B + 1, agreed_B)
+        def verify(logits_BNV, draws):
+            said_BN = choose(state, logits_BNV, draws)
+            return said_BN, self.agreed(drafts_BM, said_BN)
+
+        return passes.step(self, model, state, drafts_BM, verify)
 
     def draft(
         self,

@@ -17,7 +17,7 @@ from jax import lax
 
 from mtp_jax.cache import at_slot
 from mtp_jax.decode_model import DecodeModel
-from mtp_jax.decoders import speculative
+from mtp_jax.decoders import passes, speculative
 from mtp_jax.decoders.ngrams import (
     Tables,
     check_correction,
@@ -60,7 +60,7 @@ class DynamoExact:
         self, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
     ) -> DecodeState:
         """Commits a draw of head 1 at the prompt's end, and drafts with the others."""
-        return speculative.begin(self, model, state, heads_BND)
+        return passes.begin(self, model, state, heads_BND)
 
     def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
         """Verifies drafts, commits the right ones and one more, and drafts again."""

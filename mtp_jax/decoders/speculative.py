@@ -14,18 +14,11 @@ from typing import ClassVar, Protocol
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.cache import at_slot, chain, run_head, run_heads_at, run_trunk
+from mtp_jax.cache import at_slot
 from mtp_jax.decode_model import DecodeModel
+from mtp_jax.decoders import passes
 from mtp_jax.decoders.sampling import Draws
-from mtp_jax.decoders.state import (
-    DecodeState,
-    Drafter,
-    choose,
-    commit,
-    last_token,
-    law_probs,
-    next_logits,
-)
+from mtp_jax.decoders.state import DecodeState, Drafter, law_probs
 from mtp_jax.sharding import spec
 
 
@@ -56,7 +49,7 @@ class Speculative:
         self, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
     ) -> DecodeState:
         """Commits a draw of head 1 at the prompt's end, and drafts with the others."""
-        return begin(self, model, state, heads_BND)
+        return passes.begin(self, model, state, heads_BND)
 
     def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
         """Verifies drafts, commits the right ones and one more, and drafts again."""
@@ -92,38 +85,17 @@ class Proposing(Drafter, Protocol):
         ...
 
 
-def begin(
-    decoder: Proposing, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
-) -> DecodeState:
-    """Commits a draw of head 1, and has the others draft what comes after it."""
-    draws = Draws(state.chance, state.length_B)
-    said_B1 = choose(state, next_logits(model, state, heads_BND[:, :1]), draws)
-    none_B = jnp.zeros_like(state.length_B)
-    state = commit(state, said_B1, none_B + 1, none_B)
-    drafts = decoder.draft(model, state, heads_BND[:, 1:], draws)
-    return dataclasses.replace(state, carry=drafts, chance=draws.after())
-
-
 def step(
     decoder: Proposing, model: DecodeModel, state: DecodeState, depth: int
 ) -> DecodeState:
     """Verifies what was drafted, commits what is right, and has it draft again."""
     drafts = jax.tree.map(lambda x: x[:, : depth - 1], state.carry)
-    new = chain(
-        jnp.concatenate([last_token(state), drafts.token_BM], axis=1),
-        state.length_B - 1,
-    )
-    trunk_BND, cache = run_trunk(model, new, state.cache)
-    head_BND, cache = run_head(model, 0, trunk_BND, new, cache)
-    p_BNV = law_probs(state, next_logits(model, state, head_BND, new))
-    draws = Draws(state.chance, state.length_B)
-    said_BN, agreed_B = decoder.accept(p_BNV, drafts.law_BMV, drafts.token_BM, draws)
 
-    drafting = range(1, len(model.heads))
-    heads_BMD, cache = run_heads_at(model, drafting, trunk_BND, new, agreed_B, cache)
-    state = commit(state, said_BN, agreed_B + 1, agreed_B)
-    drafts = decoder.draft(model, state, heads_BMD, draws)
-    return dataclasses.replace(state, cache=cache, carry=drafts, chance=draws.after())
+    def verify(logits_BNV, draws):
+        p_BNV = law_probs(state, logits_BNV)
+        return decoder.accept(p_BNV, drafts.law_BMV, drafts.token_BM, draws)
+
+    return passes.step(decoder, model, state, drafts.token_BM, verify)
 
 
 def accept(

@@ -34,10 +34,10 @@ from mtp_jax.cache import (
     run_trunk,
 )
 from mtp_jax.decode_model import DecodeModel
+from mtp_jax.decoders import passes
 from mtp_jax.decoders.sampling import Draws, most_likely
 from mtp_jax.decoders.state import (
     DecodeState,
-    choose,
     commit,
     last_token,
     law_probs,
@@ -81,12 +81,7 @@ class Tree:
         self, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
     ) -> DecodeState:
         """Commits what head 1 says at the prompt's end; the others give candidates."""
-        draws = Draws(state.chance, state.length_B)
-        said_B1 = choose(state, next_logits(model, state, heads_BND[:, :1]), draws)
-        carry_BMK = self.draft(model, state, heads_BND[:, 1:], draws)
-        state = dataclasses.replace(state, carry=carry_BMK, chance=draws.after())
-        none_B = jnp.zeros_like(state.length_B)
-        return commit(state, said_B1, none_B + 1, none_B)
+        return passes.begin(self, model, state, heads_BND)
 
     def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
         """Reads the tree, commits its longest right path and one token more."""

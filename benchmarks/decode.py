@@ -6,10 +6,14 @@ compared with their `generate` on the same weights (trunk and head 1) and prompt
 float32 with as many threads.
 
 python -m benchmarks.decode --workdir=runs/quickstart --batch_sizes 1 4 16
+
+Where drafts are worth least: `--shuffled=1`, prompts without any order, and
+`--text=FILE`, prompts of another kind than what the model has learned.
 """
 
 import importlib.util
 import os
+import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -48,14 +52,15 @@ def main(argv: list[str]) -> int:
         prompt_tokens=64,
         max_new_tokens=256,
         prompts=16,
+        text="",
+        shuffled=0,
         rounds=5,
     )
     for name in args.decoders:
         if name.removesuffix(_ADAPTIVE) not in DECODERS:
             raise UserError(f"no decoder {name!r}; known are {list(DECODERS)}.")
     restored = restore_model(args.workdir)
-    sources = restored.config.data.sources
-    prompts = heldout_prompts(sources, args.prompts, args.prompt_tokens)
+    prompts = _prompts(restored, args)
     print_environment(args.rounds)
     rows = []
     for size in args.batch_sizes:
@@ -64,6 +69,30 @@ def main(argv: list[str]) -> int:
         ("batch, decoder", "tokens/s", "speed", "tokens/forward", "quotient"), *rows
     )
     return 0
+
+
+def _prompts(restored: Restored, args: Any) -> list[np.ndarray]:
+    """Held-out text, or pieces of `--text=FILE`; `--shuffled=1`: in no order."""
+    if args.text:
+        ids = restored.tokenizer.encode(_text_of(args.text))
+        starts = np.linspace(0, len(ids) - args.prompt_tokens, args.prompts).astype(int)
+        prompts = [
+            np.asarray(ids[i : i + args.prompt_tokens], np.int32) for i in starts
+        ]
+    else:
+        sources = restored.config.data.sources
+        prompts = heldout_prompts(sources, args.prompts, args.prompt_tokens)
+    if args.shuffled:
+        rng = np.random.default_rng(0)
+        prompts = [rng.permutation(prompt) for prompt in prompts]
+    return prompts
+
+
+def _text_of(path: str) -> str:
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--text={path} cannot be read: {error}.") from None
 
 
 def _rows(

@@ -27,6 +27,12 @@ from mtp_jax.sharding import spec
 CATCH_UP = 16  # tokens that the drafting heads read at once when they are asked again
 
 _GAIN = 1.03  # drafting must promise so much more than not drafting
+_PATIENCE = 128  # passes at depth 1 before the heads are asked again, the first time
+_GUESS = 4.0  # passes that the heads' own confidence counts for
+_BEFORE = 32.0  # passes that all earlier texts count for, at most
+_STRETCH_S = 0.03  # between two decisions on the depth: looking costs about 1 ms
+_LONGEST_S = 0.25  # the same, while they come out alike
+_FEWEST = 4  # forward passes between them
 _MEMORY = 32.0  # passes of all texts, after which what was seen counts half
 _CALMER = 0.6  # share of the entropy at which heads are asked again before their time
 
@@ -95,27 +101,54 @@ def catch_up(
 
 
 class DepthChooser:
-    """Picks the depth that promises the most tokens a second."""
+    """Picks the depth that promises the most tokens a second.
 
-    def __init__(self, cost_s: dict[int, float], confidence_M: Sequence[float]):
-        """Takes seconds of a pass by depth, and how sure the heads were at first.
+    What one batch of texts has shown is where the next one, of the same shape, begins.
+    """
 
-        Args:
-          cost_s: depth to seconds, of the batch at hand; 1 and others.
-          confidence_M: how likely the drafts are by their own heads, of each that
-            drafts: all there is to go by before any draft was verified.
-        """
+    def __init__(self, cost_s: dict[int, float]):
+        """Takes the seconds of a pass by depth, of 1 and others."""
         self.cost_s = cost_s
-        self._right_M = np.cumprod(np.asarray(confidence_M, float))
-        self._seen_M = np.full(len(self._right_M), 4.0)  # passes that the guess counts
-        self._right_M = self._right_M * self._seen_M
+        drafting = max(cost_s) - 1
+        self._right_M = np.zeros(drafting)  # passes whose first 1, 2 ... drafts held
+        self._seen_M = np.zeros(drafting)  # passes that had so many drafts
+        self._last = 0  # the depth before; 0: these texts have had none
+        self._stretch_s = 0.0
         self._alone = 0  # passes at depth 1 since the heads were last asked
-        self._patience = 64  # passes at depth 1 before they are asked again
+        self._patience = _PATIENCE  # passes at depth 1 before they are asked again
         self._entropy = 0.0  # of head 1, when they were left
+
+    def begin(self, confidence_M: Sequence[float]) -> None:
+        """New texts, and how likely their first drafts are by their own heads.
+
+        That is all there is to go by before any draft was verified.
+        """
+        fade = np.minimum(1.0, _BEFORE / np.maximum(self._seen_M, 1.0))
+        guess_M = np.cumprod(np.asarray(confidence_M, float))
+        self._right_M = fade * self._right_M + _GUESS * guess_M
+        self._seen_M = fade * self._seen_M + _GUESS
+        self._last = 0
 
     def depth(self) -> int:
         """The depth for the next stretch."""
-        right_M = self._right_M / self._seen_M
+        chosen = self._chosen()
+        # Looking takes time, too: while nothing changes it is done ever more rarely.
+        # Heads that speak for themselves only are believed for a moment.
+        if self._last == 0 and chosen > 1:
+            self._stretch_s = 0.0
+        elif chosen == self._last:
+            self._stretch_s = min(max(2 * self._stretch_s, _STRETCH_S), _LONGEST_S)
+        else:
+            self._stretch_s = _STRETCH_S
+        self._last = chosen
+        return chosen
+
+    def passes(self) -> int:
+        """How many passes the next stretch has."""
+        return max(_FEWEST, int(self._stretch_s / self.cost_s[self._last]))
+
+    def _chosen(self) -> int:
+        right_M = self._right_M / np.maximum(self._seen_M, 1e-9)
 
         def speed(depth: int) -> float:
             return (1.0 + float(right_M[: depth - 1].sum())) / self.cost_s[depth]
@@ -143,7 +176,10 @@ class DepthChooser:
           passes: how many.
           seconds: how long they took.
         """
-        self.cost_s[depth] += 0.2 * (seconds / passes - self.cost_s[depth])
+        # A machine that is slower now, or a longer cache, is so at every depth.
+        off = min(seconds / passes / self.cost_s[depth], 2.0) - 1.0
+        self.cost_s = {d: s * (1.0 + 0.1 * off) for d, s in self.cost_s.items()}
+        self.cost_s[depth] *= 1.0 + 0.1 * off
         if depth == 1:
             self._alone += passes
             return

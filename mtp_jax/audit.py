@@ -32,9 +32,12 @@ def main(argv: list[str]) -> int:
         "mtp-jax audit",
         "Make every batch of a run again and compare its hash with metrics.jsonl.",
     )
-    parser.add_argument("--workdir", required=True, help="folder of a run")
+    parser.add_argument("--workdir", required=True, metavar="D", help="folder of a run")
     parser.add_argument(
-        "--step", type=positive_int, help="also name what the batch of a step holds"
+        "--step",
+        type=positive_int,
+        metavar="S",
+        help="also name what the batch of a step holds",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)

@@ -20,7 +20,7 @@ from orbax.checkpoint import v1 as ocp
 
 from mtp_jax import hosts
 from mtp_jax.config import CheckpointConfig
-from mtp_jax.errors import UserError
+from mtp_jax.errors import RunFailed, UserError
 from mtp_jax.sharding import abstract_tree
 from mtp_jax.stores import absolute, is_remote
 from mtp_jax.train_step import TrainState
@@ -47,6 +47,8 @@ class Checkpoints:
             preservation_policy=None if cfg is None else _retention(cfg),
         )
         self._pending: Any = None
+        self._saving = 0  # the step
+        self._timeout_s = 0 if cfg is None else cfg.timeout_s
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, oldest first."""
@@ -67,7 +69,8 @@ class Checkpoints:
         self.wait()
         items = _items(state)
         sums = {name: _plain(jax.device_get(_sums(items[name]))) for name in items}
-        with _disk_full_is_said(self.folder, self.steps()):
+        self._saving = step
+        with self._in_time(), _disk_full_is_said(self.folder, self.steps()):
             self._pending = self._orbax.save_checkpointables_async(
                 step,
                 items,
@@ -81,10 +84,20 @@ class Checkpoints:
         """Waits until the last save is on disk; its failure is raised here."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            with _disk_full_is_said(self.folder, self.steps()):
+            with self._in_time(), _disk_full_is_said(self.folder, self.steps()):
                 pending.result()
 
+    def _in_time(self) -> contextlib.AbstractContextManager[None]:
+        """Orbax waits for all processes, and for one that failed it waits for ever."""
+        late = RunFailed(
+            f"the checkpoint of step {self._saving} in {self.folder} was not finished "
+            f"within config.checkpoint.timeout_s ({self._timeout_s}); what is the disk "
+            "of each host like? Run the same command again"
+        )
+        return hosts.within(self._timeout_s, late)
+
     def close(self) -> None:
+        """Waits for what is not finished, and lets go of the folder."""
         self.wait()
         self._orbax.close()
 

@@ -257,11 +257,14 @@ class CheckpointConfig:
         ""  # on a disk of each host: fast checkpoints, besides; empty: none
     )
     local_every: int = 100  # steps
+    timeout_s: int = 1800  # a save that takes longer ends the run; nothing else is lost
 
     def __post_init__(self):
         kept = {"keep_every": self.keep_every, "keep_best": self.keep_best}
         _require_at_least("checkpoint", 0, **kept)
-        _require_at_least("checkpoint", 1, local_every=self.local_every)
+        _require_at_least(
+            "checkpoint", 1, local_every=self.local_every, timeout_s=self.timeout_s
+        )
         _require_at_least(
             "checkpoint", 1, every=self.every, keep_latest=self.keep_latest
         )

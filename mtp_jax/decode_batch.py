@@ -21,9 +21,8 @@ from mtp_jax.decoders.sampling import Chance, Sampling, law_of
 from mtp_jax.decoders.state import Decoder, DecodeState, Drafter, Finishing
 from mtp_jax.sharding import batch_shards, spec
 
-_STRETCH_S = 0.03  # between two decisions on the depth: looking costs about 1 ms
-_FEWEST = 4  # forward passes between them
-_TRIALS = 3  # of every depth, to see how long a pass takes
+_TRIALS = 5  # of every depth, to see how long a pass takes
+_PASSES = 4  # of a trial
 _LEAST = 64  # room for a text; it comes in doubles of this, so that programs are shared
 
 
@@ -93,9 +92,8 @@ class Batch:
         )
         self._state: DecodeState | None = None
         self._chooser: DepthChooser | None = None
-        self._costs: dict[int, float] = {}
         if adaptive and self._depth > 1 and not decoder.lossy:
-            self._costs = programs.costs(
+            self._chooser = programs.chooser(
                 self._measure, decoder, params, self._prompts, self._room, self._slots
             )
         else:
@@ -106,10 +104,8 @@ class Batch:
     def begin(self) -> None:
         """Reads the prompts and commits the first token of each text."""
         self._state, confidence_M = self._begin(self._params, self._prompts)
-        if self._costs:
-            self._chooser = DepthChooser(
-                dict(self._costs), _host(confidence_M).tolist()
-            )
+        if self._chooser is not None:
+            self._chooser.begin(_host(confidence_M).tolist())
 
     def advance(self, forwards: int) -> Texts:
         """Goes on for so many forward passes, or until all texts are done."""
@@ -125,15 +121,10 @@ class Batch:
     def _stretch(self, chooser: DepthChooser, left: int) -> None:
         """A few forward passes at the depth that promises most, watched."""
         depth = chooser.depth()
-        before = self._at()
-        passes, agreed_BN = int(before.forward), _host(before.passes_BN)
+        agreed_BN = _host(self._at().passes_BN)
         self._use_heads(depth > 1)
-        count = int(_STRETCH_S / self._costs[depth])
-        began, compiled = time.perf_counter(), self._programs.compile_s
-        self._run(depth, min(left, max(_FEWEST, count)))
+        passes, seconds = self._run(depth, min(left, chooser.passes()))
         after = self._at()
-        passes = int(after.forward) - passes
-        seconds = time.perf_counter() - began - self._programs.compile_s + compiled
         if passes:
             agreed_N = np.sum(_host(after.passes_BN) - agreed_BN, axis=0)
             chooser.saw(depth, agreed_N, passes, seconds)
@@ -152,14 +143,22 @@ class Batch:
         elif not wanted and state.alone is None:
             self._state = _without_heads(state, self._params["norm"].shape[0])
 
-    def _run(self, depth: int, forwards: int) -> None:
-        """Forward passes at a depth; the cache grows when it is full."""
+    def _run(self, depth: int, forwards: int) -> tuple[int, float]:
+        """Forward passes at a depth; the cache grows when it is full.
+
+        Returns how many there were, and the seconds that they took, without compiling
+        or growing.
+        """
         state = self._at()
         program = self._programs.advance(self._decoder, self._params, depth, state)
-        end = int(state.forward) + forwards
+        first = int(state.forward)
+        began = time.perf_counter()
         state = self._state = program(self._params, state, np.int32(forwards))
-        if int(state.forward) < end and not _host(state.done_B).all():
+        passes = int(state.forward) - first
+        seconds = time.perf_counter() - began
+        if passes < forwards and not _host(state.done_B).all():
             self._state = _with_slots(state, 2 * state.cache.slots)
+        return passes, seconds
 
     def _measure(self) -> dict[int, float]:
         """Seconds of a forward pass at every depth that there is to choose from."""
@@ -168,19 +167,19 @@ class Batch:
         self._state, _ = self._begin(self._params, self._prompts)
         self._use_heads(False)
         self._use_heads(True)  # compiled as well
-        costs = {}
-        for depth in reversed(depths):
-            self._use_heads(depth > 1)
-            seconds = []
-            for _ in range(_TRIALS):
-                passes = int(self._at().forward)
-                began = time.perf_counter()
-                self._run(depth, 2)
-                passes = int(self._at().forward) - passes
-                seconds.append((time.perf_counter() - began) / max(passes, 1))
-            costs[depth] = min(seconds[1:])  # the first one compiled
+        costs = {depth: self._pass_s(depth) for depth in reversed(depths)}
         self._state = None
         return costs
+
+    def _pass_s(self, depth: int) -> float:
+        seconds = []
+        for _ in range(_TRIALS):
+            if _host(self._at().done_B).all():
+                self._state, _ = self._begin(self._params, self._prompts)
+            self._use_heads(depth > 1)
+            passes, took = self._run(depth, _PASSES)
+            seconds.append(took / max(passes, 1))
+        return min(seconds)  # in the others something was in the way
 
     def _at(self) -> DecodeState:
         assert self._state is not None, "begin comes first"

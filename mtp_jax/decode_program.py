@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.adaptive import CATCH_UP, catch_up, step_alone
+from mtp_jax.adaptive import CATCH_UP, DepthChooser, catch_up, step_alone
 from mtp_jax.cache import Cache, chain, make_cache, run_heads_at, run_trunk
 from mtp_jax.config import ModelConfig
 from mtp_jax.decode_model import DecodeModel, build
@@ -103,7 +103,7 @@ class Programs:
         key = ("advance", decoder, depth, *_kind(params), *_kind(state))
         return self._get(key, compiled)
 
-    def costs(
+    def chooser(
         self,
         measure: Callable[[], dict[int, float]],
         decoder: Decoder,
@@ -111,10 +111,10 @@ class Programs:
         prompts: Prompts,
         room: int,
         slots: int,
-    ) -> dict[int, float]:
-        """What `measure` finds for a batch of such prompts, measured once."""
-        key = ("costs", decoder, room, slots, *_kind(params), *_kind(prompts))
-        return self._get(key, measure)
+    ) -> DepthChooser:
+        """That of batches of such prompts, whose costs `measure` finds once."""
+        key = ("chooser", decoder, room, slots, *_kind(params), *_kind(prompts))
+        return self._get(key, lambda: DepthChooser(measure()))
 
     def finish(self, decoder: Finishing, params: Any, state: Any) -> Callable[..., Any]:
         """The program (params, state) -> what is REPORTED of the state, by name."""

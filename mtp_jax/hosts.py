@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from mtp_jax.errors import RunFailed, UserError
@@ -92,6 +93,44 @@ def fail(error: BaseException) -> None:
         _watch.fail(error)
 
 
+@contextlib.contextmanager
+def within(seconds: float, otherwise: BaseException) -> Iterator[None]:
+    """A limit for what may wait for other processes for ever: then the run ends.
+
+    Args:
+      seconds: the limit.
+      otherwise: what is said in that case, as by `fail`.
+    """
+    timer = threading.Timer(seconds, _give_up, (otherwise,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _give_up(error: BaseException) -> None:
+    fail(error)
+    code, shown, _ = _told_as(error)  # alone
+    print(shown, file=sys.stderr, flush=True)
+    _exit(code)
+
+
+def _told_as(error: BaseException) -> tuple[int, str, str]:
+    """Exit code, what is printed of an error, and what the others are told."""
+    code = 2 if isinstance(error, UserError) else 1
+    if isinstance(error, UserError | RunFailed):
+        line = str(error)
+        return (
+            code,
+            f"mtp-jax: error: {line}" if code == 2 else f"mtp-jax: {line}",
+            line,
+        )
+    line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return code, "".join(traceback.format_exception(error)).rstrip(), line
+
+
 def _start_alone(place: Place | None) -> None:
     """jax.distributed is also what notices SIGTERM, so there is a group of one."""
     import jax  # not for verbs that need none
@@ -154,15 +193,12 @@ class _Watch:
 
     def fail(self, error: BaseException) -> NoReturn:
         """See the function of this name."""
-        code = 2 if isinstance(error, UserError) else 1
-        if isinstance(error, UserError | RunFailed):
-            line = str(error)
-            shown = f"mtp-jax: error: {line}" if code == 2 else f"mtp-jax: {line}"
-        else:
-            if isinstance(error, Exception):  # not of a person at a keyboard
-                time.sleep(_VERDICT_S)  # a verdict ends this process meanwhile
-            line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            shown = "".join(traceback.format_exception(error)).rstrip()
+        code, shown, line = _told_as(error)
+        is_told = isinstance(error, UserError | RunFailed)
+        if not is_told and isinstance(error, Exception):  # no person at a keyboard
+            time.sleep(
+                _VERDICT_S
+            )  # the news of a lost host ends this process meanwhile
         self._failing = True
         print(shown, file=sys.stderr, flush=True)
         self._send({"failed": line, "code": code})

@@ -42,6 +42,8 @@ from mtp_jax.sharding import abstract_tree
 from mtp_jax.tokenizer import Tokenizer
 from mtp_jax.train_step import TrainState, make_init, make_step
 
+_LAST_SAVE_S = 30.0  # for a save that an error finds unfinished
+
 
 def run(
     cfg: Config, workdir: epath.Path, mesh: jax.sharding.Mesh, corpora: list[Corpus]
@@ -66,8 +68,12 @@ def run(
         parts.local = local
         parts.go(state, start)
         checkpoints.close()
-    except BaseException:
-        with contextlib.suppress(Exception):  # the first error is the one to tell
+    except BaseException as error:
+        # The first error is the one to tell, and a save before it may still succeed;
+        # but if it is of one process of several, the others may wait for this one.
+        alike = jax.process_count() == 1 or isinstance(error, RunFailed)
+        limit_s = cfg.checkpoint.timeout_s if alike else _LAST_SAVE_S
+        with hosts.within(limit_s, error), contextlib.suppress(Exception):
             checkpoints.close()
         raise
     finally:

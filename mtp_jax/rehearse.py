@@ -29,6 +29,7 @@ _SMALL_CORPUS = 64 * 2**20  # bytes; a larger one is not copied
 _VOCABULARY = 512  # two bytes an id, so that there are ids that no model here has
 _HOST_TIMEOUT_S = 20
 _JOIN_TIMEOUT_S = 240
+_SAVE_TIMEOUT_S = 60
 _REFERENCE_S = 600
 
 
@@ -191,7 +192,8 @@ def _with_times(cfg: Config) -> Config:
         host_timeout_s=min(cfg.train.host_timeout_s, _HOST_TIMEOUT_S),
         join_timeout_s=_JOIN_TIMEOUT_S,
     )
-    return dataclasses.replace(cfg, train=train)
+    checkpoint = dataclasses.replace(cfg.checkpoint, timeout_s=_SAVE_TIMEOUT_S)
+    return dataclasses.replace(cfg, train=train, checkpoint=checkpoint)
 
 
 def _write_config(cfg: Config, folder: pathlib.Path) -> pathlib.Path:

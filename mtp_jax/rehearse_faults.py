@@ -193,7 +193,8 @@ def full_disk(storm: Storm) -> Outcome:
     assert storm.group is not None
     which = storm.chance.randrange(1, storm.hosts)
     resource.prlimit(storm.group.pid(which), resource.RLIMIT_FSIZE, (64, 64))
-    return _ended(storm, _limit_s(storm), names=["no room on the disk"])
+    says = ["no room on the disk", "what is the disk of each host like?"]
+    return _ended(storm, _limit_s(storm) + storm.cfg.checkpoint.timeout_s, names=says)
 
 
 def vanished_data(storm: Storm) -> Outcome:

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from test_decode import NEW, Letters, case, expected
 
-from mtp_jax import decode_batch
 from mtp_jax.adaptive import DepthChooser
 from mtp_jax.decode_batch import Batch
 from mtp_jax.decode_program import Programs
@@ -20,8 +19,7 @@ def restless(monkeypatch):
     """A depth of its own for every two forward passes."""
     depths = itertools.cycle([4, 1, 1, 2, 1, 4, 2])
     monkeypatch.setattr(DepthChooser, "depth", lambda self: next(depths))
-    monkeypatch.setattr(decode_batch, "_STRETCH_S", 0.0)
-    monkeypatch.setattr(decode_batch, "_FEWEST", 2)
+    monkeypatch.setattr(DepthChooser, "passes", lambda self: 2)
 
 
 @pytest.mark.parametrize("decoder", ["blockwise", "speculative", "tree"])
@@ -63,7 +61,9 @@ def test_caches_are_what_reading_the_text_at_once_would_make(restless, adaptive)
 
 
 def chooser(cost_s, confidence_M):
-    return DepthChooser(dict(cost_s), confidence_M)
+    made = DepthChooser(dict(cost_s))
+    made.begin(confidence_M)
+    return made
 
 
 def test_heads_that_are_sure_are_used_and_others_are_not():
@@ -93,7 +93,7 @@ def test_heads_are_asked_again_ever_more_rarely():
         else:
             choose.saw(4, np.array([4, 0, 0, 0]), passes=4, seconds=6.0)
             waits, wait = [*waits, wait], 0
-    assert waits == [64, 128, 256]
+    assert waits == [128, 256, 512]
 
 
 def test_a_text_that_becomes_calm_is_drafted_again():
@@ -110,6 +110,36 @@ def test_a_text_that_becomes_calm_is_drafted_again():
 def test_costs_follow_what_passes_take():
     choose = chooser({1: 1.0, 4: 1.5}, [0.9, 0.9, 0.9])
     assert choose.depth() == 4
+    # Ten times as slow as at first: at every depth, as far as is known ...
     for _ in range(10):
-        choose.saw(4, np.array([0, 0, 0, 4]), passes=4, seconds=40.0)
+        choose.saw(4, np.array([0, 0, 0, 4]), passes=4, seconds=60.0)
+    assert choose.cost_s[1] > 2.0
+    # ... until depth 1 is tried and is as fast as ever.
+    for _ in range(10):
+        choose.saw(1, np.array([4, 0, 0, 0]), passes=4, seconds=4.0)
+    assert choose.cost_s[4] / choose.cost_s[1] > 3.0 and choose.depth() == 1
+
+
+def test_what_texts_have_shown_holds_for_the_next_ones():
+    choose = chooser({1: 1.0, 4: 1.5}, [0.9, 0.9, 0.9])
+    for _ in range(6):
+        choose.saw(4, np.array([8, 0, 0, 0]), passes=8, seconds=12.0)
+    choose.begin([0.9, 0.9, 0.9])
     assert choose.depth() == 1
+    for _ in range(4):
+        choose.begin([0.9, 0.9, 0.9])
+    assert choose.depth() == 4  # long ago
+
+
+def test_looks_become_rare_while_nothing_changes():
+    choose = chooser({1: 0.001, 4: 0.0015}, [0.1, 0.1, 0.1])
+    found = []
+    for _ in range(8):
+        choose.depth()
+        found.append(choose.passes())
+    assert found[0] == 30 and found[-1] == 250 and sorted(found) == found
+    for _ in range(6):
+        choose.saw(4, np.array([0, 0, 0, 8]), passes=8, seconds=0.012)
+    assert choose.depth() == 4 and choose.passes() == 20
+    choose.begin([0.9, 0.9, 0.9])
+    assert choose.depth() == 4 and choose.passes() == 4  # of the first drafts

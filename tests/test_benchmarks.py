@@ -1,11 +1,19 @@
 """Every benchmark at its smallest size prints its table; speed is not judged here."""
 
+import dataclasses
 import importlib
+import types
 
+import jax
 import pytest
+from models import mesh_of
 
 from benchmarks import timing
 from mtp_jax import flops
+from mtp_jax.config import DataConfig
+from mtp_jax.restore import Restored
+from mtp_jax.tokenizer import ByteTokenizer
+from mtp_jax.train_step import model_builder
 
 SHAPE = ["--rounds=1", "--d_model=16", "--d_ff=24", "--num_heads=2"]
 ROWS = ["--seq_len=16", "--batch_size=2"]
@@ -56,6 +64,11 @@ def test_tables_are_aligned(capsys):
         ),
         ("dispatch", ["--steps=3"], ["call", "call and step"]),
         (
+            "draft_cost",
+            [*SHAPE, "--num_layers=3", "--n", "2", "--batch_sizes", "1", "2"],
+            ["2, 1", "2, 2"],
+        ),
+        (
             "input_pipeline",
             ["--rounds=1", "--batches=2", "--seq_len=64", "--batch_size=2"],
             ["pipeline", "step"],
@@ -70,6 +83,43 @@ def test_a_benchmark_prints_its_table(name, argv, rows, capsys):
     assert lines[0].startswith("python ")
     for row in rows:
         assert any(line.startswith(f"{row} ") for line in lines), (row, lines)
+
+
+def test_decoders_take_turns_on_the_same_prompts(
+    monkeypatch, tmp_path, corpus_dir, capsys
+):
+    from benchmarks import decode
+
+    cfg = timing.config_of(
+        timing.options([], "", d_model=16, d_ff=24, num_heads=2, num_layers=3),
+        n=2,
+        vocab_size=256,
+    )
+    cfg = dataclasses.replace(cfg, data=DataConfig(sources=(str(corpus_dir),)))
+    mesh = mesh_of()
+    with jax.set_mesh(mesh):
+        params = jax.jit(model_builder(cfg.model)[0])(jax.random.key(0))
+    restored = Restored(cfg, params, mesh, 1, ByteTokenizer())
+    monkeypatch.setattr(decode, "restore_model", lambda workdir: restored)
+    monkeypatch.setattr(decode.importlib.util, "find_spec", lambda name: None)
+    argv = ["--rounds=1", "--prompts=2", "--prompt_tokens=8", "--max_new_tokens=4"]
+    argv += ["--batch_sizes", "2", "--decoders", "blockwise", "blockwise+adaptive"]
+
+    assert run("decode", *argv) == 0
+
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    names = ["2, plain", "2, blockwise", "2, blockwise+adaptive"]
+    assert all(map(str.startswith, lines, names)), lines
+    few = {"prompts": 3, "prompt_tokens": 8, "text": "", "shuffled": 0}
+    plain = decode._prompts(restored, types.SimpleNamespace(**few))
+    mixed = decode._prompts(restored, types.SimpleNamespace(**few | {"shuffled": 1}))
+    assert [sorted(p) for p in mixed] == [sorted(p) for p in plain]
+    assert any((a != b).any() for a, b in zip(plain, mixed, strict=True))
+    prose = tmp_path / "prose.txt"
+    prose.write_text("One day a girl went out.")
+    few["text"] = str(prose)
+    taken = decode._prompts(restored, types.SimpleNamespace(**few))
+    assert [bytes(p.tolist()) for p in taken] == [b"One day ", b"a girl w", b"ent out."]
 
 
 def test_options_become_a_config():
@@ -100,6 +150,7 @@ def test_options_become_a_config():
         ("heads", ["--remat=most"], "config.compute.remat is 'most'"),
         ("head_loss", ["--head_loss=naive"], "unrecognized arguments: --head_loss"),
         ("dispatch", ["--steps=0"], "--steps"),
+        ("decode", ["--decoders", "best"], "no decoder 'best'"),
         ("input_pipeline", ["--config=nowhere.py"], "--config=nowhere.py is not a"),
         ("input_pipeline", ["--input=nowhere"], "--input=nowhere does not exist"),
     ],

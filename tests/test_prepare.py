@@ -278,7 +278,11 @@ def refused(tmp_path, name, content, *options, match):
         ("a.jsonl", b'{"text": "a"}\n\xc3\n', r"a\.jsonl:2 is not UTF-8 at byte 0"),
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1 is not JSON"),
         ("a.txt.gz", b"not gzip", r"a\.txt\.gz cannot be read"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n')[:-9], r"gz cannot be read"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"text": "a"}\n', mtime=0)[:-9],
+            r"gz cannot be read",
+        ),
         ("a.txt", b"", "corpus is empty.*1 empty"),
     ],
 )

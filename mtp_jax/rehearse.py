@@ -210,6 +210,8 @@ def _write_config(cfg: Config, folder: pathlib.Path) -> pathlib.Path:
 def _endure(storm: Storm, fault: Fault) -> Row:
     """Injects a fault, has the run go on, and says at once how it went."""
     try:
+        if storm.group is None:  # the one before was not recovered from
+            storm.up()
         outcome = fault.inject(storm)
     except Broken as error:
         outcome = Outcome("", 0.0, str(error))

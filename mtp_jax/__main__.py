@@ -55,13 +55,11 @@ def main() -> int:
         return code
     except BaseException as error:
         hosts.fail(error)  # of several hosts, all end
-        if isinstance(error, UserError):
-            print(f"mtp-jax: error: {error}", file=sys.stderr)
-            return 2
-        if isinstance(error, RunFailed):
-            print(f"mtp-jax: {error}", file=sys.stderr)
-            return 1
-        raise
+        if not isinstance(error, UserError | RunFailed):
+            raise
+        code, shown, _ = hosts.told_as(error)
+        print(shown, file=sys.stderr)
+        return code
 
 
 def _threads() -> int:

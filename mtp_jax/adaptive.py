@@ -148,7 +148,7 @@ class DepthChooser:
         return max(_FEWEST, int(self._stretch_s / self.cost_s[self._last]))
 
     def _chosen(self) -> int:
-        right_M = self._right_M / np.maximum(self._seen_M, 1e-9)
+        right_M = self._right_M / self._seen_M
 
         def speed(depth: int) -> float:
             return (1.0 + float(right_M[: depth - 1].sum())) / self.cost_s[depth]

@@ -48,7 +48,7 @@ class Checkpoints:
         )
         self._pending: Any = None
         self._saving = 0  # the step
-        self._timeout_s = 0 if cfg is None else cfg.timeout_s
+        self._timeout_s = (cfg or CheckpointConfig()).timeout_s
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, oldest first."""

@@ -262,11 +262,9 @@ class CheckpointConfig:
     def __post_init__(self):
         kept = {"keep_every": self.keep_every, "keep_best": self.keep_best}
         _require_at_least("checkpoint", 0, **kept)
+        waits = {"local_every": self.local_every, "timeout_s": self.timeout_s}
         _require_at_least(
-            "checkpoint", 1, local_every=self.local_every, timeout_s=self.timeout_s
-        )
-        _require_at_least(
-            "checkpoint", 1, every=self.every, keep_latest=self.keep_latest
+            "checkpoint", 1, every=self.every, keep_latest=self.keep_latest, **waits
         )
 
 

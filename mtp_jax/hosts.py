@@ -112,21 +112,17 @@ def within(seconds: float, otherwise: BaseException) -> Iterator[None]:
 
 def _give_up(error: BaseException) -> None:
     fail(error)
-    code, shown, _ = _told_as(error)  # alone
+    code, shown, _ = told_as(error)  # alone
     print(shown, file=sys.stderr, flush=True)
     _exit(code)
 
 
-def _told_as(error: BaseException) -> tuple[int, str, str]:
+def told_as(error: BaseException) -> tuple[int, str, str]:
     """Exit code, what is printed of an error, and what the others are told."""
     code = 2 if isinstance(error, UserError) else 1
     if isinstance(error, UserError | RunFailed):
-        line = str(error)
-        return (
-            code,
-            f"mtp-jax: error: {line}" if code == 2 else f"mtp-jax: {line}",
-            line,
-        )
+        before = "mtp-jax: error: " if code == 2 else "mtp-jax: "
+        return code, f"{before}{error}", str(error)
     line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     return code, "".join(traceback.format_exception(error)).rstrip(), line
 
@@ -193,12 +189,10 @@ class _Watch:
 
     def fail(self, error: BaseException) -> NoReturn:
         """See the function of this name."""
-        code, shown, line = _told_as(error)
+        code, shown, line = told_as(error)
         is_told = isinstance(error, UserError | RunFailed)
         if not is_told and isinstance(error, Exception):  # no person at a keyboard
-            time.sleep(
-                _VERDICT_S
-            )  # the news of a lost host ends this process meanwhile
+            time.sleep(_VERDICT_S)  # a verdict ends this process meanwhile
         self._failing = True
         print(shown, file=sys.stderr, flush=True)
         self._send({"failed": line, "code": code})

@@ -23,7 +23,7 @@ from mtp_jax.sharding import axes_of, spec, spec_like
 M = TypeVar("M", bound=nnx.Module)
 
 _FEW_TOKENS = 128  # of a product that is written for a CPU
-_WHOLE = (4, 8, 16)  # tokens that such a product takes at once; above, multiples of 8
+_WHOLE = (1, 2, 3, 4, 8, 16)  # tokens that such a product takes; then multiples of 8
 
 
 def weight(
@@ -164,11 +164,10 @@ def product(
     order = [of_w.index(axis) for axis in outputs + inputs]
     width = math.prod(x.shape[2:])
     whole = next((m for m in _WHOLE if tokens <= m), -(-tokens // 8) * 8)
-    spare = whole - tokens if tokens > _WHOLE[0] else 0
 
     def local(x, w):
         w = jnp.transpose(w, order)
-        x_MI = jnp.pad(x.reshape(tokens, width), ((0, spare), (0, 0)))
+        x_MI = jnp.pad(x.reshape(tokens, width), ((0, whole - tokens), (0, 0)))
         y_OM = lax.dot_general(
             w.reshape(-1, width),
             x_MI,

@@ -1,4 +1,4 @@
-"""The forward passes that decoders share: one token, or a chain of drafts.
+"""The forward passes that decoders share: one token, a chain of drafts, any new ones.
 
 Axes: N heads, M = N - 1 drafts, B batch, W tokens that are read, D model width, V
 vocabulary.
@@ -29,7 +29,7 @@ Verify = Callable[[jax.Array, Draws], tuple[jax.Array, jax.Array]]
 
 @dataclasses.dataclass(frozen=True)
 class Read:
-    """What the trunk and head 1 make of the last committed token and what follows."""
+    """What the trunk and head 1 make of new tokens."""
 
     new: NewTokens
     trunk_BWD: jax.Array
@@ -39,7 +39,11 @@ class Read:
 
 def read(model: DecodeModel, state: DecodeState, tokens_BW: jax.Array) -> Read:
     """Reads the last committed token, the first of tokens_BW, and drafts after it."""
-    new = chain(tokens_BW, state.length_B - 1)
+    return read_new(model, state, chain(tokens_BW, state.length_B - 1))
+
+
+def read_new(model: DecodeModel, state: DecodeState, new: NewTokens) -> Read:
+    """Runs the trunk and head 1 over new tokens, a chain or a tree."""
     trunk_BWD, cache = run_trunk(model, new, state.cache)
     head_BWD, cache = run_head(model, 0, trunk_BWD, new, cache)
     return Read(new, trunk_BWD, next_logits(model, state, head_BWD, new), cache)

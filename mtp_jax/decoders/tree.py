@@ -29,19 +29,17 @@ from mtp_jax.cache import (
     at_slot,
     chain,
     keep_path,
-    run_head,
     run_heads_at,
-    run_trunk,
 )
 from mtp_jax.decode_model import DecodeModel
 from mtp_jax.decoders import passes
+from mtp_jax.decoders.passes import Read
 from mtp_jax.decoders.sampling import Draws, most_likely
 from mtp_jax.decoders.state import (
     DecodeState,
     commit,
     last_token,
     law_probs,
-    next_logits,
 )
 from mtp_jax.decoders.token_tree import TokenTree, default_tree, read_tree
 from mtp_jax.sharding import spec
@@ -105,17 +103,7 @@ class Tree:
         return _candidates(model, heads_BMD, ranks)
 
 
-@dataclasses.dataclass(frozen=True)
-class ReadTree:
-    """A tree of drafts that the trunk and head 1 have read."""
-
-    new: NewTokens
-    trunk_BWD: jax.Array
-    logits_BWV: jax.Array  # of head 1, penalized
-    cache: Cache
-
-
-def read_nodes(model: DecodeModel, state: DecodeState, tree: TokenTree) -> ReadTree:
+def read_nodes(model: DecodeModel, state: DecodeState, tree: TokenTree) -> Read:
     """Runs the trunk and head 1 over the nodes, candidates that are carried."""
     b, m, k = state.carry.shape
     # By comparison, as in `at_slot`: a gather would have to be told how it is split.
@@ -132,14 +120,11 @@ def read_nodes(model: DecodeModel, state: DecodeState, tree: TokenTree) -> ReadT
         start_B=start_B,
         ancestors_WW=tree.ancestors_WW,
     )
-    trunk_BWD, cache = run_trunk(model, new, state.cache)
-    head_BWD, cache = run_head(model, 0, trunk_BWD, new, cache)
-    logits_BWV = next_logits(model, state, head_BWD, new)
-    return ReadTree(new, trunk_BWD, logits_BWV, cache)
+    return passes.read_new(model, state, new)
 
 
 def exact_path(
-    state: DecodeState, tree: TokenTree, read: ReadTree, draws: Draws
+    state: DecodeState, tree: TokenTree, read: Read, draws: Draws
 ) -> tuple[jax.Array, jax.Array]:
     """The node where the longest right path ends, [B], and what comes next, [B, 1]."""
     if state.law.greedy:
@@ -169,7 +154,7 @@ def commit_path(
     model: DecodeModel,
     state: DecodeState,
     tree: TokenTree,
-    read: ReadTree,
+    read: Read,
     end_B: jax.Array,
     next_B1: jax.Array,
     departed_BW: jax.Array | None = None,

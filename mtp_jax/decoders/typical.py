@@ -17,10 +17,11 @@ import jax.numpy as jnp
 
 from mtp_jax.cache import at_slot
 from mtp_jax.decode_model import DecodeModel
+from mtp_jax.decoders.passes import Read
 from mtp_jax.decoders.sampling import Draws, most_likely
 from mtp_jax.decoders.state import DecodeState, commit, law_probs, next_logits
 from mtp_jax.decoders.token_tree import TokenTree
-from mtp_jax.decoders.tree import ReadTree, Tree, commit_path, read_nodes
+from mtp_jax.decoders.tree import Tree, commit_path, read_nodes
 from mtp_jax.errors import UserError
 from mtp_jax.sharding import spec
 
@@ -102,7 +103,7 @@ def _after_parent(tree: TokenTree, x_BWX: jax.Array) -> jax.Array:
     return x_BWX.at[:, tree.parent_W].get(out_sharding=out)
 
 
-def _of_drafts(tree: TokenTree, read: ReadTree, law_BWV: jax.Array) -> jax.Array:
+def _of_drafts(tree: TokenTree, read: Read, law_BWV: jax.Array) -> jax.Array:
     """How likely head 1 finds each node after its parent, [B, W]."""
     ids_11V = jnp.arange(law_BWV.shape[-1])[None, None]
     is_draft_BWV = read.new.tokens_BW[:, :, None] == ids_11V

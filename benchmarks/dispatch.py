@@ -1,8 +1,8 @@
 """The call of a step that does not wait for it: Python's part, and the rest.
 
-Called right after another that waits, as the caches of an idle thread are cold; once as
-it is, and once as a program that has the step's arguments and results and does next to
-nothing: what Python and jax take to hand a program over. What the step's own call takes
+Python's part is that of a program that has the step's arguments and results and does
+next to nothing, handed over by the same jax: by itself, and after a step, whose threads
+have had the caches and the clock of a CPU's cores. What the step's own call takes
 beyond that is its launch, which on a CPU is work of the thread that calls.
 
 python -m benchmarks.dispatch --steps=200
@@ -38,8 +38,9 @@ def main(argv: list[str]) -> int:
     args = options(argv, "Time of a step's call, not waited for.", steps=200)
     cfg = config_from(str(TINY), [])
     print_environment(args.steps)
+    alone: list[float] = []
+    after: list[float] = []
     called: list[float] = []
-    handed: list[float] = []
     done: list[float] = []
     with jax.set_mesh(one_device()):
         training = Training(cfg)
@@ -48,19 +49,30 @@ def main(argv: list[str]) -> int:
         for f in (step, little, step, little):
             state, _ = jax.block_until_ready(f(state, batch))
         for _ in range(args.steps):
-            for f, calls in ((little, []), (little, handed), (step, called)):
-                began = time.perf_counter()
-                state, metrics = f(state, batch)
-                calls.append(time.perf_counter() - began)
-                jax.block_until_ready((state, metrics))
-            done.append(time.perf_counter() - began)
+            state, call_s, _ = _timed(little, state, batch)
+            alone.append(call_s)
+        for _ in range(args.steps):
+            for f, calls in ((little, []), (little, after), (step, called)):
+                state, call_s, done_s = _timed(f, state, batch)
+                calls.append(call_s)
+            done.append(done_s)
     print_table(
         ("microseconds", "median", "quartiles"),
-        ("handed over", *_microseconds(handed)),
+        ("handed over", *_microseconds(alone)),
+        ("handed over, after a step", *_microseconds(after)),
         ("call", *_microseconds(called)),
         ("call and step", *_microseconds(done)),
     )
     return 0
+
+
+def _timed(f: Any, state: Any, batch: Any) -> tuple[Any, float, float]:
+    """The new state, and the seconds until the call is over, and the work."""
+    began = time.perf_counter()
+    state, metrics = f(state, batch)
+    called = time.perf_counter()
+    jax.block_until_ready((state, metrics))
+    return state, called - began, time.perf_counter() - began
 
 
 def _little(metrics: Any) -> Any:

@@ -8,6 +8,7 @@ its process when the run is over elsewhere, whatever the main thread is blocked 
 import asyncio
 import contextlib
 import os
+import signal
 import socket
 import sys
 import threading
@@ -18,6 +19,7 @@ from typing import Any, NoReturn
 
 from mtp_jax.errors import RunFailed, UserError
 from mtp_jax.hub import Hub, beat_s, encode, pump, receive
+from mtp_jax.last_step import LastStep
 from mtp_jax.place import Place, detected
 
 _VERDICT_S = 5.0  # for the news of a lost host to come after a collective broke
@@ -29,7 +31,9 @@ def join(
     host_timeout_s: int,
     about: dict[str, str] | None = None,
 ) -> None:
-    """Joins the other processes, or makes a group of one.
+    """Joins the other processes, if there are any; to be called in the main thread.
+
+    A SIGTERM ends no process from then on: see `told_to_stop`.
 
     Args:
       place: of this process; None: what a TPU pod, GKE, Slurm or Open MPI says.
@@ -41,15 +45,14 @@ def join(
       UserError: the processes do not fit together.
       RunFailed: a process did not come, and which.
     """
+    global _watch, _last_step
     place = place or detected(join_timeout_s)
-    if place is None or place.num_processes == 1:
-        _start_alone(place)
-        return
-    global _watch
-    watch = _Watch(place, join_timeout_s, host_timeout_s, about or {})
-    watch.meet()
-    _watch = watch
-    watch.start_jax()
+    if place is not None and place.num_processes > 1:
+        watch = _Watch(place, join_timeout_s, host_timeout_s, about or {})
+        watch.meet()
+        _watch, _last_step = watch, watch.last_step
+        watch.start_jax()
+    signal.signal(signal.SIGTERM, _last_step.on_sigterm)
 
 
 def report(**status: Any) -> None:
@@ -70,6 +73,15 @@ def wait_for_all(place: str) -> None:
     """
     if _watch is not None:
         _watch.wait_for_all(place)
+
+
+def told_to_stop(done: int) -> bool:
+    """Whether a process got a SIGTERM; all learn it after the same number of steps.
+
+    Args:
+      done: steps done; to be called after each, and before the first.
+    """
+    return _last_step.reached(done)
 
 
 def name_of(index: int) -> str:
@@ -127,19 +139,6 @@ def told_as(error: BaseException) -> tuple[int, str, str]:
     return code, "".join(traceback.format_exception(error)).rstrip(), line
 
 
-def _start_alone(place: Place | None) -> None:
-    """jax.distributed is also what notices SIGTERM, so there is a group of one."""
-    import jax  # not for verbs that need none
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    ids = place.local_device_ids if place is not None else None
-    jax.distributed.initialize(
-        address, 1, 0, local_device_ids=ids, cluster_detection_method="deactivate"
-    )
-
-
 class _Watch:
     """This process among the others: a thread with an event loop."""
 
@@ -157,6 +156,7 @@ class _Watch:
         self.hub: Hub | None = None
         self.names: list[str] = []
         self.status: dict[str, Any] = {}
+        self.last_step = LastStep(lambda: self._send({"stop": True}))
         self._loop = asyncio.new_event_loop()
         self._reader: asyncio.StreamReader
         self._writer: asyncio.StreamWriter
@@ -268,6 +268,8 @@ class _Watch:
         """
         import jax
 
+        # What waits for a SIGTERM there stops Python meanwhile, and with it the relay.
+        jax.config.update("jax_enable_preemption_service", False)
         place, bind, address = self._place, None, f"127.0.0.1:{self._relay_port}"
         if self.hub is not None:
             with socket.socket() as free:
@@ -314,6 +316,10 @@ class _Watch:
             self._heard = time.monotonic()
             if "end" in message:
                 self._end(message["end"], message["code"])
+            if "how far" in message:
+                self._writer.write(encode({"begun": self.last_step.ask()}))
+            if "last" in message:
+                self.last_step.tell(message["last"])
             if "told" in message:
                 self._told.set()
             if "pass" in message:
@@ -375,3 +381,4 @@ def _exit(code: int) -> NoReturn:
 
 
 _watch: _Watch | None = None
+_last_step = LastStep()

@@ -38,6 +38,8 @@ class Hub:
         self._members: dict[int, _Member] = {}
         self._met = False
         self._waiting: dict[str, set[int]] = {}  # who has come to which place
+        self._begun: dict[int, int] = {}  # how far each has come, at a SIGTERM
+        self._stopping = False
         self._arrived = 0
         self._refusal = ""  # why these processes cannot be a group
         self._ended = False
@@ -177,6 +179,13 @@ class Hub:
             if len(there) == self._count:
                 del self._waiting[message["at"]]
                 self._tell({"pass": message["at"]})
+        if "stop" in message and not self._stopping:
+            self._stopping = True
+            self._tell({"how far": True})
+        if "begun" in message:
+            self._begun[index] = message["begun"]
+            if len(self._begun) == self._count:
+                self._tell({"last": max(self._begun.values()) + 1})
         if "bye" in message:
             member.gone = True
             if all(m.gone for m in self._members.values()):

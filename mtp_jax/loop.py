@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from mtp_jax import hosts
 from mtp_jax.checkpoint import (
@@ -39,7 +38,7 @@ from mtp_jax.records import (
 from mtp_jax.run_file import RunFile, identity
 from mtp_jax.run_log import RunLog, Stopwatch
 from mtp_jax.sharding import abstract_tree
-from mtp_jax.tokenizer import Tokenizer
+from mtp_jax.tokenizer import tokenizer_identity
 from mtp_jax.train_step import TrainState, make_init, make_step
 
 _LAST_SAVE_S = 30.0  # for a save that an error finds unfinished
@@ -165,7 +164,7 @@ class _Run:
         self.goodput.now_in("step")
         earlier: tuple[int, dict[str, jax.Array]] | None = None
         done = start
-        stopping = _preempted(done)
+        stopping = hosts.told_to_stop(done)
         while done < last and not stopping:
             self.profile(done)
             began = time.perf_counter()
@@ -183,7 +182,7 @@ class _Run:
             earlier = (done, metrics)
             if done == start + 1:
                 self.watch.restart()  # that one was compiled first
-            stopping = _preempted(done)
+            stopping = hosts.told_to_stop(done)
             evaluating = cfg.eval.every > 0 and done % cfg.eval.every == 0
             saving = done % cfg.checkpoint.every == 0 or done == last or stopping
             saving_here = self.local is not None and self.local.due(done)
@@ -296,7 +295,7 @@ class _Run:
                 "batches": step,
                 "corpora": [c.manifest["splits"]["train"] for c in self.corpora],
             },
-            "tokenizer": _identity(self.tokenizer),
+            "tokenizer": tokenizer_identity(self.tokenizer),
             "seconds": self.goodput.seconds(),
         }
 
@@ -331,12 +330,3 @@ class _Run:
             )
         else:
             self.log.say(f"done: step {done}, in {self.workdir}")
-
-
-def _identity(tokenizer: Tokenizer) -> dict[str, str]:
-    return {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint}
-
-
-def _preempted(step: int) -> bool:
-    """Whether a host was told to stop (SIGTERM); all learn it at the same step."""
-    return multihost_utils.reached_preemption_sync_point(step)

@@ -18,6 +18,7 @@ from mtp_jax.errors import UserError
 from mtp_jax.goodput import Goodput
 from mtp_jax.run_log import environment, write_atomically, write_json
 from mtp_jax.stores import is_remote
+from mtp_jax.tokenizer import tokenizer_identity
 
 _WRITE_EVERY_S = 30.0  # a workdir may be far away
 # What decides on the batches; `audit` reads them for each start.
@@ -58,7 +59,6 @@ class RunFile:
         """
         before = _read(workdir / "run.json")
         goodput.go_on(spent, before.get("goodput"))
-        tokenizer = corpora[0].tokenizer
         data = dataclasses.asdict(cfg.data)
         entry = {
             "after": start,
@@ -70,10 +70,7 @@ class RunFile:
         }
         content = {
             "config": dataclasses.asdict(cfg),
-            "tokenizer": {
-                "kind": tokenizer.kind,
-                "fingerprint": tokenizer.fingerprint,
-            },
+            "tokenizer": tokenizer_identity(corpora[0].tokenizer),
             **environment(mesh),
             "runs": [*before.get("runs", []), entry],
         }

@@ -247,6 +247,11 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | epath.Path) -> None:
         path.write_bytes(tokenizer.model_bytes)
 
 
+def tokenizer_identity(tokenizer: Tokenizer) -> dict[str, str]:
+    """What a run's files say of the tokenizer, as JSON."""
+    return {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint}
+
+
 def tokenizer_from_dir(directory: str | epath.Path, kind: str) -> Tokenizer:
     """The tokenizer that `save_tokenizer` put into a directory.
 

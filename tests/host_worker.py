@@ -49,6 +49,13 @@ def do(deed):
             multihost_utils.sync_global_devices("here")
         print("met", flush=True)
         time.sleep(1000)
+    if deed.startswith("steps"):
+        done, pause_s = 0, float(deed.split()[1])
+        while not hosts.told_to_stop(done):
+            print("began", flush=True)
+            time.sleep(pause_s)
+            done += 1
+        print("stopped after", done, flush=True)
     if deed == "report":
         hosts.report(step=3, own_s=float(hosts.name_of(0) is not None))
         while hosts.reports() and any(not r for r in hosts.reports().values()):

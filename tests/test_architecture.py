@@ -11,7 +11,7 @@ from mtp_jax.config import Config
 
 # A module imports only from the sets above its own.
 LAYERS = [
-    {"errors", "hub", "goodput"},
+    {"errors", "hub", "last_step", "goodput"},
     {"config", "tokenizer", "documents", "zigzag", "place", "stores"},
     {"hosts"},
     {"cli_args", "text_stream", "sharding", "flops", "corpus", "kernels", "program"}

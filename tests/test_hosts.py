@@ -94,6 +94,31 @@ def test_a_host_that_fails_tells_the_others(deed, code, own, line):
         assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("told_of_it", [(0, 1, 2, 3), (2,)])
+def test_hosts_that_are_told_to_stop_do_so_after_the_same_step(told_of_it):
+    """Each of its own pace, so that they are far apart when the word comes."""
+    processes = begin([f"steps {pause_s}" for pause_s in (0, 0.03, 0.001, 0.3)])
+    for process in processes:
+        wait_for(process, "began")
+
+    for i in told_of_it:
+        processes[i].send_signal(signal.SIGTERM)
+    results = finish_hosts(processes, timeout_s=60)
+
+    assert [code for code, *_ in results] == [0] * 4, results
+    assert len({out.splitlines()[-1] for _, out, _ in results}) == 1
+
+
+def test_a_process_alone_stops_when_it_is_told_to():
+    (process,) = begin(["steps 0.01"])
+    wait_for(process, "began")
+
+    process.send_signal(signal.SIGTERM)
+    code, out, _ = finish(process, timeout_s=60)
+
+    assert code == 0 and "stopped after" in out
+
+
 def test_host_zero_that_fails_tells_the_others_before_it_ends():
     results = finish_hosts(begin(["user error", "sleep"]), timeout_s=60)
 

@@ -146,7 +146,7 @@ def slack(decoder: Decoder, heads: int) -> int:
 def _kind(tree: Any) -> tuple[Any, ...]:
     """What a compilation depends on: structure, shapes, types and shardings."""
     leaves, structure = jax.tree.flatten(tree)
-    return (structure, *((x.shape, str(x.dtype), x.sharding) for x in leaves))
+    return (structure, *((x.shape, x.dtype, x.sharding) for x in leaves))
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:

@@ -134,6 +134,9 @@ class Checkpoints:
             sums = saved.custom_metadata["checksums"]
         except Exception as error:
             raise DamagedCheckpoint(self.folder / str(step), error) from error
+        if lost := [name for name, tree in trees.items() if tree is None]:
+            told = ValueError(f"nothing of {' and '.join(lost)} can be read")
+            raise DamagedCheckpoint(self.folder / str(step), told)
         _refuse_mismatch(self.folder / str(step), trees, abstract)
         try:
             items = self._orbax.load_checkpointables(step, abstract)

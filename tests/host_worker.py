@@ -41,6 +41,9 @@ def do(deed):
         raise ZeroDivisionError("a bug")
     if deed == "sleep":
         time.sleep(1000)
+    if deed == "wait too long":
+        with hosts.within(0.2, RunFailed("nobody came")):
+            time.sleep(1000)
     if deed == "collective":
         import jax
         from jax.experimental import multihost_utils

@@ -9,6 +9,7 @@ from models import mesh_of, tiny_config
 
 from mtp_jax.checkpoint import (
     Checkpoints,
+    DamagedCheckpoint,
     abstract_items,
     restore_newest,
     state_from_items,
@@ -101,3 +102,45 @@ def test_a_save_that_was_cut_short_is_cleared_away(one_device, tmp_path):
 
     assert again.steps() == [1] and not part.exists()
     again.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("deed", ["flip", "cut", "delete"])
+def test_damage_anywhere_is_noticed_or_harmless(one_device, tmp_path, deed):
+    """In every file of a checkpoint, at its ends and in between."""
+    cfg = tiny_config()
+    checkpoints, state = saved(tmp_path, cfg, [1])
+    abstract = abstract_items(jax.eval_shape(make_init(cfg), KEY))
+    wanted = jax.device_get(jax.tree.leaves((state.params, state.opt_state)))
+    noticed = []
+
+    for path in sorted(
+        p for p in (tmp_path / "checkpoints/1").rglob("*") if p.is_file()
+    ):
+        content = path.read_bytes()
+        size = len(content)
+        for at in {0} if deed == "delete" else {0, size // 3, size // 2, size - 9}:
+            damage(path, content, max(at, 0), deed)
+            try:
+                found = state_from_items(checkpoints.restore(1, abstract))
+            except DamagedCheckpoint:
+                noticed.append(path.name)
+            else:
+                leaves = jax.device_get(
+                    jax.tree.leaves((found.params, found.opt_state))
+                )
+                for a, b in zip(wanted, leaves, strict=True):
+                    np.testing.assert_array_equal(a, b)
+        path.write_bytes(content)
+
+    assert {"_METADATA", "manifest.ocdbt", "_CHECKPOINT_METADATA"} <= set(noticed)
+    checkpoints.close()
+
+
+def damage(path, content, at, deed):
+    if deed == "delete":
+        path.unlink(missing_ok=True)
+    elif deed == "cut":
+        path.write_bytes(content[:at])
+    else:
+        path.write_bytes(content[:at] + bytes([content[at] ^ 0x55]) + content[at + 1 :])

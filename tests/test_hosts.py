@@ -119,6 +119,16 @@ def test_a_process_alone_stops_when_it_is_told_to():
     assert code == 0 and "stopped after" in out
 
 
+def test_a_wait_has_a_limit():
+    results = finish_hosts(begin(["sleep", "wait too long"]), timeout_s=60)
+    alone = finish_hosts(begin(["wait too long"]), timeout_s=60)
+
+    (there, _, heard), (code, _, said) = results
+    assert there == 1 and told(heard) == [f"mtp-jax: host 1 ({NAME}): nobody came"]
+    assert code == 1 and told(said) == ["mtp-jax: nobody came"]
+    assert alone[0][0] == 1 and told(alone[0][2]) == ["mtp-jax: nobody came"]
+
+
 def test_host_zero_that_fails_tells_the_others_before_it_ends():
     results = finish_hosts(begin(["user error", "sleep"]), timeout_s=60)
 

@@ -6,7 +6,7 @@ import re
 import sys
 
 from mtp_jax import hosts
-from mtp_jax.errors import RunFailed, UserError
+from mtp_jax.errors import RunFailed, UserError, told_as
 
 _USAGE = """\
 usage: mtp-jax VERB [options]
@@ -57,7 +57,7 @@ def main() -> int:
         hosts.fail(error)  # of several hosts, all end
         if not isinstance(error, UserError | RunFailed):
             raise
-        code, shown, _ = hosts.told_as(error)
+        code, shown, _ = told_as(error)
         print(shown, file=sys.stderr)
         return code
 

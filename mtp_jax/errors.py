@@ -1,4 +1,6 @@
-"""The one exception that means "the input is wrong", not "the program is wrong"."""
+"""What means "the input is wrong", not "the program is wrong", and how it is told."""
+
+import traceback
 
 
 class UserError(Exception):
@@ -17,3 +19,13 @@ class RunFailed(Exception):
 
     The command line prints the text on stderr and exits with code 1.
     """
+
+
+def told_as(error: BaseException) -> tuple[int, str, str]:
+    """Exit code, what is printed of an error, and what the others are told."""
+    code = 2 if isinstance(error, UserError) else 1
+    if isinstance(error, UserError | RunFailed):
+        before = "mtp-jax: error: " if code == 2 else "mtp-jax: "
+        return code, f"{before}{error}", str(error)
+    line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return code, "".join(traceback.format_exception(error)).rstrip(), line

@@ -12,6 +12,8 @@ import json
 import time
 from typing import Any
 
+from mtp_jax.last_step import NOTHING_BEGUN
+
 _LINE_BYTES = 1 << 20
 _REFUSAL_S = 30.0  # for all processes to hear that they do not fit together
 _FAREWELL_S = 5.0  # for the others to hear the end before process 0 ends
@@ -106,8 +108,9 @@ class Hub:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
     ) -> None:
-        if self._met:
-            return  # to come again when this run is over, and another one begins
+        if self._met:  # to come again when this run is over, and another one begins
+            writer.write(encode({"busy": "a run of other processes is in progress"}))
+            return
         index = int(hello["host"])
         member = _Member(
             hello["name"], hello["about"], writer, time.monotonic(), hello["status"]
@@ -185,11 +188,18 @@ class Hub:
         if "begun" in message:
             self._begun[index] = message["begun"]
             if len(self._begun) == self._count:
-                self._tell({"last": max(self._begun.values()) + 1})
+                await self._stop_after(max(self._begun.values()) + 1)
         if "bye" in message:
             member.gone = True
             if all(m.gone for m in self._members.values()):
                 self._tell({"bye": True})
+
+    async def _stop_after(self, step: int) -> None:
+        """All have been asked; they end at once if there is nothing to save."""
+        if step == 0:
+            await self._end(NOTHING_BEGUN, 0)
+        else:
+            self._tell({"last": step})
 
     async def _watch(self) -> None:
         """Ends the run where a process does not come, or falls silent."""
@@ -210,7 +220,7 @@ class Hub:
             for i, member in list(self._members.items()):
                 member.heard += asleep
                 if not member.gone and now - member.heard > limit:
-                    await self._lose(i, f"nothing was heard of it for {limit:.0f} s")
+                    await self._lose(i, silence(limit, self._host_timeout_s))
 
     async def _lose(self, index: int, how: str) -> None:
         self._members[index].gone = True  # nobody waits for it
@@ -250,6 +260,14 @@ class Hub:
             await asyncio.sleep(0.05)
         if teller != 0:
             self._tell(message, but=tuple(range(1, self._count)))
+
+
+def silence(limit_s: float, host_timeout_s: float) -> str:
+    """How a process was lost that is still there."""
+    return (
+        f"nothing was heard of it for {limit_s:.0f} s "
+        f"(config.train.host_timeout_s is {host_timeout_s:.0f})"
+    )
 
 
 def beat_s(host_timeout_s: float) -> float:

@@ -5,42 +5,62 @@ another took its next step would leave that one waiting in a collective for ever
 each says how far it has come, and goes no further until it hears what was the farthest.
 """
 
+import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
-from types import FrameType
+
+NOTHING_BEGUN = "told to stop before a step: there is nothing new to save"
+
+
+def on_sigterm(act: Callable[[], None]) -> None:
+    """Has SIGTERM call `act` in a thread, whatever the main thread is blocked in.
+
+    A handler of Python's waits for the main thread, which may compile for minutes. A
+    byte in a socket does not; but the event loops of libraries may take that over for a
+    while, so the handler sends one as well.
+    """
+    here, there = socket.socketpair()
+    there.setblocking(False)
+
+    def listen() -> None:
+        while True:
+            if signal.SIGTERM in here.recv(64):
+                act()
+
+    threading.Thread(target=listen, daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda number, frame: there.send(bytes([number])))
+    signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
 
 
 class LastStep:
-    """As one process knows it; `hub.Hub` is who asks all and tells the farthest."""
+    """As one process knows it; `hub.Hub` asks all, and tells the farthest."""
 
-    def __init__(self, tell: Callable[[], None] | None = None):
-        """Of a process alone, or of one that is to `tell` the others of a SIGTERM."""
-        self._tell = tell
+    def __init__(self) -> None:
+        """Before the first step."""
         self._lock = threading.Lock()
         self._asked = False  # how far this process has come
         self._begun = -1  # after how many steps the newest began
         self._last = sys.maxsize
         self._told = threading.Event()
 
-    def on_sigterm(self, number: int, frame: FrameType | None) -> None:
-        """A handler of Python's: it may interrupt any line of the main thread."""
-        del number, frame
-        if self._tell is None:
-            self._last = 0
-        else:
-            self._tell()
-
     def ask(self) -> int:
-        """After how many steps the newest began; it waits for `tell` from now on."""
+        """After how many steps the newest began, or -1; it now waits for `tell`."""
         with self._lock:
             self._asked = True
             return self._begun
 
-    def tell(self, step: int) -> None:
-        """All are to stop after `step` steps."""
-        self._last = step
+    def tell(self, last: int) -> None:
+        """All are to stop after so many steps."""
+        self._last = last
         self._told.set()
+
+    def stop_alone(self) -> bool:
+        """A process without others is to stop; False if it has begun no step."""
+        with self._lock:
+            self._last = 0
+            return self._begun >= 0
 
     def reached(self, done: int) -> bool:
         """Whether to stop after `done` steps; if not, the next one is to begin."""

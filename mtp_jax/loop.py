@@ -164,7 +164,7 @@ class _Run:
         self.goodput.now_in("step")
         earlier: tuple[int, dict[str, jax.Array]] | None = None
         done = start
-        stopping = hosts.told_to_stop(done)
+        stopping = False
         while done < last and not stopping:
             self.profile(done)
             began = time.perf_counter()
@@ -174,6 +174,8 @@ class _Run:
             if done == start:
                 with self.goodput.spent("compile"):
                     _compile_on_all(self.step, state, batch)
+                # Until now a SIGTERM ended it at once: there was nothing to save.
+                hosts.told_to_stop(done)
             state, metrics = self.step(state, batch)
             done += 1
             # One step late, so that the devices have the next one to work on meanwhile.
@@ -201,7 +203,7 @@ class _Run:
                         self.checkpoints.save(done, state, self.metadata(done), loss)
                 self.file.write_sometimes()
                 self.watch.restart()
-        self.finish(start, done, stopping)
+        self.finish(done)
 
     def batches(self, start: int) -> Iterator[dict[str, jax.Array]]:
         """Global batches on the devices, from step `start` on."""
@@ -316,15 +318,14 @@ class _Run:
             jax.profiler.stop_trace()
             self.tracing = False
 
-    def finish(self, start: int, done: int, stopping: bool) -> None:
+    def finish(self, done: int) -> None:
         """Waits for the last checkpoint and says how it ended."""
         self.end_trace()
         with self.goodput.spent("save"):
             self.checkpoints.wait()
-        self.file.write(finished=not stopping)
-        if stopping and done == start:
-            self.log.say("told to stop before a step; nothing new to save")
-        elif stopping:
+        finished = done >= self.cfg.train.steps
+        self.file.write(finished)
+        if not finished:
             self.log.say(
                 f"told to stop: saved step {done}; run the same command to go on"
             )

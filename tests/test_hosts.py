@@ -119,6 +119,81 @@ def test_a_process_alone_stops_when_it_is_told_to():
     assert code == 0 and "stopped after" in out
 
 
+NOTHING = "mtp-jax: told to stop before a step: there is nothing new to save"
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_before_a_step_there_is_nothing_to_wait_for(count):
+    processes = begin(["compile"] * count)
+    for process in processes:
+        wait_for(process, "compiling")
+
+    processes[-1].send_signal(signal.SIGTERM)
+    results = finish_hosts(processes, timeout_s=60)
+
+    assert [(code, told(err)) for code, _, err in results] == [(0, [NOTHING])] * count
+
+
+def test_a_host_that_waits_for_the_others_can_be_stopped():
+    port = free_port()
+    processes = begin(["sleep"], address=f"127.0.0.1:{port}", count=2)
+    connect(port).close()
+
+    processes[0].send_signal(signal.SIGTERM)
+    code, _, err = finish_hosts(processes, timeout_s=60)[0]
+
+    assert (code, told(err)) == (0, [NOTHING])
+
+
+def connect(port):
+    """A connection to a port on which nobody may listen yet."""
+    end = time.monotonic() + 60
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port))
+        except OSError:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+
+
+def test_a_process_too_many_is_told_that_a_run_is_in_progress():
+    address = f"127.0.0.1:{free_port()}"
+    processes = begin(["sleep", "sleep"], address=address)
+    for process in processes:
+        wait_for(process, "joined")
+
+    more = begin(["sleep"], address=address, count=2, ids=[1], join_s=2)
+    code, _, err = finish_hosts(more, timeout_s=60)[0]
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+    assert code == 1 and "says: a run of other processes is in progress" in err
+
+
+def test_another_service_at_the_port_is_told():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        processes = begin(["sleep"], address=address, count=2, ids=[1])
+        other.accept()[0].sendall(b"SSH-2.0\r\n")
+        code, _, err = finish_hosts(processes, timeout_s=60)[0]
+
+    assert code == 1 and f"what listens at {address} is not host 0" in err
+
+
+def test_a_name_that_is_not_known_is_told_at_once_and_tried_again():
+    processes = begin(
+        ["sleep"], address="no.such.invalid:1", count=2, ids=[1], join_s=3
+    )
+
+    code, _, err = finish_hosts(processes, timeout_s=60)[0]
+
+    first, last = told(err)
+    assert code == 1 and "trying again for 3 s" in first and "did not come" in last
+
+
 def test_a_wait_has_a_limit():
     results = finish_hosts(begin(["sleep", "wait too long"]), timeout_s=60)
     alone = finish_hosts(begin(["wait too long"]), timeout_s=60)
@@ -181,14 +256,8 @@ def test_a_port_that_is_taken_is_told():
 def test_strangers_at_the_port_do_no_harm():
     port = free_port()
     processes = begin(["report"], address=f"127.0.0.1:{port}", count=2)
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        try:
-            with socket.create_connection(("127.0.0.1", port)) as stranger:
-                stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
-                break
-        except OSError:
-            time.sleep(0.1)
+    with connect(port) as stranger:
+        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
     processes += begin(["report"], address=f"127.0.0.1:{port}", count=2, ids=[1])
 
     results = finish_hosts(processes, timeout_s=90)

@@ -1,7 +1,7 @@
-"""The verb `audit`: proves from a run's files which data it has seen.
+"""The verb `audit`: proves from a run's files which data its logged steps have seen.
 
 Batches are a function of seed, corpora and step; `metrics.jsonl` has the hash of each
-that was logged. Here they are made again, without devices, and compared.
+that was logged. Here those are made again, without devices, and compared.
 """
 
 import dataclasses
@@ -30,7 +30,8 @@ def main(argv: list[str]) -> int:
     """
     parser = Parser(
         "mtp-jax audit",
-        "Make every batch of a run again and compare its hash with metrics.jsonl.",
+        "Make every logged batch of a run again and compare its hash with that in "
+        "metrics.jsonl.",
     )
     parser.add_argument("--workdir", required=True, metavar="D", help="folder of a run")
     parser.add_argument(
@@ -44,8 +45,10 @@ def main(argv: list[str]) -> int:
     workdir = workdir_at(args.workdir)
     runs = _runs(workdir)
     rows = None if args.step is None else rows_of_step(runs, args.step)
-    steps = replay(runs, _logged(workdir))
-    found: dict[str, Any] = {"steps": steps, "runs": len(runs)}
+    logged = _logged(workdir)
+    steps = replay(runs, logged)
+    last = logged[-1][0] if logged else 0
+    found: dict[str, Any] = {"steps": steps, "last_step": last, "runs": len(runs)}
     if rows is not None:
         found = {**found, "step": args.step, "rows": rows}
     if args.json:
@@ -54,7 +57,10 @@ def main(argv: list[str]) -> int:
     for i, row in enumerate(rows or []):
         parts = [f"{p['name']} [{p['begin']}:{p['end']}] of {p['source']}" for p in row]
         print(f"row {i}: {', '.join(parts)}")
-    print(f"{found['steps']} batches are those of metrics.jsonl, in {len(runs)} runs")
+    print(
+        f"{steps} of {last} batches are in metrics.jsonl, and are those of seed and "
+        f"corpora; {len(runs)} starts (config.log.every=1 has all batches there)"
+    )
     return 0
 
 
@@ -92,7 +98,13 @@ def replay(runs: list[_Run], logged: list[tuple[int, str]]) -> int:
 
 
 def rows_of_step(runs: list[_Run], step: int) -> list[list[dict[str, Any]]]:
-    """For each row of a step's batch: sources, documents and their tokens."""
+    """For each row of a step's batch: sources, documents and their tokens.
+
+    Raises:
+      UserError: the run has no such step.
+    """
+    if runs and step > (end := runs[-1].config.train.steps):
+        raise UserError(f"--step={step}: the run ends at step {end}.")
     run = _run_of(runs, step)
     return [
         [
@@ -113,7 +125,12 @@ def rows_of_step(runs: list[_Run], step: int) -> list[list[dict[str, Any]]]:
 
 def _run_of(runs: list[_Run], step: int) -> _Run:
     """The last run that did a step: one that began before it overwrites the others."""
-    return [run for run in runs if run.after < step][-1]
+    did = [run for run in runs if run.after < step]
+    if not did:
+        raise UserError(
+            f"run.json tells of no start before step {step}; has it been replaced?"
+        )
+    return did[-1]
 
 
 def _without_workers(cfg: Config) -> Config:

@@ -57,27 +57,31 @@ def config_from(path: str, overrides: list[str]) -> Config:
     except UserError:
         raise
     except Exception as error:  # a config is code, and may fail in any way
-        raise UserError(_what_is_wrong(path, error)) from error
+        raise UserError(_what_is_wrong(path, overrides, error)) from error
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; see --help.")
     return freeze(flags["config"].value)
 
 
-def _what_is_wrong(path: str, error: Exception) -> str:
+def _what_is_wrong(path: str, overrides: list[str], error: Exception) -> str:
     """What a config library says, without its traceback and its list of all fields."""
     text = str(error.args[0] if error.args else error).replace("\\n", " ")
     if "Error whilst parsing config file" in text:
         return f"{path}: {text.strip().splitlines()[-1]}"
     if isinstance(error, absl.flags.Error):
         flag, separator, _ = text.partition(": Failed to parse ")
-        is_section = separator and "as a ConfigDict" in text
-        return (
-            f"{flag}: this is a section; set one of its fields." if is_section else text
-        )
+        if separator and "as a ConfigDict" in text:
+            return f"{flag}: this is a section; set one of its fields."
+        if "invalid literal for int()" in text:
+            return text.partition(": invalid literal")[0] + ": must be a whole number."
+        return text
     if not isinstance(error, (AttributeError, KeyError)) or "get_config" in text:
         return f"{path}: {type(error).__name__}: {error}"
     hint = text.partition("Did you mean ")[2].partition("?")[0].partition(" instead")[0]
     name = text.strip("\\'\"").partition("'")[0].partition('"')[0].strip("\\ ")
-    return f"config has no field {name!r}" + (
+    paths = (option.partition("=")[0].lstrip("-") for option in overrides)
+    sections = (path.rpartition(".") for path in paths)
+    section = next((place for place, _, field in sections if field == name), "config")
+    return f"{section} has no field {name!r}" + (
         f"; did you mean {hint}?" if hint else "."
     )

@@ -122,9 +122,9 @@ class LocalCheckpoints:
                 return None
             with (folder / "shards").open("rb") as file:
                 content = pickle.load(file)
-        except OSError:
+            return content if content["setting"] == self._setting else None
+        except Exception:  # missing, altered, or of another version of a library
             return None
-        return content if content["setting"] == self._setting else None
 
 
 def _sha256(path: pathlib.Path) -> str:

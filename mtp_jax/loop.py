@@ -57,7 +57,7 @@ def run(
     checkpoints = Checkpoints(workdir, cfg.checkpoint)
     with goodput.spent("restore"):
         local = _local_checkpoints(cfg, workdir, mesh)
-        state, start, spent = _restore_or_init(cfg, checkpoints, local)
+        state, start, spent = _restore_or_init(cfg, checkpoints, local, goodput)
     file = RunFile.begin(cfg, workdir, mesh, corpora, start, goodput, spent)
     log = RunLog(workdir, start, cfg.log.tensorboard)
     try:
@@ -80,7 +80,10 @@ def run(
 
 
 def _restore_or_init(
-    cfg: Config, checkpoints: Checkpoints, local: LocalCheckpoints | None
+    cfg: Config,
+    checkpoints: Checkpoints,
+    local: LocalCheckpoints | None,
+    goodput: Goodput,
 ) -> tuple[TrainState, int, dict[str, float]]:
     """The state, the steps done before, and where their time went."""
     init = make_init(cfg)
@@ -93,8 +96,10 @@ def _restore_or_init(
     if local is not None:
         local.drop_after(durable)
     if not durable:
-        _compile_on_all(init, key)
-        return init(key), 0, {}
+        with goodput.spent("compile"):
+            _compile_on_all(init, key)
+        with goodput.spent("start"):
+            return init(key), 0, {}
     abstract = abstract_items(jax.eval_shape(init, key))
     try:
         step, items, damaged = restore_newest(checkpoints, abstract)

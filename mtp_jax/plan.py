@@ -10,7 +10,7 @@ is for people; `--json` prints a list of objects, one a topology and number of h
   compiler's where it refused, else all that the device has; temp_sum_bytes: what XLA
   calls the size of temporaries, more than are ever alive at the same time;
 - fits: the compiler's verdict; remedy: the one change to the command that makes it fit,
-  null if it fits or if none of those tried does;
+  null if it fits, if none of those tried does, or if n = 1 is only to compare with;
 - flops_per_step and its parts flops_trunk, flops_heads, flops_unembedding: useful work
   of all chips (`flops.train_flops`); executed_flops_per_step: with what is computed
   again;
@@ -62,12 +62,13 @@ def main(argv: list[str]) -> int:
         "Compile the training step for TPUs that are not there, and tell its cost.",
         epilog="Any field of the config: --config.section.field=value. The batch is "
         "the config's; compiling a large model takes minutes, for every topology and "
-        "number of heads. Columns: state: parameters, moments and batch; temp: what "
-        "else is alive at the peak; of: what a device has; step s: the least time of a "
-        "step, which arithmetic (compute), memory traffic (hbm) or the interconnect "
-        "(links) bounds; tokens/s: of a chip at that time; vs n=1: time to that of one "
-        "head on as many layers; even: accepted tokens a pass from which blockwise "
-        "decoding is faster than plain.",
+        "number of heads; what does not fit is compiled again with one change after "
+        "another, until it does. Columns: state: parameters, moments and batch; "
+        "temp: what else is alive at the peak; of: what a device has; step s: the "
+        "least time of a step, which arithmetic (compute), memory traffic (hbm) or "
+        "the interconnect (links) bounds; tokens/s: of a chip at that time; vs n=1: "
+        "time to that of one head on as many layers; even: accepted tokens a pass "
+        "from which blockwise decoding is faster than plain.",
     )
     parser.add_argument(
         "--config",
@@ -107,8 +108,8 @@ def main(argv: list[str]) -> int:
         _figures(topology, devices)
     rows = []
     for topology in args.topology:
-        rows += plan_topology(cfg, topology, sorted({1, *heads}), _compile)
-    print(json.dumps(rows, indent=2) if args.json else table(rows))
+        rows += plan_topology(cfg, topology, heads, _compile)
+    print(json.dumps(rows, indent=2) if args.json else table(rows, heads))
     return 0
 
 
@@ -142,15 +143,15 @@ def with_heads(cfg: Config, n: int) -> Config:
 def plan_topology(
     cfg: Config, topology: str, heads: list[int], compile_: Compile
 ) -> list[Row]:
-    """The objects of the JSON for one topology; the first of `heads` is 1."""
+    """The objects of the JSON for one topology: of n = 1, and of `heads`."""
     rows: list[Row] = []
-    for n in heads:
+    for n in sorted({1, *heads}):
         of_n = with_heads(cfg, n)
         compiled = compile_(of_n, topology)
         row = describe(of_n, topology, compiled, topology_devices(topology))
         row["overhead_vs_n1"] = overhead(row, rows[0] if rows else row)
         row["remedy"] = None
-        if not row["fits"]:
+        if not row["fits"] and n in heads:
             row["remedy"] = find_remedy(of_n, topology, compile_)
         rows.append(row)
     return rows
@@ -219,13 +220,15 @@ def hbm_traffic(cfg: Config, compiled: Compiled, tensor: int) -> float:
     """Bytes that a device must move to and from its memory in a step, at least.
 
     The state is read and written once; of every microbatch the forward and the backward
-    pass each read all gathered weights, in the compute dtype, and where trunk layers
-    are computed again, theirs once more. Activations are left out: kernels may keep
-    them on the chip.
+    pass each read all gathered weights, in the compute dtype, and where layers are
+    computed again, theirs once more. Activations are left out: kernels may keep them on
+    the chip.
     """
     read = 2 * compiled.params
     if cfg.compute.remat in ("full", "offload"):
         read += cfg.model.num_trunk_layers * flops.layer_params(cfg.model)
+    if cfg.compute.head_loss == "remat":
+        read += cfg.model.n_future_tokens * flops.layer_params(cfg.model)
     weights = read * _ITEMSIZE[cfg.model.compute_dtype] / tensor
     return 2 * compiled.argument_bytes + cfg.train.accumulation * weights
 
@@ -301,8 +304,8 @@ def larger_topology(name: str) -> str:
     return f"{family}:" + "x".join(map(str, sorted([2 * first, *others])))
 
 
-def table(rows: list[Row]) -> str:
-    """The figures for people: memory and time, arithmetic and traffic, remedies."""
+def table(rows: list[Row], heads: list[int]) -> str:
+    """Memory and time, arithmetic and traffic, and remedies for what was asked for."""
     memory = [
         {
             "topology": row["topology"],
@@ -334,7 +337,7 @@ def table(rows: list[Row]) -> str:
         }
         for row in rows
     ]
-    notes = [_remedy(row) for row in rows if not row["fits"]]
+    notes = [_remedy(r) for r in rows if not r["fits"] and r["heads"] in heads]
     return "\n".join(
         [
             "GiB of a device; the least time of a step by the roofline; tokens a chip. "

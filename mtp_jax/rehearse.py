@@ -145,7 +145,12 @@ def _folder(workdir: str | None) -> pathlib.Path:
     folder = pathlib.Path(workdir).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--workdir={workdir} is not an empty folder; give another.")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--workdir={workdir} cannot be written: {error.strerror}."
+        ) from None
     return folder
 
 

@@ -75,9 +75,16 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> M
     known = math.prod(size for size in sizes.values() if size != -1)
     shape = tuple(len(devices) // known if s == -1 else s for s in sizes.values())
     if math.prod(shape) != len(devices):
+        there = f"the {len(devices)} devices that are there"
+        if devices[0].platform == "cpu":
+            there += " (JAX_NUM_CPU_DEVICES=N makes N of a CPU)"
         raise UserError(
-            f"config.mesh {sizes} does not multiply to the {len(devices)} devices that "
-            "are there; change an axis, or give one of them as -1."
+            f"config.mesh {sizes} does not multiply to {there}; "
+            + (
+                f"the axes beside the one of -1 come to {known}."
+                if -1 in sizes.values()
+                else "change an axis, or give one of them as -1."
+            )
         )
     slices = slice_count(devices)
     replica, *others = shape

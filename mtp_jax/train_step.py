@@ -112,9 +112,12 @@ def make_gradients(
             (loss, sums), grads = grad(params, microbatch, weight_N)
             return jax.tree.map(jnp.add, total, (loss, sums, grads)), None
 
-        zeros = (jnp.zeros(()), no_sums(n), jax.tree.map(jnp.zeros_like, params))
+        # In float32 whatever the parameters are in: small terms are many.
+        wide = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
         rows = {k: batch[k] for k in ("tokens", "segments", "positions")}
-        return jax.lax.scan(add_microbatch, zeros, rows)[0]
+        start = (jnp.zeros(()), no_sums(n), wide)
+        loss, sums, grads = jax.lax.scan(add_microbatch, start, rows)[0]
+        return loss, sums, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
     return gradients
 

@@ -136,6 +136,17 @@ def test_loss_and_gradients_are_those_of_all_logits_at_once(form_case):
         jax.tree.map_with_path(assert_near, grads, expected_grads)
 
 
+def test_gradients_of_bfloat16_parameters_add_up_in_float32():
+    cfg = config_of(2, "fused", 0, param_dtype="bfloat16")
+    rows = {name: np.tile(x, (16, 1)) for name, x in rows_of("packed", 2).items()}
+    with jax.set_mesh(mesh_of(1, 1, 1)):
+        _, _, at_once = gradients_of(cfg, {"": rows}, 1)[""]
+        _, _, one_by_one = gradients_of(cfg, {"": rows}, len(rows["tokens"]))[""]
+
+    near = functools.partial(assert_near, tolerance=0.01)
+    jax.tree.map_with_path(near, one_by_one["trunk"], at_once["trunk"])
+
+
 @pytest.mark.parametrize("mesh", ["one device", "fsdp x tensor"])
 @pytest.mark.parametrize("form", ["fused", "remat", "naive"])
 def test_gradients_in_bfloat16_are_those_in_float64_to_its_rounding(form, mesh):

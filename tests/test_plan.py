@@ -268,7 +268,7 @@ def test_rows_and_table(four_chips):
     work = executed_flops(plan.with_heads(cfg, 4)).total * positions
     assert last["compute_s"] == work / 4 / 197e12
     assert last["hbm_bytes"] == 60 and last["hbm_limit_bytes"] == 40
-    text = plan.table(rows)
+    text = plan.table(rows, [1, 2, 4])
     assert "v5e:16x16, n = 4: fits with --config.train.accumulation=2" in text
     assert max(map(len, text.splitlines())) <= 100
     assert json.loads(json.dumps(rows)) == rows

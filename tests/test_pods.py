@@ -22,6 +22,8 @@ from runs import (
     wait_for_step,
 )
 
+from mtp_jax.errors import UserError
+
 # (replica, fsdp, tensor, sequence), each on every number of processes
 MESHES = [(1, 8, 1, 1), (2, 4, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2)]
 PROCESSES = [1, 2, 4, 8]
@@ -163,7 +165,10 @@ def test_any_number_of_hosts_goes_on_where_another_stopped(tmp_path, two_corpora
     complete(train_args(moved, sources, *options, few))
     assert hashes(moved)[:14] == hashes(calm)
     report = audited(moved, "--step=3")
-    assert report["steps"] == len(records(moved)) and len(report["rows"]) == 8
+    assert (
+        report["steps"] == report["last_step"] == len(records(moved))
+        and len(report["rows"]) == 8
+    )
 
 
 def test_every_document_is_seen_exactly_once_an_epoch(two_corpora):
@@ -207,6 +212,21 @@ def test_audit_tells_the_first_batch_that_differs(
 
     assert code == 1 and len(told(err)) == 1
     assert "the batch of step 4 is not the one" in told(err)[0]
+
+
+def test_audit_tells_what_a_run_has_not(alone_and_together, tmp_path):
+    from mtp_jax import audit
+
+    workdir = tmp_path / "run"
+    shutil.copytree(alone_and_together[0], workdir)
+
+    with pytest.raises(UserError, match="--step=7: the run ends at step 6"):
+        audit.main([f"--workdir={workdir}", "--step=7"])
+    run = json.loads((workdir / "run.json").read_text())
+    run["runs"][0]["after"] = 2
+    (workdir / "run.json").write_text(json.dumps(run))
+    with pytest.raises(UserError, match="tells of no start before step 1"):
+        audit.main([f"--workdir={workdir}"])
 
 
 def test_a_second_run_on_a_workdir_is_refused_and_a_kill_frees_it(tmp_path, corpus_dir):

@@ -91,6 +91,11 @@ def test_a_fault_that_does_not_exist_is_told():
         rehearse._script(["kill"], None, 0)
 
 
+def test_a_folder_that_cannot_be_made_is_told():
+    with pytest.raises(UserError, match="--workdir=/proc/x cannot be written"):
+        rehearse._folder("/proc/x")
+
+
 def test_resumes_go_to_fewer_and_to_more_hosts():
     assert host_counts(4) == [4, 2, 1, 8]
     assert host_counts(2) == [2, 1, 4]

@@ -365,7 +365,7 @@ def test_one_four_two_and_eight_processes_are_one_run(pods, tmp_path, two_corpor
     args = train_args(moved, sources, *options)
     for count, step in ((1, 10), (4, 25), (2, 40)):
         hosts = start_hosts(args, count, devices=8 // count)
-        wait_for_step(hosts[0], moved, step)
+        wait_for_step(hosts[0], moved, step, timeout_s=900)
         hosts[-1].send_signal(signal.SIGTERM)
         stopped = finish_hosts(hosts, timeout_s=900)
         assert [code for code, *_ in stopped] == [0] * count, stopped

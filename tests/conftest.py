@@ -5,6 +5,7 @@ import pathlib
 
 import jax
 import pytest
+import runs
 
 # Read when the first device is asked for. A pool of fewer threads than devices can
 # deadlock in a collective; plain programs compile faster than they run slower.
@@ -21,6 +22,13 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    """A process of a test that failed would slow down all tests after it."""
+    yield
+    runs.kill_what_is_left()
 
 
 @pytest.fixture

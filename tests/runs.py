@@ -14,6 +14,8 @@ CACHE = ROOT / ".pytest_cache" / "jax"
 TIMINGS = ("tokens_per_s", "step_s", "data_wait_share")
 SLOWEST = ("slowest_host", "slowest_host_s")
 
+_started: list[subprocess.Popen] = []
+
 
 def train_args(workdir, corpus, *overrides):
     """Arguments of a run of configs/tiny.py that logs every step and no more."""
@@ -42,7 +44,7 @@ def start(args, *, devices=1, program=(sys.executable, "-m", "mtp_jax")):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(ROOT),
     }
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [*program, *map(str, args)],
         cwd=ROOT,
         env=environment,
@@ -50,6 +52,17 @@ def start(args, *, devices=1, program=(sys.executable, "-m", "mtp_jax")):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
+    _started.append(process)
+    return process
+
+
+def kill_what_is_left():
+    """Kills what a test that failed may have left behind."""
+    for process in _started:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+    _started.clear()
 
 
 def finish(process, timeout_s=240):

@@ -205,7 +205,7 @@ class Hub:
         """Ends the run where a process does not come, or falls silent."""
         begun = before = time.monotonic()
         pause = beat_s(self._host_timeout_s)
-        limit = self._host_timeout_s - 2 * pause
+        limit = silence_s(self._host_timeout_s)
         while not self._ended:
             rest = pause if self._met else min(pause, 0.5)
             await asyncio.sleep(rest)
@@ -220,7 +220,7 @@ class Hub:
             for i, member in list(self._members.items()):
                 member.heard += asleep
                 if not member.gone and now - member.heard > limit:
-                    await self._lose(i, silence(limit, self._host_timeout_s))
+                    await self._lose(i, silence(self._host_timeout_s))
 
     async def _lose(self, index: int, how: str) -> None:
         self._members[index].gone = True  # nobody waits for it
@@ -262,17 +262,22 @@ class Hub:
             self._tell(message, but=tuple(range(1, self._count)))
 
 
-def silence(limit_s: float, host_timeout_s: float) -> str:
-    """How a process was lost that is still there."""
-    return (
-        f"nothing was heard of it for {limit_s:.0f} s "
-        f"(config.train.host_timeout_s is {host_timeout_s:.0f})"
-    )
-
-
 def beat_s(host_timeout_s: float) -> float:
     """How often a process says that it is there, in seconds."""
     return min(5.0, host_timeout_s / 6)
+
+
+def silence_s(host_timeout_s: float) -> float:
+    """How long it may say nothing, in seconds: all are to end within the timeout."""
+    return host_timeout_s - 2 * beat_s(host_timeout_s)
+
+
+def silence(host_timeout_s: float) -> str:
+    """How a process was lost that is still there."""
+    return (
+        f"nothing was heard of it for {silence_s(host_timeout_s):.0f} s "
+        f"(config.train.host_timeout_s is {host_timeout_s:.0f})"
+    )
 
 
 def encode(message: dict[str, Any]) -> bytes:

@@ -10,7 +10,7 @@ import time
 from typing import Any, NoReturn
 
 from mtp_jax.errors import RunFailed, UserError, told_as
-from mtp_jax.hub import Hub, beat_s, encode, pump, receive, silence
+from mtp_jax.hub import Hub, beat_s, encode, pump, receive, silence, silence_s
 from mtp_jax.last_step import LastStep
 from mtp_jax.place import Place
 
@@ -237,7 +237,7 @@ class Watch:
 
     async def _beat(self) -> None:
         pause = beat_s(self._host_timeout_s)
-        limit = self._host_timeout_s - 2 * pause
+        limit = silence_s(self._host_timeout_s)
         before = time.monotonic()
         while not self._over.is_set():
             self._writer.write(encode({"status": self.status}))
@@ -247,7 +247,7 @@ class Watch:
             self._heard += now - before - pause
             before = now
             if self.hub is None and now - self._heard > limit:
-                how = silence(limit, self._host_timeout_s)
+                how = silence(self._host_timeout_s)
                 self._end(f"{self.name_of(0)} is lost: {how}", 1)
 
     def _end(self, line: str, code: int) -> None:

@@ -201,6 +201,11 @@ def _write(cache, layer, k_BWGK, v_BWGK, new):
     """The cache with the entries of the new tokens in a layer."""
 
     def local(store_BGSK, new_BWGK, start_B):
+        if new_BWGK.shape[1] == 1:
+            # XLA would write a single slot twice, into a copy of the whole cache. The
+            # slot after it is one that nobody reads before it is written.
+            new_BWGK = jnp.pad(new_BWGK, ((0, 0), (0, 1), (0, 0), (0, 0)))
+
         def one(store_GSK, new_WGK, start):
             new_GWK = jnp.swapaxes(new_WGK, 0, 1)
             return lax.dynamic_update_slice(store_GSK, new_GWK, (0, start, 0))

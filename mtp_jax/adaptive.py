@@ -16,18 +16,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from mtp_jax.cache import chain, run_heads_at
 from mtp_jax.decode_model import DecodeModel
 from mtp_jax.decoders.passes import read, write_one
 from mtp_jax.decoders.sampling import Draws
-from mtp_jax.decoders.state import Alone, DecodeState, Drafter, last_token
+from mtp_jax.decoders.state import (
+    Alone,
+    DecodeState,
+    Drafter,
+    last_token,
+    next_logits,
+)
 from mtp_jax.sharding import spec
 
 CATCH_UP = 16  # tokens that the drafting heads read at once when they are asked again
 
 _GAIN = 1.03  # drafting must promise so much more than not drafting
 _PATIENCE = 128  # passes at depth 1 before the heads are asked again, the first time
+_MOST_PATIENCE = 1024  # the same, at last
+_KNOWN = 8.0  # passes after which what was seen of drafts is believed
 _GUESS = 4.0  # passes that the heads' own confidence counts for
 _BEFORE = 32.0  # passes that all earlier texts count for, at most
 _STRETCH_S = 0.03  # between two decisions on the depth: looking costs about 1 ms
@@ -44,6 +53,31 @@ def leave_heads(state: DecodeState, d_model: int) -> DecodeState:
     trunk_BED = jnp.zeros((b, e, d_model), dtype, out_sharding=_ROWS)
     alone = Alone(trunk_BED, state.length_B - 1, jnp.zeros(()))
     return dataclasses.replace(state, alone=alone)
+
+
+def begin_alone(
+    model: DecodeModel,
+    state: DecodeState,
+    head_B1D: jax.Array,
+    trunk_BED: jax.Array,
+    decoder: Drafter,
+) -> DecodeState:
+    """Commits the first token where only the trunk and head 1 have read the prompts.
+
+    Args:
+      model: the model.
+      state: before.
+      head_B1D: what head 1 says at the end of each prompt.
+      trunk_BED: what the trunk said.
+      decoder: that goes on; what it carries are drafts of nothing.
+    """
+    b, _, d = trunk_BED.shape
+    draws = Draws(state.chance, state.length_B)
+    nothing_BMD = _nothing(b, len(model.heads) - 1, d, trunk_BED.dtype)
+    carry = decoder.draft(model, state, nothing_BMD, draws)
+    alone = Alone(trunk_BED, jnp.zeros_like(state.length_B), jnp.zeros(()))
+    state = dataclasses.replace(state, carry=carry, alone=alone)
+    return write_one(state, next_logits(model, state, head_B1D))
 
 
 def step_alone(model: DecodeModel, state: DecodeState) -> DecodeState:
@@ -74,9 +108,7 @@ def catch_up(
     """
     drafting = range(1, len(model.heads))
     b, d = state.tokens_BE.shape[0], model.cfg.d_model
-    nothing_BMD = jnp.zeros(
-        (b, len(drafting), d), alone.trunk_BED.dtype, out_sharding=_ROWS
-    )
+    nothing_BMD = _nothing(b, len(drafting), d, alone.trunk_BED.dtype)
     last_B = state.length_B - 2  # the last position that was read
 
     def behind(carry):
@@ -118,16 +150,25 @@ class DepthChooser:
         self._patience = _PATIENCE  # passes at depth 1 before they are asked again
         self._entropy = 0.0  # of head 1, when they were left
 
-    def begin(self, confidence_M: Sequence[float]) -> None:
+    def leaves_heads(self) -> bool:
+        """Whether new texts begin without the drafting heads: they cannot pay, or did
+        not pay for the texts before."""
+        known = bool(np.all(self._seen_M >= _KNOWN))
+        return not self._can_pay() or (known and self._chosen() == 1)
+
+    def begin(self, confidence_M: Sequence[float] | None) -> None:
         """New texts, and how likely their first drafts are by their own heads.
 
-        That is all there is to go by before any draft was verified.
+        That is all there is to go by before any draft was verified. None: the heads
+        are left alone.
         """
+        self._last = 0
+        if confidence_M is None:
+            return
         fade = np.minimum(1.0, _BEFORE / np.maximum(self._seen_M, 1.0))
         guess_M = np.cumprod(np.asarray(confidence_M, float))
         self._right_M = fade * self._right_M + _GUESS * guess_M
         self._seen_M = fade * self._seen_M + _GUESS
-        self._last = 0
 
     def depth(self) -> int:
         """The depth for the next stretch."""
@@ -148,7 +189,7 @@ class DepthChooser:
         return max(_FEWEST, int(self._stretch_s / self.cost_s[self._last]))
 
     def _chosen(self) -> int:
-        right_M = self._right_M / self._seen_M
+        right_M = self._right_M / np.maximum(self._seen_M, 1.0)
 
         def speed(depth: int) -> float:
             return (1.0 + float(right_M[: depth - 1].sum())) / self.cost_s[depth]
@@ -163,7 +204,12 @@ class DepthChooser:
         return min((d for d in self.cost_s if d > 1), key=lambda d: self.cost_s[d])
 
     def _due(self) -> bool:
-        return self._alone >= self._patience
+        return self._alone >= self._patience and self._can_pay()
+
+    def _can_pay(self) -> bool:
+        """Whether drafts would pay if all of them were right."""
+        cost = self.cost_s
+        return any(d * cost[1] > _GAIN * s for d, s in cost.items() if d > 1)
 
     def saw(
         self, depth: int, agreed_N: np.ndarray, passes: int, seconds: float
@@ -184,7 +230,7 @@ class DepthChooser:
             self._alone += passes
             return
         if self._alone:  # the heads were asked again, for better or for worse
-            self._patience *= 2
+            self._patience = min(2 * self._patience, _MOST_PATIENCE)
             self._alone = 0
         fade = 0.5 ** (passes / _MEMORY)
         for i in range(1, depth):
@@ -205,6 +251,11 @@ class DepthChooser:
 
 _ROWS = spec("batch", None, None)
 _IDS = spec("batch", None)
+
+
+def _nothing(b: int, m: int, d: int, dtype: DTypeLike) -> jax.Array:
+    """What drafting heads that were not asked say."""
+    return jnp.zeros((b, m, d), dtype, out_sharding=_ROWS)
 
 
 def _entropy(logits_BWV: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 
 from mtp_jax.adaptive import DepthChooser, leave_heads
 from mtp_jax.cache import grow
-from mtp_jax.decode_program import REPORTED, Programs, Prompts, slack
+from mtp_jax.decode_program import REPORTED, Begin, Programs, Prompts, slack
 from mtp_jax.decoders.sampling import Chance, Sampling, law_of
 from mtp_jax.decoders.state import Decoder, DecodeState, Drafter, Finishing
 from mtp_jax.sharding import batch_shards, spec
@@ -87,9 +87,7 @@ class Batch:
         self._prompts = _prompts(
             rows, max_new_tokens, sampling, first, params, rows_of(decoder)
         )
-        self._begin, (shapes, _) = programs.begin(
-            decoder, params, self._prompts, self._room, self._slots
-        )
+        self._begin, (shapes, _) = self._begun(alone=False)
         self._state: DecodeState | None = None
         self._chooser: DepthChooser | None = None
         if adaptive and self._depth > 1 and not decoder.lossy:
@@ -98,14 +96,23 @@ class Batch:
             )
         else:
             programs.advance(decoder, params, self._depth, shapes)
+        if self._chooser is not None and self._chooser.leaves_heads():
+            self._begin = self._begun(alone=True)[0]
         if isinstance(decoder, Finishing):
             programs.finish(decoder, params, shapes)
+
+    def _begun(self, alone: bool) -> tuple[Begin, Any]:
+        return self._programs.begin(
+            self._decoder, self._params, self._prompts, self._room, self._slots, alone
+        )
 
     def begin(self) -> None:
         """Reads the prompts and commits the first token of each text."""
         self._state, confidence_M = self._begin(self._params, self._prompts)
         if self._chooser is not None:
-            self._chooser.begin(_host(confidence_M).tolist())
+            self._chooser.begin(
+                None if confidence_M is None else _host(confidence_M).tolist()
+            )
 
     def advance(self, forwards: int) -> Texts:
         """Goes on for so many forward passes, or until all texts are done."""

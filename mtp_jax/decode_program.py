@@ -1,18 +1,24 @@
 """The compiled parts of decoding: reading the prompts, and writing on.
 
 Axes: B batch, P prompt, E tokens of a text at most, S slots, N heads, D model width, W
-tokens of a piece of prompt, V vocabulary.
+tokens of a piece of prompt, X pieces, V vocabulary.
 """
 
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.adaptive import CATCH_UP, DepthChooser, catch_up, step_alone
+from mtp_jax.adaptive import (
+    CATCH_UP,
+    DepthChooser,
+    begin_alone,
+    catch_up,
+    step_alone,
+)
 from mtp_jax.cache import Cache, chain, make_cache, run_heads_at, run_trunk
 from mtp_jax.config import ModelConfig
 from mtp_jax.decode_model import DecodeModel, build
@@ -25,8 +31,8 @@ _PIECE = 256  # tokens of a prompt read at once: bounds the memory of long promp
 REPORTED = ("tokens_BE", "forward_BE", "agreed_BE", "departed_BE", "length_B", "done_B")
 
 # begin(params, prompts) -> (state, confidence_M): how likely the first drafts are by
-# their own heads, a mean over the texts.
-Begin = Callable[..., tuple[DecodeState, jax.Array]]
+# their own heads, a mean over the texts; None where the heads are left alone.
+Begin = Callable[..., tuple[DecodeState, jax.Array | None]]
 # advance(params, state, forward passes) -> state; the old state is given up. It ends
 # early where all texts are done or one has no slots left.
 Advance = Callable[..., DecodeState]
@@ -55,7 +61,13 @@ class Programs:
         self.compile_s = 0.0  # seconds that it took so far
 
     def begin(
-        self, decoder: Decoder, params: Any, prompts: Prompts, room: int, slots: int
+        self,
+        decoder: Decoder,
+        params: Any,
+        prompts: Prompts,
+        room: int,
+        slots: int,
+        alone: bool = False,
     ) -> tuple[Begin, Any]:
         """The program that reads such prompts, and the shapes of what it gives.
 
@@ -65,15 +77,15 @@ class Programs:
           prompts: of the shapes to compile for.
           room: E.
           slots: of the cache; at least P.
+          alone: leave the drafting heads alone from the start; see `adaptive`.
         """
 
         def compiled():
-            lowered = _begin(self._cfg, decoder, self._eos_id, room, slots).lower(
-                params, prompts
-            )
+            begin = _begin(self._cfg, decoder, self._eos_id, room, slots, alone)
+            lowered = begin.lower(params, prompts)
             return lowered.compile(), jax.tree.map(_abstract, lowered.out_info)
 
-        key = ("begin", decoder, room, slots, *_kind(params), *_kind(prompts))
+        key = ("begin", decoder, room, slots, alone, *_kind(params), *_kind(prompts))
         return self._get(key, compiled)
 
     def catch_up(self, decoder: Drafter, params: Any, state: Any) -> Advance:
@@ -154,7 +166,12 @@ def _abstract(x: Any) -> jax.ShapeDtypeStruct:
 
 
 def _begin(
-    cfg: ModelConfig, decoder: Decoder, eos_id: int, room: int, slots: int
+    cfg: ModelConfig,
+    decoder: Decoder,
+    eos_id: int,
+    room: int,
+    slots: int,
+    alone: bool,
 ) -> Any:
     @jax.jit
     def begin(params, prompts):
@@ -162,7 +179,8 @@ def _begin(
         b, p = prompts.tokens_BP.shape
         layers = len(model.trunk) + len(model.heads)
         cache = make_cache(cfg, layers, b, slots)
-        heads_BND, cache = _read_prompt(model, prompts, cache)
+        asked = range(1 if alone else len(model.heads))
+        heads_BND, cache, trunk_BPD = _read_prompt(model, prompts, cache, asked)
         tokens_BE = jnp.pad(prompts.tokens_BP, ((0, 0), (0, room - p)))
         zeros_BE = jnp.zeros_like(tokens_BE)
         state = DecodeState(
@@ -185,6 +203,10 @@ def _begin(
             alone=None,
             eos_id=eos_id,
         )
+        if alone:
+            trunk_BED = jnp.pad(trunk_BPD, ((0, 0), (0, room - p), (0, 0)))
+            drafter = cast(Drafter, decoder)
+            return begin_alone(model, state, heads_BND, trunk_BED, drafter), None
         confidence_M = _confidence(model, heads_BND[:, 1:], prompts.done_B)
         return decoder.begin(model, state, heads_BND), confidence_M
 
@@ -243,14 +265,15 @@ def _seen(cfg: ModelConfig, prompts: Prompts) -> jax.Array:
 
 
 def _read_prompt(
-    model: DecodeModel, prompts: Prompts, cache: Cache
-) -> tuple[jax.Array, Cache]:
-    """What the heads say at the end of each prompt, [B, N, D], and the cache.
+    model: DecodeModel, prompts: Prompts, cache: Cache, heads: range
+) -> tuple[jax.Array, Cache, jax.Array]:
+    """What some heads say at the end of each prompt, [B, N, D], and the cache.
 
-    Piece by piece: what is alive for every token of a prompt is the cache alone.
+    Piece by piece: what is alive for every token of a prompt is the cache, and the
+    trunk's output if somebody wants it, [B, P, D].
     """
     b, p = prompts.tokens_BP.shape
-    w, n = min(p, _PIECE), len(model.heads)
+    w, n = min(p, _PIECE), len(heads)
     cfg = model.cfg
 
     def piece(carry, start):
@@ -259,13 +282,14 @@ def _read_prompt(
         new = chain(tokens_BW, start + jnp.zeros_like(prompts.length_B))
         trunk_BWD, cache = run_trunk(model, new, cache)
         slot_B = prompts.length_B - 1 - start
-        here_BND, cache = run_heads_at(model, range(n), trunk_BWD, new, slot_B, cache)
+        here_BND, cache = run_heads_at(model, heads, trunk_BWD, new, slot_B, cache)
         is_here_B11 = ((slot_B >= 0) & (slot_B < w))[:, None, None]
-        return (jnp.where(is_here_B11, here_BND, heads_BND), cache), None
+        return (jnp.where(is_here_B11, here_BND, heads_BND), cache), trunk_BWD
 
     nothing_BND = jnp.zeros(
         (b, n, cfg.d_model), cfg.compute_dtype, out_sharding=spec("batch", None, None)
     )
     starts = jnp.arange(0, p, w)
-    (heads_BND, cache), _ = jax.lax.scan(piece, (nothing_BND, cache), starts)
-    return heads_BND, cache
+    carry, trunk_XBWD = jax.lax.scan(piece, (nothing_BND, cache), starts)
+    trunk_BPD = jnp.swapaxes(trunk_XBWD, 0, 1).reshape(b, p, cfg.d_model)
+    return *carry, trunk_BPD

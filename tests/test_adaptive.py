@@ -23,7 +23,9 @@ def restless(monkeypatch):
 
 
 @pytest.mark.parametrize("decoder", ["blockwise", "speculative", "tree"])
-def test_any_change_of_depth_gives_the_same_text(restless, decoder):
+@pytest.mark.parametrize("alone", [False, True])
+def test_any_change_of_depth_gives_the_same_text(restless, monkeypatch, decoder, alone):
+    monkeypatch.setattr(DepthChooser, "leaves_heads", lambda self: alone)
     c = case(4, 5)
     results = c.generator.generate(
         c.prompts, max_new_tokens=NEW, decoder=decoder, adaptive=True
@@ -34,14 +36,20 @@ def test_any_change_of_depth_gives_the_same_text(restless, decoder):
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_caches_are_what_reading_the_text_at_once_would_make(restless, adaptive):
+@pytest.mark.parametrize("alone", [False, True])
+def test_caches_are_what_reading_the_text_at_once_would_make(
+    restless, monkeypatch, adaptive, alone
+):
+    monkeypatch.setattr(DepthChooser, "leaves_heads", lambda self: alone)
     c = case(4, 5)
     rows = [np.concatenate([[0], p]).astype(np.int32) for p in c.prompts]
     nothing_ends = Letters(eos_id=-1)
     programs, params = Programs(c.cfg, nothing_ends.eos_id), c.generator._params
     blockwise = DECODERS["blockwise"]()
     with jax.set_mesh(c.generator.mesh):
-        batch = Batch(programs, params, blockwise, rows, 40, Sampling(), adaptive)
+        batch = Batch(
+            programs, params, blockwise, rows, 40, Sampling(), adaptive=adaptive
+        )
         batch.begin()
         texts = batch.advance(11)
         batch._use_heads(True)  # they catch up, if they are behind
@@ -81,6 +89,28 @@ def test_what_is_seen_outweighs_what_the_heads_say():
     for _ in range(6):
         choose.saw(4, np.array([8, 0, 0, 0]), passes=8, seconds=12.0)
     assert choose.depth() == 1
+
+
+def test_new_texts_begin_without_heads_that_cannot_pay_or_did_not():
+    dear = chooser({1: 1.0, 2: 2.1, 4: 4.0}, [0.95, 0.9, 0.9])
+    assert dear.leaves_heads()  # however right the drafts may be
+    choose = DepthChooser({1: 1.0, 4: 1.5})
+    assert not choose.leaves_heads()  # nothing is known yet
+    choose.begin([0.2, 0.2, 0.2])
+    for _ in range(6):
+        choose.saw(4, np.array([8, 0, 0, 0]), passes=8, seconds=12.0)
+    assert choose.leaves_heads()
+    choose.begin(None)
+    assert choose.depth() == 1
+    choose.saw(1, np.array([128, 0, 0, 0]), passes=128, seconds=128.0)
+    assert not choose.leaves_heads()  # it is time to look again
+
+
+def test_heads_that_cannot_pay_are_never_asked_again():
+    choose = chooser({1: 1.0, 4: 4.0}, [0.9, 0.9, 0.9])
+    for _ in range(100):
+        assert choose.depth() == 1
+        choose.saw(1, np.array([64, 0, 0, 0]), passes=64, seconds=64.0)
 
 
 def test_heads_are_asked_again_ever_more_rarely():

@@ -34,8 +34,8 @@ from mtp_jax.sharding import spec
 CATCH_UP = 16  # tokens that the drafting heads read at once when they are asked again
 
 _GAIN = 1.03  # drafting must promise so much more than not drafting
-_PATIENCE = 128  # passes at depth 1 before the heads are asked again, the first time
-_MOST_PATIENCE = 1024  # the same, at last
+_PATIENCE = 512  # passes at depth 1 before the heads are asked again, the first time
+_MOST_PATIENCE = 4096  # the same, at last
 _KNOWN = 8.0  # passes after which what was seen of drafts is believed
 _GUESS = 4.0  # passes that the heads' own confidence counts for
 _BEFORE = 32.0  # passes that all earlier texts count for, at most
@@ -162,9 +162,10 @@ class DepthChooser:
         That is all there is to go by before any draft was verified. None: the heads
         are left alone.
         """
-        self._last = 0
-        if confidence_M is None:
+        if confidence_M is None:  # as before, which need not be looked at so soon
+            self._last, self._stretch_s = 1, _LONGEST_S
             return
+        self._last = 0
         fade = np.minimum(1.0, _BEFORE / np.maximum(self._seen_M, 1.0))
         guess_M = np.cumprod(np.asarray(confidence_M, float))
         self._right_M = fade * self._right_M + _GUESS * guess_M

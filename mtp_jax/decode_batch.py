@@ -21,8 +21,9 @@ from mtp_jax.decoders.sampling import Chance, Sampling, law_of
 from mtp_jax.decoders.state import Decoder, DecodeState, Drafter, Finishing
 from mtp_jax.sharding import batch_shards, spec
 
-_TRIALS = 5  # of every depth, to see how long a pass takes
-_PASSES = 4  # of a trial
+_TRIALS = 6  # of every depth, to see how long a pass takes
+_TRIAL_S = 0.01  # that each of them takes, if it has neither
+_FEWEST, _MOST = 4, 64  # passes
 _LEAST = 64  # room for a text; it comes in doubles of this, so that programs are shared
 
 
@@ -179,14 +180,16 @@ class Batch:
         return costs
 
     def _pass_s(self, depth: int) -> float:
-        seconds = []
+        best, forwards = float("inf"), 1
         for _ in range(_TRIALS):
             if _host(self._at().done_B).all():
                 self._state, _ = self._begin(self._params, self._prompts)
             self._use_heads(depth > 1)
-            passes, took = self._run(depth, _PASSES)
-            seconds.append(took / max(passes, 1))
-        return min(seconds)  # in the others something was in the way
+            passes, took = self._run(depth, forwards)
+            best = min(best, took / max(passes, 1))  # else something was in the way
+            # Starting takes time, too, which is not to count where passes are short.
+            forwards = min(max(_FEWEST, int(_TRIAL_S / best)), _MOST)
+        return best
 
     def _at(self) -> DecodeState:
         assert self._state is not None, "begin comes first"

@@ -1,7 +1,7 @@
 """The compiled parts of decoding: reading the prompts, and writing on.
 
 Axes: B batch, P prompt, E tokens of a text at most, S slots, N heads, D model width, W
-tokens of a piece of prompt, X pieces, V vocabulary.
+tokens of a piece of prompt, V vocabulary.
 """
 
 import dataclasses
@@ -180,7 +180,7 @@ def _begin(
         layers = len(model.trunk) + len(model.heads)
         cache = make_cache(cfg, layers, b, slots)
         asked = range(1 if alone else len(model.heads))
-        heads_BND, cache, trunk_BPD = _read_prompt(model, prompts, cache, asked)
+        heads_BND, cache, trunk_BPD = _read_prompt(model, prompts, cache, asked, alone)
         tokens_BE = jnp.pad(prompts.tokens_BP, ((0, 0), (0, room - p)))
         zeros_BE = jnp.zeros_like(tokens_BE)
         state = DecodeState(
@@ -203,7 +203,7 @@ def _begin(
             alone=None,
             eos_id=eos_id,
         )
-        if alone:
+        if trunk_BPD is not None:
             trunk_BED = jnp.pad(trunk_BPD, ((0, 0), (0, room - p), (0, 0)))
             drafter = cast(Drafter, decoder)
             return begin_alone(model, state, heads_BND, trunk_BED, drafter), None
@@ -265,31 +265,35 @@ def _seen(cfg: ModelConfig, prompts: Prompts) -> jax.Array:
 
 
 def _read_prompt(
-    model: DecodeModel, prompts: Prompts, cache: Cache, heads: range
-) -> tuple[jax.Array, Cache, jax.Array]:
+    model: DecodeModel, prompts: Prompts, cache: Cache, heads: range, keep: bool
+) -> tuple[jax.Array, Cache, jax.Array | None]:
     """What some heads say at the end of each prompt, [B, N, D], and the cache.
 
-    Piece by piece: what is alive for every token of a prompt is the cache, and the
-    trunk's output if somebody wants it, [B, P, D].
+    Piece by piece, as many as the longest prompt has: what is alive for every token of
+    a prompt is the cache, and the trunk's output, [B, P, D], if it is to be kept.
     """
     b, p = prompts.tokens_BP.shape
     w, n = min(p, _PIECE), len(heads)
-    cfg = model.cfg
+    d, dtype = model.cfg.d_model, model.cfg.compute_dtype
+    rows = spec("batch", None, None)
 
-    def piece(carry, start):
-        heads_BND, cache = carry
+    def piece(i, carry):
+        heads_BND, cache, trunk_BPD = carry
+        start = i * w
         tokens_BW = jax.lax.dynamic_slice_in_dim(prompts.tokens_BP, start, w, axis=1)
         new = chain(tokens_BW, start + jnp.zeros_like(prompts.length_B))
         trunk_BWD, cache = run_trunk(model, new, cache)
         slot_B = prompts.length_B - 1 - start
         here_BND, cache = run_heads_at(model, heads, trunk_BWD, new, slot_B, cache)
         is_here_B11 = ((slot_B >= 0) & (slot_B < w))[:, None, None]
-        return (jnp.where(is_here_B11, here_BND, heads_BND), cache), trunk_BWD
+        heads_BND = jnp.where(is_here_B11, here_BND, heads_BND)
+        if keep:
+            trunk_BPD = jax.lax.dynamic_update_slice_in_dim(
+                trunk_BPD, trunk_BWD, start, axis=1
+            )
+        return heads_BND, cache, trunk_BPD
 
-    nothing_BND = jnp.zeros(
-        (b, n, cfg.d_model), cfg.compute_dtype, out_sharding=spec("batch", None, None)
-    )
-    starts = jnp.arange(0, p, w)
-    carry, trunk_XBWD = jax.lax.scan(piece, (nothing_BND, cache), starts)
-    trunk_BPD = jnp.swapaxes(trunk_XBWD, 0, 1).reshape(b, p, cfg.d_model)
-    return *carry, trunk_BPD
+    nothing_BND = jnp.zeros((b, n, d), dtype, out_sharding=rows)
+    nothing_BPD = jnp.zeros((b, p, d), dtype, out_sharding=rows) if keep else None
+    pieces = -(-jnp.max(prompts.length_B) // w)
+    return jax.lax.fori_loop(0, pieces, piece, (nothing_BND, cache, nothing_BPD))

@@ -5,10 +5,11 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from test_decode import NEW, Letters, case, expected
+from test_decode import NEW, Letters, case, expected, init
 
 from mtp_jax.adaptive import DepthChooser
 from mtp_jax.decode_batch import Batch
+from mtp_jax.decode_model import unstack
 from mtp_jax.decode_program import Programs
 from mtp_jax.decoders import DECODERS
 from mtp_jax.decoders.sampling import Sampling
@@ -44,9 +45,10 @@ def test_caches_are_what_reading_the_text_at_once_would_make(
     c = case(4, 5)
     rows = [np.concatenate([[0], p]).astype(np.int32) for p in c.prompts]
     nothing_ends = Letters(eos_id=-1)
-    programs, params = Programs(c.cfg, nothing_ends.eos_id), c.generator._params
+    programs = Programs(c.cfg, nothing_ends.eos_id)
     blockwise = DECODERS["blockwise"]()
     with jax.set_mesh(c.generator.mesh):
+        params = unstack(c.cfg, init(c.cfg, c.generator.mesh))
         batch = Batch(
             programs, params, blockwise, rows, 40, Sampling(), adaptive=adaptive
         )
@@ -102,7 +104,7 @@ def test_new_texts_begin_without_heads_that_cannot_pay_or_did_not():
     assert choose.leaves_heads()
     choose.begin(None)
     assert choose.depth() == 1
-    choose.saw(1, np.array([128, 0, 0, 0]), passes=128, seconds=128.0)
+    choose.saw(1, np.array([512, 0, 0, 0]), passes=512, seconds=512.0)
     assert not choose.leaves_heads()  # it is time to look again
 
 
@@ -123,7 +125,7 @@ def test_heads_are_asked_again_ever_more_rarely():
         else:
             choose.saw(4, np.array([4, 0, 0, 0]), passes=4, seconds=6.0)
             waits, wait = [*waits, wait], 0
-    assert waits == [128, 256, 512]
+    assert waits == [512, 1024, 2048]
 
 
 def test_a_text_that_becomes_calm_is_drafted_again():

@@ -9,6 +9,9 @@ python -m benchmarks.decode --workdir=runs/quickstart --batch_sizes 1 4 16
 
 Where drafts are worth least: `--shuffled=1`, prompts without any order, and
 `--text=FILE`, prompts of another kind than what the model has learned.
+
+Adaptive depth asks the heads again ever more rarely, and compiles what that takes when it
+first does: `--warm=4` runs everything so often before it is timed.
 """
 
 import importlib.util
@@ -55,6 +58,7 @@ def main(argv: list[str]) -> int:
         text="",
         shuffled=0,
         rounds=5,
+        warm=1,
     )
     for name in args.decoders:
         if name.removesuffix(_ADAPTIVE) not in DECODERS:
@@ -116,7 +120,7 @@ def _rows(
     functions = {name: ours(name) for name in ("plain", *args.decoders)}
     if all(map(importlib.util.find_spec, ("torch", "transformers"))):
         functions["transformers"] = _theirs(restored, prompts, size, args)
-    seconds = interleaved(functions, args.rounds)
+    seconds = interleaved(functions, args.rounds, args.warm)
     rows = []
     for name, taken in seconds.items():
         speed = ratio(seconds["plain"], taken)

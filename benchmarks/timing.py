@@ -68,14 +68,15 @@ def options(argv: list[str], description: str, **defaults: Any) -> argparse.Name
 
 
 def interleaved(
-    functions: Mapping[str, Callable[[], object]], rounds: int
+    functions: Mapping[str, Callable[[], object]], rounds: int, warm: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of every call, by name; each function runs once before, untimed.
+    """Seconds of every call, by name; each runs `warm` times before, untimed.
 
     The functions wait for what they compute.
     """
     for function in functions.values():
-        function()
+        for _ in range(warm):
+            function()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():

@@ -10,8 +10,8 @@ python -m benchmarks.decode --workdir=runs/quickstart --batch_sizes 1 4 16
 Where drafts are worth least: `--shuffled=1`, prompts without any order, and
 `--text=FILE`, prompts of another kind than what the model has learned.
 
-Adaptive depth asks the heads again ever more rarely, and compiles what that takes when it
-first does: `--warm=4` runs everything so often before it is timed.
+Adaptive depth asks the heads again ever more rarely, and compiles what that takes when
+it first does: `--warm=4` runs everything so often before it is timed.
 """
 
 import importlib.util

@@ -180,16 +180,18 @@ class Batch:
         return costs
 
     def _pass_s(self, depth: int) -> float:
-        best, forwards = float("inf"), 1
+        took_s, forwards = [], 1
         for _ in range(_TRIALS):
             if _host(self._at().done_B).all():
                 self._state, _ = self._begin(self._params, self._prompts)
             self._use_heads(depth > 1)
             passes, took = self._run(depth, forwards)
-            best = min(best, took / max(passes, 1))  # else something was in the way
-            # Starting takes time, too, which is not to count where passes are short.
-            forwards = min(max(_FEWEST, int(_TRIAL_S / best)), _MOST)
-        return best
+            if passes:  # there are none where the cache was full
+                took_s.append(took / passes)
+                # Starting takes time, too, which is not to count for short passes.
+                forwards = min(max(_FEWEST, int(_TRIAL_S / min(took_s))), _MOST)
+        # In the others something was in the way. Texts of one token have no passes.
+        return min(took_s, default=1.0)
 
     def _at(self) -> DecodeState:
         assert self._state is not None, "begin comes first"

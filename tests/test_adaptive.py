@@ -70,6 +70,25 @@ def test_caches_are_what_reading_the_text_at_once_would_make(
             )
 
 
+def test_texts_of_one_token_leave_nothing_to_choose():
+    c = case(4, 5)
+    results = c.generator.generate(c.prompts, max_new_tokens=1, adaptive=True)
+    assert all(r.forwards == 1 for r in results)
+
+
+def test_a_full_cache_does_not_make_a_depth_look_cheap(monkeypatch):
+    c = case(4, 5)
+    runs = iter([(1, 2.0), (0, 0.001), (4, 8.0), (0, 0.001), (4, 6.0), (4, 8.0)])
+    monkeypatch.setattr(Batch, "_run", lambda self, depth, forwards: next(runs))
+    rows = [np.concatenate([[0], p]).astype(np.int32) for p in c.prompts]
+    with jax.set_mesh(c.generator.mesh):
+        params = unstack(c.cfg, init(c.cfg, c.generator.mesh))
+        programs = Programs(c.cfg, c.eos_id)
+        batch = Batch(programs, params, DECODERS["blockwise"](), rows, 40, Sampling())
+        batch.begin()
+        assert batch._pass_s(4) == 1.5
+
+
 def chooser(cost_s, confidence_M):
     made = DepthChooser(dict(cost_s))
     made.begin(confidence_M)

@@ -190,16 +190,20 @@ class DepthChooser:
         return max(_FEWEST, int(self._stretch_s / self.cost_s[self._last]))
 
     def _chosen(self) -> int:
-        right_M = self._right_M / np.maximum(self._seen_M, 1.0)
+        best = self._best(self._right_M / np.maximum(self._seen_M, 1.0))
+        if best > 1:
+            return best
+        # What was seen of the drafts may no longer hold: look again, ever more rarely.
+        return self._cheapest() if self._due() else 1
+
+    def _best(self, right_M: np.ndarray) -> int:
+        """The depth that pays if the first 1, 2 ... drafts hold so often; else 1."""
 
         def speed(depth: int) -> float:
             return (1.0 + float(right_M[: depth - 1].sum())) / self.cost_s[depth]
 
         best = max(self.cost_s, key=speed)
-        if best > 1 and speed(best) > _GAIN * speed(1):
-            return best
-        # What was seen of the drafts may no longer hold: look again, ever more rarely.
-        return self._cheapest() if self._due() else 1
+        return best if speed(best) > _GAIN * speed(1) else 1
 
     def _cheapest(self) -> int:
         return min((d for d in self.cost_s if d > 1), key=lambda d: self.cost_s[d])
@@ -209,8 +213,7 @@ class DepthChooser:
 
     def _can_pay(self) -> bool:
         """Whether drafts would pay if all of them were right."""
-        cost = self.cost_s
-        return any(d * cost[1] > _GAIN * s for d, s in cost.items() if d > 1)
+        return self._best(np.ones_like(self._right_M)) > 1
 
     def saw(
         self, depth: int, agreed_N: np.ndarray, passes: int, seconds: float

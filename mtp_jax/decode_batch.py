@@ -22,8 +22,8 @@ from mtp_jax.decoders.state import Decoder, DecodeState, Drafter, Finishing
 from mtp_jax.sharding import batch_shards, spec
 
 _TRIALS = 6  # of every depth, to see how long a pass takes
-_TRIAL_S = 0.01  # that each of them takes, if it has neither
-_FEWEST, _MOST = 4, 64  # passes
+_TRIAL_S = 0.01  # of a trial, if that is neither too few passes nor too many:
+_FEWEST, _MOST = 4, 64
 _LEAST = 64  # room for a text; it comes in doubles of this, so that programs are shared
 
 

@@ -36,6 +36,8 @@ CATCH_UP = 16  # tokens that the drafting heads read at once when they are asked
 _GAIN = 1.03  # drafting must promise so much more than not drafting
 _PATIENCE = 512  # passes at depth 1 before the heads are asked again, the first time
 _MOST_PATIENCE = 4096  # the same, at last
+_LEAST_ALONE_S = 1.0  # nor before so long: what asking takes is to be small beside it
+_TRIAL = 16  # passes for which they are then asked
 _KNOWN = 8.0  # passes after which what was seen of drafts is believed
 _GUESS = 4.0  # passes that the heads' own confidence counts for
 _BEFORE = 32.0  # passes that all earlier texts count for, at most
@@ -85,11 +87,12 @@ def step_alone(model: DecodeModel, state: DecodeState) -> DecodeState:
     alone = state.alone
     assert alone is not None, "leave_heads comes first"
     seen = read(model, state, last_token(state))
-    entropy_B1 = _entropy(seen.logits_BWV)
+
+    entropy = jnp.mean(_entropy(seen.logits_BWV))
     alone = Alone(
         trunk_BED=_store(alone.trunk_BED, seen.trunk_BWD, seen.new.start_B),
         since_B=alone.since_B,
-        entropy=0.9 * alone.entropy + 0.1 * jnp.mean(entropy_B1),
+        entropy=0.9 * alone.entropy + 0.1 * entropy,
     )
     state = dataclasses.replace(state, cache=seen.cache, alone=alone)
     return write_one(state, seen.logits_BWV)
@@ -146,7 +149,9 @@ class DepthChooser:
         self._seen_M = np.zeros(drafting)  # passes that had so many drafts
         self._last = 0  # the depth before; 0: these texts have had none
         self._stretch_s = 0.0
+        self._trial = False  # heads are asked again, not knowing whether it pays
         self._alone = 0  # passes at depth 1 since the heads were last asked
+        self._alone_s = 0.0  # seconds that these took
         self._patience = _PATIENCE  # passes at depth 1 before they are asked again
         self._entropy = 0.0  # of head 1, when they were left
 
@@ -154,7 +159,22 @@ class DepthChooser:
         """Whether new texts begin without the drafting heads: they cannot pay, or did
         not pay for the texts before."""
         known = bool(np.all(self._seen_M >= _KNOWN))
-        return not self._can_pay() or (known and self._chosen() == 1)
+        if not self._can_pay():
+            return True
+        return (
+            known and self._best(self._right_M / self._seen_M) == 1 and not self._due()
+        )
+
+    def stays_alone(self, tokens: int) -> bool:
+        """Whether new texts of so many tokens end before the heads could be asked.
+
+        Then there is no need to keep what the heads would have to catch up with.
+        """
+        waits = (
+            self._alone + tokens < self._patience
+            or self._alone_s + tokens * self.cost_s[1] < _LEAST_ALONE_S
+        )
+        return self.leaves_heads() and (waits or not self._can_pay())
 
     def begin(self, confidence_M: Sequence[float] | None) -> None:
         """New texts, and how likely their first drafts are by their own heads.
@@ -173,7 +193,11 @@ class DepthChooser:
 
     def depth(self) -> int:
         """The depth for the next stretch."""
-        chosen = self._chosen()
+        chosen = self._best(self._right_M / np.maximum(self._seen_M, 1.0))
+        # What was seen of drafts may no longer hold: look again, ever more rarely.
+        self._trial = chosen == 1 and self._due()
+        if self._trial:
+            chosen = self._best(np.ones_like(self._right_M))
         # Looking takes time, too: while nothing changes it is done ever more rarely.
         # Heads that speak for themselves only are believed for a moment.
         if self._last == 0 and chosen > 1:
@@ -187,14 +211,9 @@ class DepthChooser:
 
     def passes(self) -> int:
         """How many passes the next stretch has."""
+        if self._trial:
+            return _TRIAL
         return max(_FEWEST, int(self._stretch_s / self.cost_s[self._last]))
-
-    def _chosen(self) -> int:
-        best = self._best(self._right_M / np.maximum(self._seen_M, 1.0))
-        if best > 1:
-            return best
-        # What was seen of the drafts may no longer hold: look again, ever more rarely.
-        return self._cheapest() if self._due() else 1
 
     def _best(self, right_M: np.ndarray) -> int:
         """The depth that pays if the first 1, 2 ... drafts hold so often; else 1."""
@@ -205,11 +224,9 @@ class DepthChooser:
         best = max(self.cost_s, key=speed)
         return best if speed(best) > _GAIN * speed(1) else 1
 
-    def _cheapest(self) -> int:
-        return min((d for d in self.cost_s if d > 1), key=lambda d: self.cost_s[d])
-
     def _due(self) -> bool:
-        return self._alone >= self._patience and self._can_pay()
+        waited = self._alone >= self._patience and self._alone_s >= _LEAST_ALONE_S
+        return waited and self._can_pay()
 
     def _can_pay(self) -> bool:
         """Whether drafts would pay if all of them were right."""
@@ -232,10 +249,11 @@ class DepthChooser:
         self.cost_s[depth] *= 1.0 + 0.1 * off
         if depth == 1:
             self._alone += passes
+            self._alone_s += seconds
             return
         if self._alone:  # the heads were asked again, for better or for worse
             self._patience = min(2 * self._patience, _MOST_PATIENCE)
-            self._alone = 0
+            self._alone, self._alone_s = 0, 0.0
         fade = 0.5 ** (passes / _MEMORY)
         for i in range(1, depth):
             right, tried = float(agreed_N[i:].sum()), float(agreed_N.sum())
@@ -246,7 +264,7 @@ class DepthChooser:
                 self._seen_M[i - 1] = fade * self._seen_M[i - 1] + passes
 
     def saw_entropy(self, entropy: float) -> None:
-        """Tells how open head 1's choices were lately, in nats, at depth 1."""
+        """Tells head 1's min-entropy lately, in nats, at depth 1."""
         if self._alone and self._alone <= 2 * CATCH_UP:
             self._entropy = entropy
         elif entropy < _CALMER * self._entropy:
@@ -263,9 +281,14 @@ def _nothing(b: int, m: int, d: int, dtype: DTypeLike) -> jax.Array:
 
 
 def _entropy(logits_BWV: jax.Array) -> jax.Array:
-    """Of each law, nats, float32 [B, W]."""
-    log_p_BWV = jax.nn.log_softmax(logits_BWV, axis=-1)
-    return -jnp.sum(jnp.exp(log_p_BWV) * log_p_BWV, axis=-1)
+    """Min-entropy of each law, -log of its largest probability, nats, float32 [B, W].
+
+    Of the entropies (Renyi 1961, section 1) the one that takes least to compute.
+    """
+    whole_BWV = jax.sharding.reshard(logits_BWV, _ROWS)
+    exp_BWV = jnp.exp(whole_BWV - jnp.max(whole_BWV, axis=-1, keepdims=True))
+    # The sum as a product with ones: on a CPU a reduction of a batch takes far longer.
+    return jnp.log(exp_BWV @ jnp.ones(whole_BWV.shape[-1], whole_BWV.dtype))
 
 
 def _store(to_BED: jax.Array, x_B1D: jax.Array, at_B: jax.Array) -> jax.Array:

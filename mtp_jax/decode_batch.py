@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 from mtp_jax.adaptive import DepthChooser, leave_heads
 from mtp_jax.cache import grow
 from mtp_jax.decode_program import REPORTED, Begin, Programs, Prompts, slack
+from mtp_jax.decoders.plain import Plain
 from mtp_jax.decoders.sampling import Chance, Sampling, law_of
 from mtp_jax.decoders.state import Decoder, DecodeState, Drafter, Finishing
 from mtp_jax.sharding import batch_shards, spec
@@ -88,17 +89,22 @@ class Batch:
         self._prompts = _prompts(
             rows, max_new_tokens, sampling, first, params, rows_of(decoder)
         )
-        self._begin, (shapes, _) = self._begun(alone=False)
         self._state: DecodeState | None = None
-        self._chooser: DepthChooser | None = None
+        self._chooser: DepthChooser | None = None  # of the depth of these texts
+        self._learner: DepthChooser | None = None  # told what is seen in them
         if adaptive and self._depth > 1 and not decoder.lossy:
-            self._chooser = programs.chooser(
+            self._learner = programs.chooser(
                 self._measure, decoder, params, self._prompts, self._room, self._slots
             )
-        else:
-            programs.advance(decoder, params, self._depth, shapes)
-        if self._chooser is not None and self._chooser.leaves_heads():
-            self._begin = self._begun(alone=True)[0]
+            if self._learner.stays_alone(max_new_tokens):
+                self._decoder, self._depth = Plain(), 1
+                self._params = {**params, "heads": params["heads"][:1]}
+            else:
+                self._chooser = self._learner
+        alone = self._chooser is not None and self._chooser.leaves_heads()
+        self._begin, (shapes, _) = self._begun(alone)
+        if self._chooser is None:
+            programs.advance(self._decoder, self._params, self._depth, shapes)
         if isinstance(decoder, Finishing):
             programs.finish(decoder, params, shapes)
 
@@ -120,24 +126,30 @@ class Batch:
         end = int(self._at().forward) + forwards
         while not _host(self._at().done_B).all() and int(self._at().forward) < end:
             left = end - int(self._at().forward)
-            if self._chooser is None:
-                self._run(self._depth, left)
-            else:
+            if self._chooser is not None:
                 self._stretch(self._chooser, left)
+                continue
+            passes, seconds = self._run(self._depth, left)
+            if self._learner is not None and passes:
+                self._learner.saw(1, np.zeros(1), passes, seconds)
         return self._fetch()
 
     def _stretch(self, chooser: DepthChooser, left: int) -> None:
         """A few forward passes at the depth that promises most, watched."""
         depth = chooser.depth()
-        agreed_BN = _host(self._at().passes_BN)
+        before_N = self._agreed() if depth > 1 else 0
         self._use_heads(depth > 1)
         passes, seconds = self._run(depth, min(left, chooser.passes()))
         after = self._at()
         if passes:
-            agreed_N = np.sum(_host(after.passes_BN) - agreed_BN, axis=0)
+            agreed_N = self._agreed() - before_N
             chooser.saw(depth, agreed_N, passes, seconds)
             if after.alone is not None:
                 chooser.saw_entropy(float(after.alone.entropy))
+
+    def _agreed(self) -> np.ndarray:
+        """How often 0, 1 ... drafts were right so far, in all texts."""
+        return np.sum(_host(self._at().passes_BN), axis=0)
 
     def _use_heads(self, wanted: bool) -> None:
         """Has the drafting heads catch up, or leaves them alone."""
@@ -172,6 +184,7 @@ class Batch:
         """Seconds of a forward pass at every depth that there is to choose from."""
         n = self._depth
         depths = sorted({1, n, *(2**i for i in range(1, n.bit_length()) if 2**i < n)})
+        self._begin, _ = self._begun(alone=False)
         self._state, _ = self._begin(self._params, self._prompts)
         self._use_heads(False)
         self._use_heads(True)  # compiled as well

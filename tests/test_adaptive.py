@@ -5,9 +5,9 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from test_decode import NEW, Letters, case, expected, init
+from test_decode import NEW, Letters, case, expected, init, one_device
 
-from mtp_jax.adaptive import DepthChooser
+from mtp_jax.adaptive import DepthChooser, _entropy
 from mtp_jax.decode_batch import Batch
 from mtp_jax.decode_model import unstack
 from mtp_jax.decode_program import Programs
@@ -21,6 +21,7 @@ def restless(monkeypatch):
     depths = itertools.cycle([4, 1, 1, 2, 1, 4, 2])
     monkeypatch.setattr(DepthChooser, "depth", lambda self: next(depths))
     monkeypatch.setattr(DepthChooser, "passes", lambda self: 2)
+    monkeypatch.setattr(DepthChooser, "stays_alone", lambda self, tokens: False)
 
 
 @pytest.mark.parametrize("decoder", ["blockwise", "speculative", "tree"])
@@ -169,6 +170,60 @@ def test_costs_follow_what_passes_take():
     for _ in range(10):
         choose.saw(1, np.array([4, 0, 0, 0]), passes=4, seconds=4.0)
     assert choose.cost_s[4] / choose.cost_s[1] > 3.0 and choose.depth() == 1
+
+
+def test_asking_again_is_brief_and_waits_until_it_costs_little():
+    choose = chooser({1: 1e-4, 4: 1.5e-4}, [0.1, 0.1, 0.1])
+    asked, passes = [], 0
+    while passes < 60_000:
+        if choose.depth() == 1:
+            choose.saw(1, np.array([100, 0, 0, 0]), passes=100, seconds=0.01)
+            passes += 100
+        else:
+            asked.append((passes, choose.passes()))
+            choose.saw(4, np.array([16, 0, 0, 0]), passes=16, seconds=0.0024)
+    # Once a second, which is 10000 passes, and not after 512 or 4096.
+    assert [n for _, n in asked] == [16] * len(asked)
+    waits = np.diff([0] + [at for at, _ in asked])
+    assert len(asked) == 5 and min(waits) >= 9_900 and max(waits) <= 10_200
+
+
+def test_texts_that_end_before_heads_could_be_asked_stay_alone():
+    choose = DepthChooser({1: 1e-4, 4: 1.5e-4})
+    assert not choose.stays_alone(100)  # nothing is known yet
+    choose.begin([0.2, 0.2, 0.2])
+    for _ in range(6):
+        choose.saw(4, np.array([8, 0, 0, 0]), passes=8, seconds=0.0012)
+    assert choose.stays_alone(9_000) and not choose.stays_alone(11_000)
+    choose.saw(1, np.array([9_900]), passes=9_900, seconds=0.99)
+    assert choose.stays_alone(90) and not choose.stays_alone(200)
+    dear = chooser({1: 1.0, 4: 4.0}, [0.9, 0.9, 0.9])
+    assert dear.stays_alone(1_000_000)  # they cannot pay
+
+
+@pytest.mark.parametrize("decoder", ["blockwise", "speculative", "tree"])
+def test_a_text_that_stays_alone_is_plains_and_is_told_of(monkeypatch, decoder):
+    monkeypatch.setattr(DepthChooser, "stays_alone", lambda self, tokens: True)
+    told = []
+    monkeypatch.setattr(DepthChooser, "saw", lambda self, *args: told.append(args))
+    c = case(4, 5)
+    results = c.generator.generate(
+        c.prompts, max_new_tokens=NEW, decoder=decoder, adaptive=True
+    )
+    for result, text in zip(results, c.texts, strict=True):
+        assert (result.tokens, result.finish) == expected(text, c.eos_id)
+        assert result.tokens_per_forward == 1
+    assert {depth for depth, *_ in told} == {1}
+    assert sum(passes for _, _, passes, _ in told) == NEW - 1
+
+
+def test_the_min_entropy_is_that_of_the_largest_probability():
+    logits_BWV = np.random.default_rng(0).normal(size=(2, 3, 7)).astype(np.float32)
+    p_BWV = np.exp(logits_BWV.astype(np.float64))
+    p_BWV /= p_BWV.sum(axis=-1, keepdims=True)
+    with jax.set_mesh(one_device()):
+        found_BW = _entropy(jax.device_put(logits_BWV, jax.P()))
+    np.testing.assert_allclose(found_BW, -np.log(p_BWV.max(axis=-1)), atol=1e-6)
 
 
 def test_what_texts_have_shown_holds_for_the_next_ones():

@@ -53,7 +53,7 @@ def leave_heads(state: DecodeState, d_model: int) -> DecodeState:
     b, e = state.tokens_BE.shape
     dtype = state.cache.k_BGSK[0].dtype
     trunk_BED = jnp.zeros((b, e, d_model), dtype, out_sharding=_ROWS)
-    alone = Alone(trunk_BED, state.length_B - 1, jnp.zeros(()))
+    alone = Alone(trunk_BED, state.length_B - 1, _unknown())
     return dataclasses.replace(state, alone=alone)
 
 
@@ -77,7 +77,7 @@ def begin_alone(
     draws = Draws(state.chance, state.length_B)
     nothing_BMD = _nothing(b, len(model.heads) - 1, d, trunk_BED.dtype)
     carry = decoder.draft(model, state, nothing_BMD, draws)
-    alone = Alone(trunk_BED, jnp.zeros_like(state.length_B), jnp.zeros(()))
+    alone = Alone(trunk_BED, jnp.zeros_like(state.length_B), _unknown())
     state = dataclasses.replace(state, carry=carry, alone=alone)
     return write_one(state, next_logits(model, state, head_B1D))
 
@@ -89,10 +89,11 @@ def step_alone(model: DecodeModel, state: DecodeState) -> DecodeState:
     seen = read(model, state, last_token(state))
 
     entropy = jnp.mean(_entropy(seen.logits_BWV))
+    mean = jnp.where(alone.entropy < 0, entropy, 0.9 * alone.entropy + 0.1 * entropy)
     alone = Alone(
         trunk_BED=_store(alone.trunk_BED, seen.trunk_BWD, seen.new.start_B),
         since_B=alone.since_B,
-        entropy=0.9 * alone.entropy + 0.1 * entropy,
+        entropy=mean,
     )
     state = dataclasses.replace(state, cache=seen.cache, alone=alone)
     return write_one(state, seen.logits_BWV)
@@ -153,17 +154,16 @@ class DepthChooser:
         self._alone = 0  # passes at depth 1 since the heads were last asked
         self._alone_s = 0.0  # seconds that these took
         self._patience = _PATIENCE  # passes at depth 1 before they are asked again
-        self._entropy = 0.0  # of head 1, when they were left
+        self._entropy: float | None = None  # of head 1, when they were left
 
     def leaves_heads(self) -> bool:
         """Whether new texts begin without the drafting heads: they cannot pay, or did
         not pay for the texts before."""
-        known = bool(np.all(self._seen_M >= _KNOWN))
         if not self._can_pay():
             return True
-        return (
-            known and self._best(self._right_M / self._seen_M) == 1 and not self._due()
-        )
+        if np.any(self._seen_M < _KNOWN) or self._due():
+            return False
+        return self._best(self._right_M / self._seen_M) == 1
 
     def stays_alone(self, tokens: int) -> bool:
         """Whether new texts of so many tokens end before the heads could be asked.
@@ -253,7 +253,7 @@ class DepthChooser:
             return
         if self._alone:  # the heads were asked again, for better or for worse
             self._patience = min(2 * self._patience, _MOST_PATIENCE)
-            self._alone, self._alone_s = 0, 0.0
+            self._alone, self._alone_s, self._entropy = 0, 0.0, None
         fade = 0.5 ** (passes / _MEMORY)
         for i in range(1, depth):
             right, tried = float(agreed_N[i:].sum()), float(agreed_N.sum())
@@ -265,7 +265,7 @@ class DepthChooser:
 
     def saw_entropy(self, entropy: float) -> None:
         """Tells head 1's min-entropy lately, in nats, at depth 1."""
-        if self._alone and self._alone <= 2 * CATCH_UP:
+        if self._entropy is None or self._alone <= 2 * CATCH_UP:
             self._entropy = entropy
         elif entropy < _CALMER * self._entropy:
             self._alone = max(self._alone, self._patience)
@@ -278,6 +278,11 @@ _IDS = spec("batch", None)
 def _nothing(b: int, m: int, d: int, dtype: DTypeLike) -> jax.Array:
     """What drafting heads that were not asked say."""
     return jnp.zeros((b, m, d), dtype, out_sharding=_ROWS)
+
+
+def _unknown() -> jax.Array:
+    """No entropy yet."""
+    return -jnp.ones(())
 
 
 def _entropy(logits_BWV: jax.Array) -> jax.Array:

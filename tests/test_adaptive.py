@@ -226,6 +226,26 @@ def test_the_min_entropy_is_that_of_the_largest_probability():
     np.testing.assert_allclose(found_BW, -np.log(p_BWV.max(axis=-1)), atol=1e-6)
 
 
+def test_at_depth_1_the_entropy_is_that_of_the_text_from_the_first_pass_on():
+    c = case(4, 5)
+    row = np.concatenate([[0], c.prompts[0]]).astype(np.int32)
+    with jax.set_mesh(one_device()):
+        params = unstack(c.cfg, init(c.cfg, one_device()))
+        programs = Programs(c.cfg, -1)
+        batch = Batch(programs, params, DECODERS["blockwise"](), [row], 8, Sampling())
+        batch._begin = batch._begun(alone=True)[0]
+        batch.begin()
+        found = []
+        for _ in range(3):
+            before = float(batch._state.alone.entropy)
+            batch._run(4, 1)
+            found.append((before, float(batch._state.alone.entropy)))
+    assert found[0][0] == -1 and 0 < found[0][1] < np.log(c.cfg.vocab_size)
+    for before, after in found[1:]:
+        # A mean of what was and of one more, which lies between 0 and log V.
+        assert 0.9 * before < after < 0.9 * before + 0.1 * np.log(c.cfg.vocab_size)
+
+
 def test_what_texts_have_shown_holds_for_the_next_ones():
     choose = chooser({1: 1.0, 4: 1.5}, [0.9, 0.9, 0.9])
     for _ in range(6):

@@ -31,7 +31,7 @@ class Alone:
 
     trunk_BED: jax.Array  # what the trunk said, where they have not read it
     since_B: jax.Array  # the first position that they have not read
-    entropy: jax.Array  # min-entropy of head 1, nats, a running mean over the batch
+    entropy: jax.Array  # min-entropy of head 1, nats, a running mean; -1: not known
 
 
 @jax.tree_util.register_dataclass

@@ -326,7 +326,7 @@ def test_caches_are_those_of_reading_the_text_again(name):
             np.testing.assert_allclose(
                 np.asarray(kept_BGSK)[b, :, : length - 1],
                 np.asarray(again_BGSK)[b, :, : length - 1],
-                atol=1e-5,
+                atol=4e-6,
             )
 
 

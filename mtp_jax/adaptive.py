@@ -87,7 +87,6 @@ def step_alone(model: DecodeModel, state: DecodeState) -> DecodeState:
     alone = state.alone
     assert alone is not None, "leave_heads comes first"
     seen = read(model, state, last_token(state))
-
     entropy = jnp.mean(_entropy(seen.logits_BWV))
     mean = jnp.where(alone.entropy < 0, entropy, 0.9 * alone.entropy + 0.1 * entropy)
     alone = Alone(
@@ -170,11 +169,7 @@ class DepthChooser:
 
         Then there is no need to keep what the heads would have to catch up with.
         """
-        waits = (
-            self._alone + tokens < self._patience
-            or self._alone_s + tokens * self.cost_s[1] < _LEAST_ALONE_S
-        )
-        return self.leaves_heads() and (waits or not self._can_pay())
+        return self.leaves_heads() and not self._due(tokens)
 
     def begin(self, confidence_M: Sequence[float] | None) -> None:
         """New texts, and how likely their first drafts are by their own heads.
@@ -224,8 +219,11 @@ class DepthChooser:
         best = max(self.cost_s, key=speed)
         return best if speed(best) > _GAIN * speed(1) else 1
 
-    def _due(self) -> bool:
-        waited = self._alone >= self._patience and self._alone_s >= _LEAST_ALONE_S
+    def _due(self, tokens: int = 0) -> bool:
+        """Whether it is time to ask the heads again, after so many more passes."""
+        passes = self._alone + tokens
+        seconds = self._alone_s + tokens * self.cost_s[1]
+        waited = passes >= self._patience and seconds >= _LEAST_ALONE_S
         return waited and self._can_pay()
 
     def _can_pay(self) -> bool:
@@ -290,10 +288,10 @@ def _entropy(logits_BWV: jax.Array) -> jax.Array:
 
     Of the entropies (Renyi 1961, section 1) the one that takes least to compute.
     """
-    whole_BWV = jax.sharding.reshard(logits_BWV, _ROWS)
-    exp_BWV = jnp.exp(whole_BWV - jnp.max(whole_BWV, axis=-1, keepdims=True))
+    exp_BWV = jnp.exp(logits_BWV - jnp.max(logits_BWV, axis=-1, keepdims=True))
     # The sum as a product with ones: on a CPU a reduction of a batch takes far longer.
-    return jnp.log(exp_BWV @ jnp.ones(whole_BWV.shape[-1], whole_BWV.dtype))
+    one_V = jnp.ones(logits_BWV.shape[-1], out_sharding=spec("vocab"))
+    return jnp.log(jnp.einsum("bwv,v->bw", exp_BWV, one_V, out_sharding=_IDS))
 
 
 def _store(to_BED: jax.Array, x_B1D: jax.Array, at_B: jax.Array) -> jax.Array:

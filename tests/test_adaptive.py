@@ -13,6 +13,7 @@ from mtp_jax.decode_model import unstack
 from mtp_jax.decode_program import Programs
 from mtp_jax.decoders import DECODERS
 from mtp_jax.decoders.sampling import Sampling
+from mtp_jax.sharding import spec
 
 
 @pytest.fixture
@@ -222,7 +223,7 @@ def test_the_min_entropy_is_that_of_the_largest_probability():
     p_BWV = np.exp(logits_BWV.astype(np.float64))
     p_BWV /= p_BWV.sum(axis=-1, keepdims=True)
     with jax.set_mesh(one_device()):
-        found_BW = _entropy(jax.device_put(logits_BWV, jax.P()))
+        found_BW = _entropy(jax.device_put(logits_BWV, spec("batch", None, "vocab")))
     np.testing.assert_allclose(found_BW, -np.log(p_BWV.max(axis=-1)), atol=1e-6)
 
 

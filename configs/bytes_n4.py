@@ -14,18 +14,18 @@ def get_config():
     c = default()
     c.model.update(
         vocab_size=256,
-        d_model=320,
-        num_layers=12,
+        d_model=256,
+        num_layers=16,
         n_future_tokens=4,
-        num_query_heads=5,
+        num_query_heads=2,
         num_kv_heads=1,
-        d_head=64,
+        d_head=128,
         d_ff=1024,
     )
-    c.data.update(sources=("data/stdlib",), seq_len=320, batch_size=2)
-    c.optim.update(peak_lr=1.5e-3, warmup_steps=100)
-    c.train.steps = 1350
-    c.checkpoint.update(every=500, keep_latest=2)
-    c.eval.update(every=1350, batches=32, sample_tokens=96)
+    c.data.update(sources=("data/stdlib",), seq_len=512, batch_size=2)
+    c.optim.update(peak_lr=6e-4, warmup_steps=200)
+    c.train.steps = 2400
+    c.checkpoint.update(every=800, keep_latest=2)
+    c.eval.update(every=2400, batches=32, sample_tokens=96)
     c.log.every = 50
     return c

@@ -17,6 +17,7 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
+from mtp_jax import few_tokens
 from mtp_jax.config import ModelConfig
 from mtp_jax.sharding import axes_of, spec, spec_like
 
@@ -150,9 +151,10 @@ def product(
 ) -> jax.Array:
     """einsum of x [B, T, ...] with a matrix, laid out as `out`, in `dtype` or theirs.
 
-    On a CPU the product with few tokens is written in the one form in which XLA reads
-    the weights where they lie; in the others it copies them first. Tokens are filled up
-    to a number that makes whole vectors: 5 would take longer than 8, 12 than 16.
+    On a CPU the product of few tokens is that of `few_tokens` if it takes them, else
+    XLA's, in the one form in which it reads the weights where they lie; in the others
+    it copies them first. There tokens are filled up to a number that makes whole
+    vectors: 5 would take longer than 8, 12 than 16.
     """
     tokens = math.prod(x.shape[:2])
     if tokens > _FEW_TOKENS or not _on_one_cpu():
@@ -163,24 +165,34 @@ def product(
     inputs, outputs = of_x[2:], of_y[2:]
     order = [of_w.index(axis) for axis in outputs + inputs]
     width = math.prod(x.shape[2:])
-    whole = next((m for m in _WHOLE if tokens <= m), -(-tokens // 8) * 8)
 
     def local(x, w):
         w = jnp.transpose(w, order)
-        x_MI = jnp.pad(x.reshape(tokens, width), ((0, whole - tokens), (0, 0)))
-        y_OM = lax.dot_general(
-            w.reshape(-1, width),
-            x_MI,
-            (((1,), (1,)), ((), ())),
-            preferred_element_type=dtype,
-        )
-        # Without the barrier XLA would turn the product round again.
-        y_MO = lax.optimization_barrier(y_OM)[:, :tokens].T
+        x_MI, w_OI = x.reshape(tokens, width), w.reshape(-1, width)
+        if few_tokens.takes(tokens, x.dtype, w.dtype, dtype or x.dtype):
+            y_MO = few_tokens.product(x_MI, w_OI)
+        else:
+            y_MO = _product_by_xla(x_MI, w_OI, dtype)
         return y_MO.reshape(x.shape[:2] + w.shape[: len(outputs)])
 
     # With one device every layout is the same; the specs only name it as the types do.
     in_specs = (jax.typeof(x).sharding.spec, jax.typeof(w).sharding.spec)
     return jax.shard_map(local, in_specs=in_specs, out_specs=out, check_vma=False)(x, w)
+
+
+def _product_by_xla(
+    x_MI: jax.Array, w_OI: jax.Array, dtype: DTypeLike | None
+) -> jax.Array:
+    tokens = x_MI.shape[0]
+    whole = next((m for m in _WHOLE if tokens <= m), -(-tokens // 8) * 8)
+    y_OM = lax.dot_general(
+        w_OI,
+        jnp.pad(x_MI, ((0, whole - tokens), (0, 0))),
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=dtype,
+    )
+    # Without the barrier XLA would turn the product round again.
+    return lax.optimization_barrier(y_OM)[:, :tokens].T
 
 
 def _on_one_cpu() -> bool:

@@ -10,6 +10,8 @@ python -m benchmarks.decode --workdir=runs/quickstart --batch_sizes 1 4 16
 Where drafts are worth least: `--shuffled=1`, prompts without any order, and
 `--text=FILE`, prompts of another kind than what the model has learned.
 
+A decoder with options is one argument, `tree:tree=FILE`.
+
 Adaptive depth asks the heads again ever more rarely, and compiles what that takes when
 it first does: `--warm=4` runs everything so often before it is timed.
 """
@@ -35,7 +37,7 @@ from benchmarks.timing import (
     show_ratio,
 )
 from mtp_jax.decode import Generator
-from mtp_jax.decoders import DECODERS
+from mtp_jax.decoder_args import decoder_of_spec
 from mtp_jax.errors import UserError
 from mtp_jax.prompts import heldout_prompts
 from mtp_jax.restore import Restored, restore_model
@@ -61,8 +63,7 @@ def main(argv: list[str]) -> int:
         warm=1,
     )
     for name in args.decoders:
-        if name.removesuffix(_ADAPTIVE) not in DECODERS:
-            raise UserError(f"no decoder {name!r}; known are {list(DECODERS)}.")
+        decoder_of_spec(name.removesuffix(_ADAPTIVE))
     restored = restore_model(args.workdir)
     prompts = _prompts(restored, args)
     print_environment(args.rounds)
@@ -110,7 +111,7 @@ def _rows(
             found[name] = generator.generate(
                 prompts,
                 max_new_tokens=args.max_new_tokens,
-                decoder=name.removesuffix(_ADAPTIVE),
+                decoder=decoder_of_spec(name.removesuffix(_ADAPTIVE)),
                 adaptive=name.endswith(_ADAPTIVE),
                 batch_size=size,
             )

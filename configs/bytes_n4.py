@@ -23,7 +23,7 @@ def get_config():
         d_ff=1024,
     )
     c.data.update(sources=("data/stdlib",), seq_len=512, batch_size=2)
-    c.optim.update(peak_lr=6e-4, warmup_steps=200)
+    c.optim.update(peak_lr=1e-3, warmup_steps=200)
     c.train.steps = 2400
     c.checkpoint.update(every=800, keep_latest=2)
     c.eval.update(every=2400, batches=32, sample_tokens=96)

@@ -103,12 +103,15 @@ def test_decoders_take_turns_on_the_same_prompts(
     monkeypatch.setattr(decode, "restore_model", lambda workdir: restored)
     monkeypatch.setattr(decode.importlib.util, "find_spec", lambda name: None)
     argv = ["--rounds=1", "--prompts=2", "--prompt_tokens=8", "--max_new_tokens=4"]
-    argv += ["--batch_sizes", "2", "--decoders", "blockwise", "blockwise+adaptive"]
+    tree = tmp_path / "tree.json"
+    tree.write_text('{"nodes": [{"path": [0]}, {"path": [1]}]}')
+    decoders = ["blockwise", "blockwise+adaptive", f"tree:tree={tree}"]
+    argv += ["--batch_sizes", "2", "--decoders", *decoders]
 
     assert run("decode", *argv) == 0
 
-    lines = capsys.readouterr().out.splitlines()[-3:]
-    names = ["2, plain", "2, blockwise", "2, blockwise+adaptive"]
+    lines = capsys.readouterr().out.splitlines()[-4:]
+    names = [f"2, {name} " for name in ("plain", *decoders)]
     assert all(map(str.startswith, lines, names)), lines
     few = {"prompts": 3, "prompt_tokens": 8, "text": "", "shuffled": 0}
     plain = decode._prompts(restored, types.SimpleNamespace(**few))
@@ -150,7 +153,7 @@ def test_options_become_a_config():
         ("heads", ["--remat=most"], "config.compute.remat is 'most'"),
         ("head_loss", ["--head_loss=naive"], "unrecognized arguments: --head_loss"),
         ("dispatch", ["--steps=0"], "--steps"),
-        ("decode", ["--decoders", "best"], "no decoder 'best'"),
+        ("decode", ["--decoders", "best"], "--decoder=best is unknown"),
         ("input_pipeline", ["--config=nowhere.py"], "--config=nowhere.py is not a"),
         ("input_pipeline", ["--input=nowhere"], "--input=nowhere does not exist"),
     ],

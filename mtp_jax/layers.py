@@ -172,7 +172,7 @@ def product(
         if few_tokens.takes(tokens, x.dtype, w.dtype, dtype or x.dtype):
             y_MO = few_tokens.product(x_MI, w_OI)
         else:
-            y_MO = _product_by_xla(x_MI, w_OI, dtype)
+            y_MO = product_by_xla(x_MI, w_OI, dtype)
         return y_MO.reshape(x.shape[:2] + w.shape[: len(outputs)])
 
     # With one device every layout is the same; the specs only name it as the types do.
@@ -180,9 +180,10 @@ def product(
     return jax.shard_map(local, in_specs=in_specs, out_specs=out, check_vma=False)(x, w)
 
 
-def _product_by_xla(
-    x_MI: jax.Array, w_OI: jax.Array, dtype: DTypeLike | None
+def product_by_xla(
+    x_MI: jax.Array, w_OI: jax.Array, dtype: DTypeLike | None = None
 ) -> jax.Array:
+    """x times w transposed, [M, O] in `dtype` or theirs, for M tokens on one CPU."""
     tokens = x_MI.shape[0]
     whole = next((m for m in _WHOLE if tokens <= m), -(-tokens // 8) * 8)
     y_OM = lax.dot_general(

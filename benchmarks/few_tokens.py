@@ -1,0 +1,84 @@
+"""What a product of a few tokens costs on a CPU, to XLA's product of one.
+
+Many matrices are read one after the other, more than a cache holds, as the layers of a
+model are. Ours is that of `few_tokens.cc`, where a C++ compiler is; the rest is XLA's.
+
+python -m benchmarks.few_tokens --outputs=1024 --inputs=384
+"""
+
+import sys
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.timing import (
+    interleaved,
+    one_device,
+    options,
+    print_environment,
+    print_table,
+    ratio,
+    script,
+    show_ratio,
+)
+from mtp_jax import few_tokens
+from mtp_jax.layers import product_by_xla
+
+
+@script
+def main(argv: list[str]) -> int:
+    """Prints a row for each number of tokens and product."""
+    args = options(
+        argv,
+        "Time of products of a few tokens to XLA's of one.",
+        rounds=15,
+        tokens=[2, 4, 8],
+        outputs=1024,
+        inputs=384,
+        megabytes=128,
+    )
+    size = 4e-6 * args.outputs * args.inputs
+    count = max(int(args.megabytes / size), 1)
+    print_environment(args.rounds)
+    with jax.set_mesh(one_device()):
+        keys = jax.random.split(jax.random.key(0), count)
+        shape = (args.outputs, args.inputs)
+        weights = [jax.random.normal(key, shape) / args.inputs**0.5 for key in keys]
+        functions = {"1, XLA's": _reader(product_by_xla, weights, 1)}
+        for m in args.tokens:
+            functions[f"{m}, XLA's"] = _reader(product_by_xla, weights, m)
+            if few_tokens.takes(m, jnp.float32):
+                functions[f"{m}, ours"] = _reader(few_tokens.product, weights, m)
+        seconds = interleaved(functions, args.rounds)
+    one = seconds["1, XLA's"]
+    rows = []
+    for name, taken in seconds.items():
+        each = float(np.median(taken)) / count
+        figures = f"{each * 1e6:.1f}", f"{size / 1e3 / each:.1f}"
+        rows.append((name, *figures, show_ratio(ratio(taken, one))))
+    print_table(("tokens, product", "microseconds", "GB/s", "time to one token"), *rows)
+    return 0
+
+
+def _reader(
+    product: Callable[[jax.Array, jax.Array], jax.Array],
+    weights: list[jax.Array],
+    m: int,
+) -> Callable[[], object]:
+    """A program that has every matrix multiplied, each after the one before."""
+
+    @jax.jit
+    def read(x_MI, weights):
+        for w_OI in weights:
+            y_MO = product(x_MI, w_OI)
+            x_MI = x_MI + 1e-6 * jnp.tanh(y_MO[:, :1])
+        return x_MI
+
+    x_MI = jnp.ones((m, weights[0].shape[1]))
+    return lambda: read(x_MI, weights).block_until_ready()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
         functions = {"1, XLA's": _reader(product_by_xla, weights, 1)}
         for m in args.tokens:
             functions[f"{m}, XLA's"] = _reader(product_by_xla, weights, m)
-            if few_tokens.takes(m, jnp.float32):
+            if few_tokens.takes(m, 1, jnp.float32):
                 functions[f"{m}, ours"] = _reader(few_tokens.product, weights, m)
         seconds = interleaved(functions, args.rounds)
     one = seconds["1, XLA's"]

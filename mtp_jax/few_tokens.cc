@@ -4,7 +4,8 @@
 //
 // x is [M, I], w [O, I], y [M, O], all float32, M at most 8. Reading w is what this
 // should cost, so a weight is read once, into a register, and meets all tokens there,
-// while the rows that come next are asked for.
+// while the rows that come next are asked for. The tokens should fit in a first-level
+// cache, as they do up to a thousand inputs.
 
 #include <algorithm>
 #include <atomic>
@@ -32,7 +33,6 @@ constexpr int kLanes = 4, kRegisters = 16;
 // Loads and stores of it need no alignment.
 typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4)));
 
-constexpr int64_t kSliceBytes = 32 << 10;  // of x: what a first-level cache holds
 // Of w, what one thread takes at once: this many rows, or more if they are short.
 constexpr int64_t kBlockRows = 64, kBlockBytes = 64 << 10;
 
@@ -43,26 +43,20 @@ struct Product {
   int64_t outputs, inputs;
 };
 
-// R outputs of M tokens, over the inputs [begin, end). What was there is added to,
-// unless these are the first inputs.
+// R outputs of M tokens.
 template <int M, int R>
-void Tile(const Product& p, int64_t o, int64_t begin, int64_t end) {
+void Tile(const Product& p, int64_t o) {
   const float* rows = p.w + o * p.inputs;
-  // The next R rows: in one stream if they are read whole, else R streams.
-  const float* next = rows + R * p.inputs;
-  const bool whole = begin == 0 && end == p.inputs;
-  const int64_t step = whole ? R : 1;
-  const int64_t apart = whole ? kLanes : p.inputs;
-
+  const float* next = rows + R * p.inputs;  // the next R rows, in one stream
   Vector sums[R][M] = {};
-  int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) {
+  int64_t i = 0;
+  for (; i + kLanes <= p.inputs; i += kLanes) {
     Vector x[M];
     for (int m = 0; m < M; ++m) {
       x[m] = *reinterpret_cast<const Vector*>(p.x + m * p.inputs + i);
     }
     for (int r = 0; r < R; ++r) {
-      __builtin_prefetch(next + i * step + r * apart);
+      __builtin_prefetch(next + i * R + r * kLanes);
       const Vector w = *reinterpret_cast<const Vector*>(rows + r * p.inputs + i);
       for (int m = 0; m < M; ++m) sums[r][m] += w * x[m];
     }
@@ -71,11 +65,10 @@ void Tile(const Product& p, int64_t o, int64_t begin, int64_t end) {
     for (int m = 0; m < M; ++m) {
       float sum = 0;
       for (int lane = 0; lane < kLanes; ++lane) sum += sums[r][m][lane];
-      for (int64_t j = i; j < end; ++j) {
+      for (int64_t j = i; j < p.inputs; ++j) {
         sum += rows[r * p.inputs + j] * p.x[m * p.inputs + j];
       }
-      float& y = p.y[m * p.outputs + o + r];
-      y = begin == 0 ? sum : y + sum;
+      p.y[m * p.outputs + o + r] = sum;
     }
   }
 }
@@ -85,13 +78,9 @@ template <int M>
 void Rows(const Product& p, int64_t begin, int64_t end) {
   // Half of the registers hold sums.
   constexpr int R = kRegisters / (M <= 4 ? 8 : 16);
-  constexpr int64_t slice = kSliceBytes / 4 / M / kLanes * kLanes;
-  for (int64_t from = 0; from < p.inputs; from += slice) {
-    const int64_t to = std::min(from + slice, p.inputs);
-    int64_t o = begin;
-    for (; o + R <= end; o += R) Tile<M, R>(p, o, from, to);
-    for (; o < end; ++o) Tile<M, 1>(p, o, from, to);
-  }
+  int64_t o = begin;
+  for (; o + R <= end; o += R) Tile<M, R>(p, o);
+  for (; o < end; ++o) Tile<M, 1>(p, o);
 }
 
 using RowsOf = void (*)(const Product&, int64_t, int64_t);

@@ -27,19 +27,22 @@ import jaxlib
 from jax.typing import DTypeLike
 
 MOST = 8  # tokens
+# Beyond, what a pass takes is decided by the memory, and XLA's product is as fast.
+MOST_INPUTS = 1024
 
 _SOURCE = pathlib.Path(__file__).with_suffix(".cc")
 _NAME = "mtp_jax_few_tokens"  # the function there
 _BUILD_S = 120  # seconds that a compiler may take
 
 
-def takes(tokens: int, *dtypes: DTypeLike) -> bool:
-    """Whether `product` is to be had for so many tokens of such types.
+def takes(tokens: int, inputs: int, *dtypes: DTypeLike) -> bool:
+    """Whether `product` is to be had for such tokens and types, and worth having.
 
     One token is left to XLA, whose product is as fast.
     """
     floats = all(jnp.dtype(dtype) == jnp.float32 for dtype in dtypes)
-    return 1 < tokens <= MOST and floats and _is_registered()
+    few = 1 < tokens <= MOST and inputs <= MOST_INPUTS
+    return few and floats and _is_registered()
 
 
 @jax.custom_jvp

@@ -169,7 +169,7 @@ def product(
     def local(x, w):
         w = jnp.transpose(w, order)
         x_MI, w_OI = x.reshape(tokens, width), w.reshape(-1, width)
-        if few_tokens.takes(tokens, x.dtype, w.dtype, dtype or x.dtype):
+        if few_tokens.takes(tokens, width, x.dtype, w.dtype, dtype or x.dtype):
             y_MO = few_tokens.product(x_MI, w_OI)
         else:
             y_MO = product_by_xla(x_MI, w_OI, dtype)

@@ -14,10 +14,9 @@ from jax.sharding import PartitionSpec
 from mtp_jax import few_tokens, layers
 
 needs_it = pytest.mark.skipif(
-    not few_tokens.takes(2, np.float32), reason="no C++ compiler here"
+    not few_tokens.takes(2, 1, np.float32), reason="no C++ compiler here"
 )
-# Whole vectors and not, whole tiles of rows and not, one block of rows and several,
-# inputs that a first-level cache holds and inputs that it does not.
+# Whole vectors and not, whole tiles of rows and not, one block of rows and several.
 SHAPES = [(1, 1), (3, 5), (64, 32), (130, 47), (1024, 320), (513, 2100), (200, 9000)]
 
 
@@ -87,11 +86,12 @@ def test_gradients_and_stacks_are_those_of_the_plain_product():
 
 
 @needs_it
-def test_it_takes_two_to_eight_tokens_of_float32():
-    taken = [few_tokens.takes(m, np.float32, jnp.float32) for m in range(12)]
+def test_it_takes_two_to_eight_tokens_of_float32_that_a_cache_holds():
+    taken = [few_tokens.takes(m, 1024, np.float32, jnp.float32) for m in range(12)]
 
     assert taken == [False] * 2 + [True] * 7 + [False] * 3
-    assert not few_tokens.takes(4, jnp.float32, jnp.bfloat16)
+    assert not few_tokens.takes(4, 1025, jnp.float32)
+    assert not few_tokens.takes(4, 64, jnp.float32, jnp.bfloat16)
 
 
 @needs_it
@@ -125,7 +125,7 @@ def run(code, cache, **environ):
     )
 
 
-TAKES = "from mtp_jax.few_tokens import takes; print(takes(4, 'float32'))"
+TAKES = "from mtp_jax.few_tokens import takes; print(takes(4, 64, 'float32'))"
 
 
 @needs_it
@@ -152,7 +152,7 @@ def test_a_compiler_that_fails_is_told_of_once(tmp_path):
     compiler.write_text("#!/bin/sh\necho 'out of order' >&2\nexit 1\n")
     compiler.chmod(0o755)
 
-    done = run(f"{TAKES}; print(takes(5, 'float32'))", tmp_path, CXX=str(compiler))
+    done = run(f"{TAKES}; print(takes(5, 64, 'float32'))", tmp_path, CXX=str(compiler))
 
     assert (done.stdout, done.returncode) == ("False\nFalse\n", 0)
     [line] = done.stderr.splitlines()

@@ -67,12 +67,13 @@ def _is_registered() -> bool:
         return False
     try:
         function = getattr(ctypes.CDLL(str(_library(compiler))), _NAME)
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
+    # The last one: who runs this has no home.
+    except (OSError, subprocess.SubprocessError, RuntimeError) as error:
+        said = str(getattr(error, "stderr", None) or "").strip() or str(error)
         print(
             f"mtp-jax: warning: {shlex.join(compiler)} cannot compile {_SOURCE.name}, "
             "drafting takes longer without; CXX= leaves it off: "
-            f"{said.strip().splitlines()[0]}",
+            f"{said.splitlines()[0]}",
             file=sys.stderr,
         )
         return False

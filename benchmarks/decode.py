@@ -38,6 +38,7 @@ from benchmarks.timing import (
 )
 from mtp_jax.decode import Generator
 from mtp_jax.decoder_args import decoder_of_spec
+from mtp_jax.decoders.state import Decoder
 from mtp_jax.errors import UserError
 from mtp_jax.prompts import heldout_prompts
 from mtp_jax.restore import Restored, restore_model
@@ -62,14 +63,14 @@ def main(argv: list[str]) -> int:
         rounds=5,
         warm=1,
     )
-    for name in args.decoders:
-        decoder_of_spec(name.removesuffix(_ADAPTIVE))
+    names = ("plain", *args.decoders)
+    decoders = {name: decoder_of_spec(name.removesuffix(_ADAPTIVE)) for name in names}
     restored = restore_model(args.workdir)
     prompts = _prompts(restored, args)
     print_environment(args.rounds)
     rows = []
     for size in args.batch_sizes:
-        rows += _rows(restored, prompts, size, args)
+        rows += _rows(restored, prompts, size, decoders, args)
     print_table(
         ("batch, decoder", "tokens/s", "speed", "tokens/forward", "quotient"), *rows
     )
@@ -101,7 +102,11 @@ def _text_of(path: str) -> str:
 
 
 def _rows(
-    restored: Restored, prompts: Sequence[np.ndarray], size: int, args: Any
+    restored: Restored,
+    prompts: Sequence[np.ndarray],
+    size: int,
+    decoders: dict[str, Decoder],
+    args: Any,
 ) -> list[tuple[str, ...]]:
     generator = Generator.from_restored(restored)
     found: dict[str, list[Any]] = {}
@@ -111,14 +116,14 @@ def _rows(
             found[name] = generator.generate(
                 prompts,
                 max_new_tokens=args.max_new_tokens,
-                decoder=decoder_of_spec(name.removesuffix(_ADAPTIVE)),
+                decoder=decoders[name],
                 adaptive=name.endswith(_ADAPTIVE),
                 batch_size=size,
             )
 
         return run
 
-    functions = {name: ours(name) for name in ("plain", *args.decoders)}
+    functions = {name: ours(name) for name in decoders}
     if all(map(importlib.util.find_spec, ("torch", "transformers"))):
         functions["transformers"] = _theirs(restored, prompts, size, args)
     seconds = interleaved(functions, args.rounds, args.warm)

@@ -11,6 +11,7 @@ M = N - 1 drafting heads, D model width, V vocabulary.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,8 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from mtp_jax.cache import chain, run_heads_at
-from mtp_jax.decode_model import DecodeModel
+from mtp_jax.config import ModelConfig
+from mtp_jax.decode_model import DecodeModel, build
 from mtp_jax.decoders.passes import read, write_one
 from mtp_jax.decoders.sampling import Draws
 from mtp_jax.decoders.state import (
@@ -99,18 +101,19 @@ def step_alone(model: DecodeModel, state: DecodeState) -> DecodeState:
 
 
 def catch_up(
-    model: DecodeModel, state: DecodeState, alone: Alone, decoder: Drafter
+    cfg: ModelConfig, params: Any, state: DecodeState, alone: Alone, decoder: Drafter
 ) -> DecodeState:
     """The drafting heads read what they have missed, and draft again.
 
     Args:
-      model: the model.
+      cfg: of the model.
+      params: from `decode_model.unstack`.
       state: without what was left behind.
       alone: what was left behind.
       decoder: whose drafts are wanted.
     """
-    drafting = range(1, len(model.heads))
-    b, d = state.tokens_BE.shape[0], model.cfg.d_model
+    drafting = range(1, len(params["heads"]))
+    b, d = state.tokens_BE.shape[0], cfg.d_model
     nothing_BMD = _nothing(b, len(drafting), d, alone.trunk_BED.dtype)
     last_B = state.length_B - 2  # the last position that was read
 
@@ -119,6 +122,7 @@ def catch_up(
 
     def piece(carry):
         from_B, heads_BMD, cache = carry
+        model = build(cfg, params)  # in the loop
         trunk_BWD = _slice(alone.trunk_BED, from_B, CATCH_UP)
         nothing_BW = jnp.zeros(trunk_BWD.shape[:2], jnp.int32, out_sharding=_IDS)
         new = chain(nothing_BW, from_B)
@@ -131,7 +135,7 @@ def catch_up(
     start = (alone.since_B, nothing_BMD, state.cache)
     _, heads_BMD, cache = lax.while_loop(behind, piece, start)
     draws = Draws(state.chance, state.length_B)
-    carry = decoder.draft(model, state, heads_BMD, draws)
+    carry = decoder.draft(build(cfg, params), state, heads_BMD, draws)
     return dataclasses.replace(state, cache=cache, carry=carry, chance=draws.after())
 
 

@@ -86,7 +86,11 @@ def unstack(cfg: ModelConfig, params: Any) -> Any:
 
 
 def build(cfg: ModelConfig, params: Any) -> DecodeModel:
-    """The model of parameters from `unstack`, with the heads that are among them."""
+    """The model of parameters from `unstack`, with the heads that are among them.
+
+    A loop that reads it builds it within: what enters the loop are then the weights as
+    they are stored, and not copies of them with their axes moved back.
+    """
     graphdef = nnx.graphdef(
         jax.eval_shape(lambda: Block(cfg, rngs=nnx.Rngs(jax.random.key(0))))
     )

@@ -94,7 +94,7 @@ class Programs:
         def compiled():
             @jax.jit(donate_argnames="state")
             def caught_up(params, state, alone):
-                return catch_up(build(self._cfg, params), state, alone, decoder)
+                return catch_up(self._cfg, params, state, alone, decoder)
 
             rest = dataclasses.replace(state, alone=None)
             abstract = jax.tree.map(_abstract, (params, rest, state.alone))
@@ -180,7 +180,9 @@ def _begin(
         layers = len(model.trunk) + len(model.heads)
         cache = make_cache(cfg, layers, b, slots)
         asked = range(1 if alone else len(model.heads))
-        heads_BND, cache, trunk_BPD = _read_prompt(model, prompts, cache, asked, alone)
+        heads_BND, cache, trunk_BPD = _read_prompt(
+            cfg, params, prompts, cache, asked, alone
+        )
         tokens_BE = jnp.pad(prompts.tokens_BP, ((0, 0), (0, room - p)))
         zeros_BE = jnp.zeros_like(tokens_BE)
         state = DecodeState(
@@ -230,8 +232,7 @@ def _advance(cfg: ModelConfig, decoder: Decoder, depth: int) -> Any:
         end = state.forward + forwards
 
         def step(state):
-            # Built in the loop: what enters it are the weights as they are stored.
-            model = build(cfg, params)
+            model = build(cfg, params)  # in the loop
             if state.alone is not None:
                 return step_alone(model, state)
             return decoder.step(model, state, depth)
@@ -265,7 +266,12 @@ def _seen(cfg: ModelConfig, prompts: Prompts) -> jax.Array:
 
 
 def _read_prompt(
-    model: DecodeModel, prompts: Prompts, cache: Cache, heads: range, keep: bool
+    cfg: ModelConfig,
+    params: Any,
+    prompts: Prompts,
+    cache: Cache,
+    heads: range,
+    keep: bool,
 ) -> tuple[jax.Array, Cache, jax.Array | None]:
     """What some heads say at the end of each prompt, [B, N, D], and the cache.
 
@@ -274,10 +280,11 @@ def _read_prompt(
     """
     b, p = prompts.tokens_BP.shape
     w, n = min(p, _PIECE), len(heads)
-    d, dtype = model.cfg.d_model, model.cfg.compute_dtype
+    d, dtype = cfg.d_model, cfg.compute_dtype
     rows = spec("batch", None, None)
 
     def piece(i, carry):
+        model = build(cfg, params)  # in the loop
         heads_BND, cache, trunk_BPD = carry
         start = i * w
         tokens_BW = jax.lax.dynamic_slice_in_dim(prompts.tokens_BP, start, w, axis=1)

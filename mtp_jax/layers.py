@@ -23,7 +23,7 @@ from mtp_jax.sharding import axes_of, spec, spec_like
 
 M = TypeVar("M", bound=nnx.Module)
 
-_FEW_TOKENS = 128  # of a product that is written for a CPU
+_FEW_TOKENS = 256  # of a product that is written for a CPU
 _WHOLE = (1, 2, 3, 4, 8, 16)  # tokens that such a product takes; then multiples of 8
 
 

@@ -3,13 +3,14 @@
 A forward pass of decoding has few tokens, so what it costs is reading the weights. A
 scan over stacked layers would copy each layer's weights before it reads them; here the
 layers are a list, cast to the compute dtype once, and every matrix has its inputs last,
-so that what makes one output lies together.
+so that what makes one output lies together; or it is in `panels`, where those serve.
 
 Axes: B batch, W new tokens of each sequence, D model width, V vocabulary, k half of the
 width of an attention head.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from flax import nnx
 from mtp_jax.config import ModelConfig
 from mtp_jax.layers import embed, product, rms_norm, rope_angles
 from mtp_jax.model import Block
+from mtp_jax.panels import Panels, are_served, pack
 from mtp_jax.sharding import spec
 
 # Axes of a matrix that are summed over, the first ones in `model`; 1 where not named.
@@ -34,7 +36,7 @@ class DecodeModel:
     heads: tuple[Block, ...]  # as many as are used
     norm_D: jax.Array
     w_embedding_VD: jax.Array
-    w_unembedding_VD: jax.Array
+    w_unembedding: jax.Array | Panels  # [V, D]
     tables: Any = None  # what the decoder reads besides; see `state.Reading`
 
     def embed(self, tokens_BW: jax.Array) -> jax.Array:
@@ -48,8 +50,10 @@ class DecodeModel:
     def logits(self, heads_BWD: jax.Array) -> jax.Array:
         """Scores of the vocabulary from heads' outputs, float32 [B, W, V]."""
         normed_BWD = rms_norm(heads_BWD, self.norm_D, self.cfg.norm_eps)
-        w_VD = jax.sharding.reshard(self.w_unembedding_VD, spec("vocab", None))
         out = spec("batch", None, "vocab")
+        if isinstance(self.w_unembedding, Panels):
+            return self.w_unembedding.project(normed_BWD, out)
+        w_VD = jax.sharding.reshard(self.w_unembedding, spec("vocab", None))
         return product("bwd,vd->bwv", normed_BWD, w_VD, out, jnp.float32)
 
 
@@ -57,8 +61,10 @@ def unstack(cfg: ModelConfig, params: Any) -> Any:
     """Parameters as `build` takes them, of those that `model_builder` makes.
 
     `trunk` and `heads` become lists of layers, so that the model with fewer heads has a
-    shorter list. Needs the mesh to be set.
+    shorter list. Where panels serve, all matrices are in them but the embedding, so that
+    a tied one is there twice. Needs the mesh to be set.
     """
+    in_panels = are_served(cfg.compute_dtype)
 
     def relaid(path, w):
         name = path[-1].key
@@ -66,7 +72,11 @@ def unstack(cfg: ModelConfig, params: Any) -> Any:
         if not name.startswith("w_"):
             return w
         inputs = range(_INPUT_AXES.get(name, 1))
-        return jnp.moveaxis(w, tuple(inputs), tuple(i - len(inputs) for i in inputs))
+        w = jnp.moveaxis(w, tuple(inputs), tuple(i - len(inputs) for i in inputs))
+        if not in_panels:
+            return w
+        outputs = w.shape[: w.ndim - len(inputs)]
+        return pack(w.reshape(math.prod(outputs), -1), outputs)
 
     def layers(stacked, count):
         def layer(i):
@@ -80,6 +90,9 @@ def unstack(cfg: ModelConfig, params: Any) -> Any:
                 if name not in ("trunk", "heads")}  # fmt: skip
         trunk = layers(params["trunk"], cfg.num_trunk_layers)
         heads = layers(params["heads"], cfg.n_future_tokens)
+        if in_panels:
+            w_VD = rest.get("w_unembedding", rest["w_embedding"])
+            rest["w_unembedding"] = pack(w_VD, (cfg.vocab_size,))
         return {**rest, "trunk": trunk, "heads": heads}
 
     return whole(params)
@@ -97,14 +110,20 @@ def build(cfg: ModelConfig, params: Any) -> DecodeModel:
 
     def original(path, w):
         name = path[-1].key
-        if not name.startswith("w_"):
+        if not name.startswith("w_") or isinstance(w, Panels):
             return w
         inputs = range(_INPUT_AXES.get(name, 1))
         return jnp.moveaxis(w, tuple(i - len(inputs) for i in inputs), tuple(inputs))
 
     def blocks(layers):
         # Moving axes back is no work: it only undoes `unstack` for the reader.
-        relaid = (jax.tree.map_with_path(original, layer) for layer in layers)
+        def is_whole(w):
+            return isinstance(w, Panels)
+
+        relaid = (
+            jax.tree.map_with_path(original, layer, is_leaf=is_whole)
+            for layer in layers
+        )
         return tuple(nnx.merge(graphdef, layer) for layer in relaid)
 
     return DecodeModel(
@@ -113,6 +132,6 @@ def build(cfg: ModelConfig, params: Any) -> DecodeModel:
         heads=blocks(params["heads"]),
         norm_D=params["norm"],
         w_embedding_VD=params["w_embedding"],
-        w_unembedding_VD=params.get("w_unembedding", params["w_embedding"]),
+        w_unembedding=params.get("w_unembedding", params["w_embedding"]),
         tables=params.get("tables"),
     )

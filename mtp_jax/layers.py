@@ -17,9 +17,9 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
-from mtp_jax import few_tokens
 from mtp_jax.config import ModelConfig
-from mtp_jax.sharding import axes_of, spec, spec_like
+from mtp_jax.panels import Panels
+from mtp_jax.sharding import axes_of, on_one_cpu, spec, spec_like
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -138,8 +138,14 @@ class MLP(nnx.Module):
 def project(
     equation: str, x: jax.Array, w: nnx.Param, out: jax.sharding.PartitionSpec
 ) -> jax.Array:
-    """einsum of activations with a weight cast to their dtype, laid out as `out`."""
-    return product(equation, x, w[...].astype(x.dtype), out)
+    """einsum of activations with a weight cast to their dtype, laid out as `out`.
+
+    The weight may be in `Panels`, with the equation's axes.
+    """
+    value = w.get_value()
+    if isinstance(value, Panels):
+        return value.project(x, out)
+    return product(equation, x, value.astype(x.dtype), out)
 
 
 def product(
@@ -151,13 +157,12 @@ def product(
 ) -> jax.Array:
     """einsum of x [B, T, ...] with a matrix, laid out as `out`, in `dtype` or theirs.
 
-    On a CPU the product of few tokens is that of `few_tokens` if it takes them, else
-    XLA's, in the one form in which it reads the weights where they lie; in the others
-    it copies them first. There tokens are filled up to a number that makes whole
-    vectors: 5 would take longer than 8, 12 than 16.
+    On a CPU the product of few tokens is in the one form in which XLA reads the weights
+    where they lie; in the others it copies them first. There tokens are filled up to a
+    number that makes whole vectors: 5 would take longer than 8, 12 than 16.
     """
     tokens = math.prod(x.shape[:2])
-    if tokens > _FEW_TOKENS or not _on_one_cpu():
+    if tokens > _FEW_TOKENS or not on_one_cpu():
         return jnp.einsum(
             equation, x, w, out_sharding=out, preferred_element_type=dtype
         )
@@ -169,10 +174,7 @@ def product(
     def local(x, w):
         w = jnp.transpose(w, order)
         x_MI, w_OI = x.reshape(tokens, width), w.reshape(-1, width)
-        if few_tokens.takes(tokens, width, x.dtype, w.dtype, dtype or x.dtype):
-            y_MO = few_tokens.product(x_MI, w_OI)
-        else:
-            y_MO = product_by_xla(x_MI, w_OI, dtype)
+        y_MO = product_by_xla(x_MI, w_OI, dtype)
         return y_MO.reshape(x.shape[:2] + w.shape[: len(outputs)])
 
     # With one device every layout is the same; the specs only name it as the types do.
@@ -194,9 +196,3 @@ def product_by_xla(
     )
     # Without the barrier XLA would turn the product round again.
     return lax.optimization_barrier(y_OM)[:, :tokens].T
-
-
-def _on_one_cpu() -> bool:
-    mesh = jax.sharding.get_abstract_mesh()
-    device = mesh.abstract_device
-    return mesh.size == 1 and device is not None and device.platform == "cpu"

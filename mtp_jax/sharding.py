@@ -60,6 +60,13 @@ def axes_of(axis: str) -> tuple[str, ...]:
     return (axes,) if isinstance(axes, str) else axes
 
 
+def on_one_cpu() -> bool:
+    """Whether the mesh that is set is one CPU device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = mesh.abstract_device
+    return mesh.size == 1 and device is not None and device.platform == "cpu"
+
+
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over `devices`, or over all of all processes.
 

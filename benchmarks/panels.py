@@ -1,9 +1,9 @@
 """What a product of a few tokens costs on a CPU, to XLA's product of one.
 
 Many matrices are read one after the other, more than a cache holds, as the layers of a
-model are. Ours is that of `few_tokens.cc`, where a C++ compiler is; the rest is XLA's.
+model are. Ours is that of `panels.cc`, where a C++ compiler is; the rest is XLA's.
 
-python -m benchmarks.few_tokens --outputs=1024 --inputs=384
+python -m benchmarks.panels --outputs=1024 --inputs=384
 """
 
 import sys
@@ -23,8 +23,8 @@ from benchmarks.timing import (
     script,
     show_ratio,
 )
-from mtp_jax import few_tokens
 from mtp_jax.layers import product_by_xla
+from mtp_jax.panels import are_served, pack, product
 
 
 @script
@@ -32,9 +32,9 @@ def main(argv: list[str]) -> int:
     """Prints a row for each number of tokens and product."""
     args = options(
         argv,
-        "Time of products of a few tokens to XLA's of one.",
+        "Time of products of tokens with matrices to XLA's of the first of `tokens`.",
         rounds=15,
-        tokens=[2, 4, 8],
+        tokens=[1, 2, 4, 8],
         outputs=1024,
         inputs=384,
         megabytes=128,
@@ -46,37 +46,43 @@ def main(argv: list[str]) -> int:
         keys = jax.random.split(jax.random.key(0), count)
         shape = (args.outputs, args.inputs)
         weights = [jax.random.normal(key, shape) / args.inputs**0.5 for key in keys]
-        functions = {"1, XLA's": _reader(product_by_xla, weights, 1)}
-        for m in args.tokens:
-            functions[f"{m}, XLA's"] = _reader(product_by_xla, weights, m)
-            if few_tokens.takes(m, 1, jnp.float32):
-                functions[f"{m}, ours"] = _reader(few_tokens.product, weights, m)
+        products: dict[str, tuple[Callable[..., jax.Array], list[jax.Array]]]
+        products = {"XLA's": (product_by_xla, weights)}
+        if are_served(jnp.float32):
+            packed = [pack(w_OI, (args.outputs,)).w_PIJ for w_OI in weights]
+            products["ours"] = (product, packed)
+        functions = {
+            f"{m}, {whose}": _reader(*of, m, args.inputs)
+            for m in args.tokens
+            for whose, of in products.items()
+        }
         seconds = interleaved(functions, args.rounds)
-    one = seconds["1, XLA's"]
+    one = seconds[f"{args.tokens[0]}, XLA's"]
     rows = []
     for name, taken in seconds.items():
         each = float(np.median(taken)) / count
         figures = f"{each * 1e6:.1f}", f"{size / 1e3 / each:.1f}"
         rows.append((name, *figures, show_ratio(ratio(taken, one))))
-    print_table(("tokens, product", "microseconds", "GB/s", "time to one token"), *rows)
+    print_table(("tokens, product", "microseconds", "GB/s", "time to the first"), *rows)
     return 0
 
 
 def _reader(
-    product: Callable[[jax.Array, jax.Array], jax.Array],
+    product: Callable[..., jax.Array],
     weights: list[jax.Array],
     m: int,
+    inputs: int,
 ) -> Callable[[], object]:
     """A program that has every matrix multiplied, each after the one before."""
 
     @jax.jit
     def read(x_MI, weights):
-        for w_OI in weights:
-            y_MO = product(x_MI, w_OI)
+        for w in weights:
+            y_MO = product(x_MI, w)
             x_MI = x_MI + 1e-6 * jnp.tanh(y_MO[:, :1])
         return x_MI
 
-    x_MI = jnp.ones((m, weights[0].shape[1]))
+    x_MI = jnp.ones((m, inputs))
     return lambda: read(x_MI, weights).block_until_ready()
 
 

@@ -21,7 +21,7 @@ from mtp_jax.config import ModelConfig
 from mtp_jax.layers import embed, product, rms_norm, rope_angles
 from mtp_jax.model import Block
 from mtp_jax.panels import Panels, are_served, pack
-from mtp_jax.sharding import spec
+from mtp_jax.sharding import on_one_cpu, spec
 
 # Axes of a matrix that are summed over, the first ones in `model`; 1 where not named.
 _INPUT_AXES = {"w_o": 2}
@@ -61,10 +61,10 @@ def unstack(cfg: ModelConfig, params: Any) -> Any:
     """Parameters as `build` takes them, of those that `model_builder` makes.
 
     `trunk` and `heads` become lists of layers, so that the model with fewer heads has a
-    shorter list. Where panels serve, all matrices are in them but the embedding, so that
-    a tied one is there twice. Needs the mesh to be set.
+    shorter list. Where panels serve, all matrices but the embedding are in them, and
+    the unembedding is there even if it is tied. Needs the mesh to be set.
     """
-    in_panels = are_served(cfg.compute_dtype)
+    in_panels = on_one_cpu() and are_served(cfg.compute_dtype)
 
     def relaid(path, w):
         name = path[-1].key

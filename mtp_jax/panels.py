@@ -1,11 +1,11 @@
 """Matrices stored in panels, and their products, for decoding on a CPU.
 
-A forward pass of decoding costs what reading the weights does, if a product keeps up
-with the memory. XLA's does for one token, and at half of that speed for the four or
-eight that drafting needs. The program in `panels.cc` does for any few; it is compiled for
-this machine when it is first asked for, by the compiler that $CXX names or else `c++`,
-and kept in the user's cache folder. Without a compiler, or with CXX set to nothing,
-XLA's products are used.
+A forward pass of decoding costs what reading the weights does, if its products keep up
+with the memory. XLA's do for one token, but take up to twice as long for the four or
+eight that drafting needs; the program in `panels.cc` keeps up for these, too. It is
+compiled for this machine when it is first asked for, by the compiler that $CXX names or
+else `c++`, and kept in the user's cache folder. Without a compiler, or with CXX set to
+nothing, decoding uses XLA's products.
 
 Axes: B batch, T time, M tokens, I inputs, O outputs, P panels, J outputs of a panel.
 """
@@ -29,8 +29,6 @@ import jax.numpy as jnp
 import jaxlib
 from jax.typing import DTypeLike
 
-from mtp_jax.sharding import on_one_cpu
-
 WIDTH = 32  # J: outputs whose weights for an input lie together
 
 _SOURCE = pathlib.Path(__file__).with_suffix(".cc")
@@ -47,7 +45,7 @@ class Panels:
     outputs: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     def project(self, x: jax.Array, out: jax.sharding.PartitionSpec) -> jax.Array:
-        """x [B, T, inputs...] times the matrix, float32 [B, T, outputs...], as `out`."""
+        """x [B, T, *inputs] times the matrix, float32 [B, T, *outputs], as `out`."""
 
         def local(x, w_PIJ):
             x_MI = x.reshape(-1, w_PIJ.shape[1])
@@ -63,8 +61,8 @@ class Panels:
 
 
 def are_served(dtype: DTypeLike) -> bool:
-    """Whether products with panels are to be had: in float32, on a mesh of one CPU."""
-    return jnp.dtype(dtype) == jnp.float32 and on_one_cpu() and _is_registered()
+    """Whether a CPU has products with panels: in float32, and if they compile."""
+    return jnp.dtype(dtype) == jnp.float32 and _is_registered()
 
 
 def pack(w_OI: jax.Array, outputs: tuple[int, ...]) -> Panels:

@@ -16,7 +16,7 @@ LAYERS = [
     {"watch"},
     {"hosts"},
     {"cli_args", "text_stream", "sharding", "flops", "corpus", "kernels", "program"}
-    | {"rehearse_hosts", "rehearse_scale", "few_tokens"},
+    | {"rehearse_hosts", "rehearse_scale", "panels"},
     {"cooccurrence"},
     {"tokenizing", "shard_writer", "packing", "layers", "attention", "rehearse_storm"},
     {"data", "feed", "model", "rehearse_faults"},

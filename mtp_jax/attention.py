@@ -8,6 +8,8 @@ values of its rows and reads them with its own queries. With grouped queries, ke
 the smaller part by far.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,7 +98,8 @@ def cached_attention(
             mask_BWS = own_BWS | (offset_BS < 0)[:, None]
         # The kernel has slots before heads; swapping them twice costs nothing.
         k_BSGK, v_BSGK = (jnp.swapaxes(x, 1, 2) for x in (k_BGSK, v_BGSK))
-        return kernels.xla(q_BWHK, k_BSGK, v_BSGK, mask_BWS)
+        few = math.prod(q_BWHK.shape[1:3]) < math.prod(k_BSGK.shape[1:3])
+        return kernels.xla(q_BWHK, k_BSGK, v_BSGK, mask_BWS, keys_first=few)
 
     by_head = spec("batch", None, "heads", None)
     store = spec("batch", "heads", None, None)

@@ -42,6 +42,9 @@ constexpr int64_t kAhead = 8 << 10, kLine = 64;  // bytes
 // Of w, what one thread takes at once, or one panel.
 constexpr int64_t kBlockBytes = 64 << 10;
 
+// Of w, read once for every kMost tokens, what it takes to make it worth waking a thread.
+constexpr int64_t kShareBytes = 256 << 10;
+
 struct Product {
   const float* x;
   const float* w;
@@ -131,7 +134,9 @@ ffi::Error Multiply(ffi::ThreadPool threads, ffi::BufferR2<ffi::F32> x,
                         panels};
   // A thread that comes late finds no block left, so it must own what it looks at.
   const auto work = std::make_shared<Work>(product);
-  const int64_t helpers = std::min<int64_t>(threads.num_threads(), work->blocks) - 1;
+  const int64_t bytes = 4 * kWidth * panels * inputs * ((tokens + kMost - 1) / kMost);
+  const int64_t helpers =
+      std::min({threads.num_threads(), work->blocks, bytes / kShareBytes}) - 1;
   for (int64_t i = 0; i < helpers; ++i) threads.Schedule([work] { work->Do(); });
   work->Do();
   while (work->done < work->blocks) std::this_thread::yield();

@@ -10,6 +10,7 @@ width of an attention head.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -117,14 +118,10 @@ def build(cfg: ModelConfig, params: Any) -> DecodeModel:
 
     def blocks(layers):
         # Moving axes back is no work: it only undoes `unstack` for the reader.
-        def is_whole(w):
-            return isinstance(w, Panels)
-
-        relaid = (
-            jax.tree.map_with_path(original, layer, is_leaf=is_whole)
-            for layer in layers
+        back = functools.partial(
+            jax.tree.map_with_path, original, is_leaf=lambda w: isinstance(w, Panels)
         )
-        return tuple(nnx.merge(graphdef, layer) for layer in relaid)
+        return tuple(nnx.merge(graphdef, back(layer)) for layer in layers)
 
     return DecodeModel(
         cfg=cfg,

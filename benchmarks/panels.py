@@ -1,7 +1,7 @@
 """What a product of a few tokens costs on a CPU, to XLA's product of one.
 
 Many matrices are read one after the other, more than a cache holds, as the layers of a
-model are. Ours is that of `panels.cc`, where a C++ compiler is; the rest is XLA's.
+model are. Ours is that of `native`, where a C++ compiler is; the rest is XLA's.
 
 python -m benchmarks.panels --outputs=1024 --inputs=384
 """
@@ -24,7 +24,8 @@ from benchmarks.timing import (
     show_ratio,
 )
 from mtp_jax.layers import product_by_xla
-from mtp_jax.panels import are_served, pack, product
+from mtp_jax.native import product, serves
+from mtp_jax.panels import pack
 
 
 @script
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> int:
         weights = [jax.random.normal(key, shape) / args.inputs**0.5 for key in keys]
         products: dict[str, tuple[Callable[..., jax.Array], list[jax.Array]]]
         products = {"XLA's": (product_by_xla, weights)}
-        if are_served(jnp.float32):
+        if serves(jnp.float32):
             packed = [pack(w_OI, (args.outputs,)).w_PIJ for w_OI in weights]
             products["ours"] = (product, packed)
         functions = {

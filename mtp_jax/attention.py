@@ -8,17 +8,15 @@ values of its rows and reads them with its own queries. With grouped queries, ke
 the smaller part by far.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mtp_jax import kernels, zigzag
+from mtp_jax import kernels, native, zigzag
 from mtp_jax.config import Attention, Config
 from mtp_jax.errors import UserError
-from mtp_jax.sharding import axes_of, shards_of, spec, spec_like, time_parts
+from mtp_jax.sharding import axes_of, on_one_cpu, shards_of, spec, spec_like, time_parts
 
 
 def causal_attention(
@@ -85,7 +83,11 @@ def cached_attention(
       [B, W, H, K], in the dtype of the queries.
     """
 
+    is_native = on_one_cpu() and native.serves(q_BWHK.dtype)
+
     def local(q_BWHK, k_BGSK, v_BGSK, start_B):
+        if is_native:
+            return native.attention(q_BWHK, k_BGSK, v_BGSK, start_B, ancestors_WW)
         offset_BS = jnp.arange(k_BGSK.shape[2])[None] - start_B[:, None]
         if ancestors_WW is None:
             w_W = jnp.arange(q_BWHK.shape[1])
@@ -98,8 +100,7 @@ def cached_attention(
             mask_BWS = own_BWS | (offset_BS < 0)[:, None]
         # The kernel has slots before heads; swapping them twice costs nothing.
         k_BSGK, v_BSGK = (jnp.swapaxes(x, 1, 2) for x in (k_BGSK, v_BGSK))
-        few = math.prod(q_BWHK.shape[1:3]) < math.prod(k_BSGK.shape[1:3])
-        return kernels.xla(q_BWHK, k_BSGK, v_BSGK, mask_BWS, keys_first=few)
+        return kernels.xla(q_BWHK, k_BSGK, v_BSGK, mask_BWS)
 
     by_head = spec("batch", None, "heads", None)
     store = spec("batch", "heads", None, None)
@@ -107,6 +108,7 @@ def cached_attention(
         local,
         in_specs=(by_head, store, store, spec("batch")),
         out_specs=by_head,
+        check_vma=not is_native,  # of a kernel of ours nothing is known
     )(q_BWHK, k_BGSK, v_BGSK, start_B)
 
 

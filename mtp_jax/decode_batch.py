@@ -161,7 +161,8 @@ class Batch:
             rest = dataclasses.replace(state, alone=None)
             self._state = program(self._params, rest, state.alone)
         elif not wanted and state.alone is None:
-            self._state = _without_heads(state, self._params["norm"].shape[0])
+            d = self._params["w_embedding"].shape[1]
+            self._state = _without_heads(state, d)
 
     def _run(self, depth: int, forwards: int) -> tuple[int, float]:
         """Forward passes at a depth; the cache grows when it is full.

@@ -3,7 +3,8 @@
 A forward pass of decoding has few tokens, so what it costs is reading the weights. A
 scan over stacked layers would copy each layer's weights before it reads them; here the
 layers are a list, cast to the compute dtype once, and every matrix has its inputs last,
-so that what makes one output lies together; or it is in `panels`, where those serve.
+so that what makes one output lies together. Where the kernels of `native` serve, it is
+in `panels` instead.
 
 Axes: B batch, W new tokens of each sequence, D model width, V vocabulary, k half of the
 width of an attention head.
@@ -18,10 +19,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mtp_jax import native
 from mtp_jax.config import ModelConfig
 from mtp_jax.layers import embed, product, rms_norm, rope_angles
 from mtp_jax.model import Block
-from mtp_jax.panels import Panels, are_served, pack
+from mtp_jax.panels import Panels, Scale, pack
 from mtp_jax.sharding import on_one_cpu, spec
 
 # Axes of a matrix that are summed over, the first ones in `model`; 1 where not named.
@@ -35,7 +37,7 @@ class DecodeModel:
     cfg: ModelConfig
     trunk: tuple[Block, ...]
     heads: tuple[Block, ...]  # as many as are used
-    norm_D: jax.Array
+    norm_D: jax.Array | Scale
     w_embedding_VD: jax.Array
     w_unembedding: jax.Array | Panels  # [V, D]
     tables: Any = None  # what the decoder reads besides; see `state.Reading`
@@ -62,19 +64,20 @@ def unstack(cfg: ModelConfig, params: Any) -> Any:
     """Parameters as `build` takes them, of those that `model_builder` makes.
 
     `trunk` and `heads` become lists of layers, so that the model with fewer heads has a
-    shorter list. Where panels serve, all matrices but the embedding are in them, and
-    the unembedding is there even if it is tied. Needs the mesh to be set.
+    shorter list. Where `native` serves, all of them but the embedding are as its
+    kernels take them, and the unembedding is there even if it is tied. Needs the mesh
+    to be set.
     """
-    in_panels = on_one_cpu() and are_served(cfg.compute_dtype)
+    is_native = on_one_cpu() and native.serves(cfg.compute_dtype)
 
     def relaid(path, w):
         name = path[-1].key
         w = w.astype(cfg.compute_dtype)
         if not name.startswith("w_"):
-            return w
+            return Scale(w) if is_native else w
         inputs = range(_INPUT_AXES.get(name, 1))
         w = jnp.moveaxis(w, tuple(inputs), tuple(i - len(inputs) for i in inputs))
-        if not in_panels:
+        if not is_native:
             return w
         outputs = w.shape[: w.ndim - len(inputs)]
         return pack(w.reshape(math.prod(outputs), -1), outputs)
@@ -91,7 +94,8 @@ def unstack(cfg: ModelConfig, params: Any) -> Any:
                 if name not in ("trunk", "heads")}  # fmt: skip
         trunk = layers(params["trunk"], cfg.num_trunk_layers)
         heads = layers(params["heads"], cfg.n_future_tokens)
-        if in_panels:
+        if is_native:
+            rest["norm"] = Scale(rest["norm"])
             w_VD = rest.get("w_unembedding", rest["w_embedding"])
             rest["w_unembedding"] = pack(w_VD, (cfg.vocab_size,))
         return {**rest, "trunk": trunk, "heads": heads}
@@ -111,16 +115,14 @@ def build(cfg: ModelConfig, params: Any) -> DecodeModel:
 
     def original(path, w):
         name = path[-1].key
-        if not name.startswith("w_") or isinstance(w, Panels):
+        if not name.startswith("w_") or _is_native(w):
             return w
         inputs = range(_INPUT_AXES.get(name, 1))
         return jnp.moveaxis(w, tuple(i - len(inputs) for i in inputs), tuple(inputs))
 
     def blocks(layers):
         # Moving axes back is no work: it only undoes `unstack` for the reader.
-        back = functools.partial(
-            jax.tree.map_with_path, original, is_leaf=lambda w: isinstance(w, Panels)
-        )
+        back = functools.partial(jax.tree.map_with_path, original, is_leaf=_is_native)
         return tuple(nnx.merge(graphdef, back(layer)) for layer in layers)
 
     return DecodeModel(
@@ -132,3 +134,7 @@ def build(cfg: ModelConfig, params: Any) -> DecodeModel:
         w_unembedding=params.get("w_unembedding", params["w_embedding"]),
         tables=params.get("tables"),
     )
+
+
+def _is_native(w: Any) -> bool:
+    return isinstance(w, Panels | Scale)

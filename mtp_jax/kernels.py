@@ -211,14 +211,11 @@ def xla(
     k_BSGK: jax.Array,
     v_BSGK: jax.Array,
     mask_BTS: jax.Array,
-    keys_first: bool = False,
 ) -> jax.Array:
     """Softmax attention in plain matrix products, for any device, shape and mask.
 
     Scores and softmax are in float32, the products in the compute dtype. The queries of
-    a group lie one under the other, so that a product takes all of them. `keys_first`
-    has them multiplied with the keys, not the keys with them: faster on a CPU if they
-    are few.
+    a group lie one under the other, so that a product takes all of them.
 
     Returns:
       [B, T, H, K], in the dtype of the queries.
@@ -230,12 +227,7 @@ def xla(
     q_BGQK = q_BGRTK.reshape(b, g, h // g * t, k)
     k_BGSK, v_BGSK = (jnp.swapaxes(x, 1, 2) for x in (k_BSGK, v_BSGK))
     as_float32 = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    if keys_first:
-        # Without the barrier XLA would turn the product round again.
-        scores_BGSQ = as_float32("bgsk,bgqk->bgsq", k_BGSK, q_BGQK)
-        scores = jnp.swapaxes(lax.optimization_barrier(scores_BGSQ), 2, 3)
-    else:
-        scores = as_float32("bgqk,bgsk->bgqs", q_BGQK, k_BGSK)
+    scores = as_float32("bgqk,bgsk->bgqs", q_BGQK, k_BGSK)
     scores = scores.reshape(b, g, h // g, t, s)
     scores = jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
     top = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))

@@ -52,7 +52,7 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """x_BTD after the layer, and what `attend` keeps."""
         by_head = spec_like(x_BTD, "heads", None)
-        h_BTD = rms_norm(x_BTD, self.norm_attention[...], self.norm_eps)
+        h_BTD = rms_norm(x_BTD, self.norm_attention.get_value(), self.norm_eps)
         q_BTHK = apply_rope(
             project("btd,dhk->bthk", h_BTD, self.w_q, by_head), angles_BTk
         )
@@ -63,7 +63,7 @@ class Block(nnx.Module):
         read_BTHK, kept = attend(q_BTHK, k_BTGK, v_BTGK)
         whole = spec_like(x_BTD, None)
         x_BTD = x_BTD + project("bthk,hkd->btd", read_BTHK, self.w_o, whole)
-        h_BTD = rms_norm(x_BTD, self.norm_mlp[...], self.norm_eps)
+        h_BTD = rms_norm(x_BTD, self.norm_mlp.get_value(), self.norm_eps)
         return x_BTD + self.mlp(h_BTD), kept
 
 

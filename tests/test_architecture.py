@@ -12,7 +12,8 @@ from mtp_jax.config import Config
 # A module imports only from the sets above its own.
 LAYERS = [
     {"errors", "last_step", "goodput"},
-    {"config", "tokenizer", "documents", "zigzag", "place", "stores", "hub"},
+    {"config", "tokenizer", "documents", "zigzag", "place", "stores", "hub"}
+    | {"native"},
     {"watch"},
     {"hosts"},
     {"cli_args", "text_stream", "sharding", "flops", "corpus", "kernels", "program"}

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax import decode_model
+from mtp_jax import native
 from mtp_jax.cache import chain, make_cache, run_head, run_trunk
 from mtp_jax.config import ModelConfig
 from mtp_jax.decode_batch import Batch, put
@@ -13,7 +13,7 @@ from mtp_jax.decode_model import build, unstack
 from mtp_jax.decode_program import Programs
 from mtp_jax.decoders.blockwise import Blockwise
 from mtp_jax.decoders.sampling import Sampling
-from mtp_jax.panels import Panels, are_served
+from mtp_jax.panels import Panels
 from mtp_jax.train_step import model_builder
 
 
@@ -35,13 +35,13 @@ def config(**changes):
 
 def matrices(params):
     layers = [*params["trunk"], *params["heads"]]
-    found = [w for layer in layers for w in (*layer.values(), *layer["mlp"].values())]
-    return [w for w in found if not isinstance(w, dict) and getattr(w, "ndim", 2) > 1]
+    named = [item for x in layers for item in (*x.items(), *x["mlp"].items())]
+    return [w for name, w in named if name.startswith("w_")]
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_scores_are_the_same_in_panels_and_not(one_device, monkeypatch, tied):
-    if not are_served("float32"):
+    if not native.serves("float32"):
         pytest.skip("no C++ compiler here")
     cfg = config(tie_embeddings=tied)
     stacked = jax.jit(model_builder(cfg)[0])(jax.random.key(0))
@@ -57,7 +57,7 @@ def test_scores_are_the_same_in_panels_and_not(one_device, monkeypatch, tied):
         return jnp.stack([model.logits(head_BWD) for head_BWD in heads])
 
     packed = unstack(cfg, stacked)
-    monkeypatch.setattr(decode_model, "are_served", lambda dtype: False)
+    monkeypatch.setattr(native, "serves", lambda dtype: False)
     whole = unstack(cfg, stacked)
 
     assert len(matrices(packed)) == 3 * 7 == len(matrices(whole))
@@ -71,12 +71,69 @@ def test_scores_are_the_same_in_panels_and_not(one_device, monkeypatch, tied):
     )
 
 
+@pytest.mark.parametrize(
+    ("heads", "groups", "d_head", "d_model"),
+    [(4, 2, 12, 48), (8, 8, 32, 256), (2, 1, 128, 256)],
+)
+def test_a_token_gives_the_same_bits_whatever_is_read_with_it(
+    one_device, heads, groups, d_head, d_model
+):
+    if not native.serves("float32"):
+        pytest.skip("no C++ compiler here")
+    cfg = config(
+        vocab_size=256,
+        d_model=d_model,
+        num_query_heads=heads,
+        num_kv_heads=groups,
+        d_head=d_head,
+        d_ff=3 * d_model,
+    )
+    params = unstack(cfg, jax.jit(model_builder(cfg)[0])(jax.random.key(0)))
+    length = 40
+    tokens_BE = np.random.default_rng(0).integers(0, 256, (3, length), np.int32)
+
+    # Of what these tests leave out to compile faster: without it XLA adds in any order.
+    emitters = {"xla_cpu_use_fusion_emitters": True}
+    is_default = jax.__version_info__ >= (0, 11)
+
+    @jax.jit(compiler_options={} if is_default else emitters)
+    def read(params, tokens_BW, start_B, cache):
+        model, new = build(cfg, params), chain(tokens_BW, start_B)
+        trunk_BWD, cache = run_trunk(model, new, cache)
+        found = [trunk_BWD]
+        for i in range(cfg.n_future_tokens):
+            head_BWD, cache = run_head(model, i, trunk_BWD, new, cache)
+            found.append(model.logits(head_BWD))
+        return found, cache
+
+    def in_pieces(rows, width):
+        """All there is to know of some texts, read so many tokens at a time."""
+        cache, found = make_cache(cfg, 3, len(rows), 512), []
+        for at in range(0, length, width):
+            tokens_BW = tokens_BE[rows, at : at + width]
+            start_B = np.full(len(rows), at, np.int32)
+            new, cache = read(params, put(tokens_BW), put(start_B), cache)
+            found.append(np.concatenate(new, axis=2))
+        stores = [np.asarray(x)[:, :, :length] for x in jax.tree.leaves(cache)]
+        return np.concatenate(found, axis=1), *stores
+
+    one_by_one = [in_pieces([row], 1) for row in range(3)]
+    for rows, width in [([0], 2), ([0], 3), ([0], 4), ([1], 8), ([1], 40),
+                        ([1, 2], 1), ([0, 1, 2], 4), ([0, 1, 2], 40)]:  # fmt: skip
+        for among, alone in zip(
+            in_pieces(rows, width),
+            zip(*(one_by_one[row] for row in rows), strict=True),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(among, np.concatenate(alone))
+
+
 @pytest.mark.parametrize("in_panels", [True, False])
 def test_no_program_copies_the_weights(one_device, monkeypatch, in_panels):
-    if in_panels and not are_served("float32"):
+    if in_panels and not native.serves("float32"):
         pytest.skip("no C++ compiler here")
     if not in_panels:
-        monkeypatch.setattr(decode_model, "are_served", lambda dtype: False)
+        monkeypatch.setattr(native, "serves", lambda dtype: False)
     cfg = config(d_model=256, d_head=64, d_ff=1024)
     params = unstack(cfg, jax.jit(model_builder(cfg)[0])(jax.random.key(0)))
     layer = sum(x.nbytes for x in jax.tree.leaves(params["trunk"][0]))

@@ -2,9 +2,10 @@
 //
 //   y[m, p J + j] = sum over i of x[m, i] w[p, i, j]
 //
-// x is [M, I], w [P, I, J], y [M, P J], and J is kWidth. A panel is read in the order in
-// which it lies, and what a tile holds of it are whole vectors of outputs: up to eight
-// tokens meet a weight for one reading of it, and no sum goes across lanes.
+// x is [M, I], w [P, I, J], y [M, P J], and J is kWidth. A panel is read once, in the
+// order in which it lies: a block of it stays in the first cache while all tokens meet
+// it, some at a time, and their sums wait in y for the next one. What registers hold of
+// it are whole vectors of outputs, so no sum goes across lanes.
 
 #pragma once
 
@@ -17,14 +18,16 @@
 
 constexpr int kWidth = 32;  // as in panels.py
 
-// Weights are asked for so long before they are read, and not kept in the caches.
-constexpr int64_t kAhead = 8 << 10, kLine = 64;  // bytes
+// Inputs of a block: 8 KB of weights.
+constexpr int64_t kBlock = 64;
+
+constexpr int64_t kLine = 64;  // bytes of a cache
 
 // Of w, what one thread takes at once, or one panel.
-constexpr int64_t kBlockBytes = 64 << 10;
+constexpr int64_t kPartBytes = 64 << 10;
 
-// Of w, read once for every kMost tokens, what it takes to make it worth waking a thread.
-constexpr int64_t kShareBytes = 256 << 10;
+// Of w, what it takes to make it worth waking a thread for up to kManyTokens.
+constexpr int64_t kShareBytes = 256 << 10, kManyTokens = 8;
 
 struct Product {
   const float* x;
@@ -33,59 +36,69 @@ struct Product {
   int64_t tokens, inputs, panels;
 };
 
-// How many vectors of outputs M tokens take at once: half of the registers hold sums.
-constexpr int Vectors(int m) {
-  int n = kWidth / kLanes;
-  while (n > 1 && n * m > kRegisters / 2) n /= 2;
-  return n;
-}
+// Vectors of a panel's outputs, and tokens whose sums of them take half of the registers.
+constexpr int kVectors = kWidth / kLanes, kTokens = kRegisters / 2 / kVectors;
 
-// Some outputs of M tokens: x, w and y begin where they do.
+// Adds to a panel's outputs of M tokens what the inputs from `i` to `end` give: x and y
+// begin with the first of the tokens. With each input goes a fetch, from `next` on, of a
+// part of the next block, of as many as there are tiles for this one: so the memory is
+// never idle. A block is not kept in the other caches.
 template <int M>
-void Tile(const Product& p, const float* x, const float* w, float* y) {
-  constexpr int N = Vectors(M);
+void Tile(const Product& p, const float* x, const float* w, int64_t i, int64_t end,
+          float* y, const float* next, int64_t tiles) {
+  constexpr int N = kVectors;
+  const int64_t stride = p.panels * kWidth;
   Vector sums[M][N] = {};
-  for (int64_t i = 0; i < p.inputs; ++i, w += kWidth) {
-    Vector weights[N];
-    for (int n = 0; n < N; ++n) weights[n] = Load(w + n * kLanes);
-    for (int j = 0; j < N * kLanes; j += kLine / 4) {
-      __builtin_prefetch(w + j + kAhead / 4, 0, 0);
+  if (i > 0) {
+    for (int m = 0; m < M; ++m) {
+      for (int n = 0; n < N; ++n) sums[m][n] = Load(y + m * stride + n * kLanes);
     }
+  }
+  const int64_t step = kWidth / tiles;
+#pragma GCC unroll 2
+  for (; i < end; ++i, next += step) {
+    const float* row = w + i * kWidth;
+    Vector weights[N];
+    for (int n = 0; n < N; ++n) weights[n] = Load(row + n * kLanes);
+    __builtin_prefetch(next, 0, 0);
+    __builtin_prefetch(next + step / 2, 0, 0);
     for (int m = 0; m < M; ++m) {
       const Vector x_m = All(x[m * p.inputs + i]);
       for (int n = 0; n < N; ++n) sums[m][n] = MultiplyAdd(weights[n], x_m, sums[m][n]);
     }
   }
   for (int m = 0; m < M; ++m) {
-    for (int n = 0; n < N; ++n) {
-      Store(y + m * p.panels * kWidth + n * kLanes, sums[m][n]);
+    for (int n = 0; n < N; ++n) Store(y + m * stride + n * kLanes, sums[m][n]);
+  }
+}
+
+using TileOf = void (*)(const Product&, const float*, const float*, int64_t, int64_t,
+                        float*, const float*, int64_t);
+constexpr TileOf kTileOf[] = {Tile<1>, Tile<2>, Tile<3>, Tile<4>,
+                              Tile<5>, Tile<6>, Tile<7>, Tile<8>};
+static_assert(kTokens <= std::size(kTileOf));
+
+inline void Panel(const Product& p, int64_t panel) {
+  const float* w = p.w + panel * p.inputs * kWidth;
+  float* y = p.y + panel * kWidth;
+  const int64_t tiles = (p.tokens + kTokens - 1) / kTokens;
+  for (int64_t i = 0; i < p.inputs; i += kBlock) {
+    const int64_t end = std::min(i + kBlock, p.inputs);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t m = tile * kTokens;
+      const TileOf run = kTileOf[std::min<int64_t>(kTokens, p.tokens - m) - 1];
+      const float* next = w + (end + tile * kBlock / tiles) * kWidth;
+      run(p, p.x + m * p.inputs, w, i, end, y + m * p.panels * kWidth, next, tiles);
     }
   }
 }
 
-// A panel's outputs of M tokens.
-template <int M>
-void Panel(const Product& p, const float* x, const float* w, float* y) {
-  for (int j = 0; j < kWidth; j += Vectors(M) * kLanes) Tile<M>(p, x, w + j, y + j);
-}
-
-using PanelOf = void (*)(const Product&, const float*, const float*, float*);
-constexpr PanelOf kPanelOf[] = {Panel<1>, Panel<2>, Panel<3>, Panel<4>,
-                                Panel<5>, Panel<6>, Panel<7>, Panel<8>};
-constexpr int64_t kMost = std::size(kPanelOf);  // tokens at once
-
 inline void Multiply(xla::ffi::ThreadPool pool, const Product& p) {
-  const int64_t block =
-      std::max<int64_t>(1, kBlockBytes / (4 * kWidth) / p.inputs);  // panels
-  const int64_t bytes = 4 * kWidth * p.panels * p.inputs * ((p.tokens + kMost - 1) / kMost);
-  Share(pool, bytes / kShareBytes, (p.panels + block - 1) / block, [=](int64_t now) {
-    const int64_t end = std::min((now + 1) * block, p.panels);
-    for (int64_t panel = now * block; panel < end; ++panel) {
-      const float* w = p.w + panel * p.inputs * kWidth;
-      for (int64_t m = 0; m < p.tokens; m += kMost) {
-        const PanelOf run = kPanelOf[std::min(kMost, p.tokens - m) - 1];
-        run(p, p.x + m * p.inputs, w, p.y + (m * p.panels + panel) * kWidth);
-      }
-    }
+  const int64_t bytes = 4 * kWidth * p.inputs;  // of a panel
+  const int64_t part = std::max<int64_t>(1, kPartBytes / bytes);
+  const int64_t work = bytes * p.panels * ((p.tokens + kManyTokens - 1) / kManyTokens);
+  Share(pool, work / kShareBytes, (p.panels + part - 1) / part, [=](int64_t now) {
+    const int64_t end = std::min((now + 1) * part, p.panels);
+    for (int64_t panel = now * part; panel < end; ++panel) Panel(p, panel);
   });
 }

@@ -21,7 +21,8 @@ constexpr int kWidth = 32;  // as in panels.py
 // Inputs of a block: 8 KB of weights.
 constexpr int64_t kBlock = 64;
 
-constexpr int64_t kLine = 64;  // bytes of a cache
+constexpr int64_t kLine = 16;  // floats of a line of the caches
+static_assert(kWidth <= 2 * kLine);
 
 // Of w, what one thread takes at once, or one panel.
 constexpr int64_t kPartBytes = 64 << 10;
@@ -40,28 +41,25 @@ struct Product {
 constexpr int kVectors = kWidth / kLanes, kTokens = kRegisters / 2 / kVectors;
 
 // Adds to a panel's outputs of M tokens what the inputs from `i` to `end` give: x and y
-// begin with the first of the tokens. With each input goes a fetch, from `next` on, of a
-// part of the next block, of as many as there are tiles for this one: so the memory is
-// never idle. A block is not kept in the other caches.
+// begin with the first of the tokens. With each input goes a fetch of `step` floats of
+// the next block, from `next` on: a part of it with every tile of this one, so that the
+// memory is never idle. A block is not kept in the other caches.
 template <int M>
 void Tile(const Product& p, const float* x, const float* w, int64_t i, int64_t end,
-          float* y, const float* next, int64_t tiles) {
+          float* y, const float* next, int64_t step) {
   constexpr int N = kVectors;
   const int64_t stride = p.panels * kWidth;
-  Vector sums[M][N] = {};
-  if (i > 0) {
-    for (int m = 0; m < M; ++m) {
-      for (int n = 0; n < N; ++n) sums[m][n] = Load(y + m * stride + n * kLanes);
-    }
+  Vector sums[M][N];
+  for (int m = 0; m < M; ++m) {
+    for (int n = 0; n < N; ++n) sums[m][n] = Load(y + m * stride + n * kLanes);
   }
-  const int64_t step = kWidth / tiles;
 #pragma GCC unroll 2
   for (; i < end; ++i, next += step) {
     const float* row = w + i * kWidth;
     Vector weights[N];
     for (int n = 0; n < N; ++n) weights[n] = Load(row + n * kLanes);
     __builtin_prefetch(next, 0, 0);
-    __builtin_prefetch(next + step / 2, 0, 0);
+    if (step > kLine) __builtin_prefetch(next + kLine, 0, 0);
     for (int m = 0; m < M; ++m) {
       const Vector x_m = All(x[m * p.inputs + i]);
       for (int n = 0; n < N; ++n) sums[m][n] = MultiplyAdd(weights[n], x_m, sums[m][n]);
@@ -81,14 +79,17 @@ static_assert(kTokens <= std::size(kTileOf));
 inline void Panel(const Product& p, int64_t panel) {
   const float* w = p.w + panel * p.inputs * kWidth;
   float* y = p.y + panel * kWidth;
-  const int64_t tiles = (p.tokens + kTokens - 1) / kTokens;
+  const int64_t tiles = (p.tokens + kTokens - 1) / kTokens, step = kWidth / tiles;
+  for (int64_t m = 0; m < p.tokens; ++m) {
+    std::fill_n(y + m * p.panels * kWidth, kWidth, 0.0f);
+  }
   for (int64_t i = 0; i < p.inputs; i += kBlock) {
     const int64_t end = std::min(i + kBlock, p.inputs);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t m = tile * kTokens;
       const TileOf run = kTileOf[std::min<int64_t>(kTokens, p.tokens - m) - 1];
       const float* next = w + (end + tile * kBlock / tiles) * kWidth;
-      run(p, p.x + m * p.inputs, w, i, end, y + m * p.panels * kWidth, next, tiles);
+      run(p, p.x + m * p.inputs, w, i, end, y + m * p.panels * kWidth, next, step);
     }
   }
 }

@@ -7,9 +7,9 @@
 // start[b] + w. It sees the slots before start[b] and its ancestors, itself among them:
 // ancestors is [W, W]; without it the new tokens are a chain.
 //
-// What is seen is numbered from 0 on, without gaps, and all sums depend on these numbers
-// only. A node of a tree has as many ancestors as a chain has tokens before it, so it
-// gives what it would in a chain.
+// What is seen is numbered from 0 on, without gaps, and all sums depend on these
+// numbers only. A node of a tree has as many ancestors as a chain has tokens before it,
+// so it gives what it would in a chain.
 
 #pragma once
 
@@ -40,8 +40,8 @@ constexpr int kQueries = 4;
 // Products of a number with a number that make it worth waking a thread.
 constexpr int64_t kShareProducts = 256 << 10;
 
-// e^x for x <= 0, 0 below e^-87: 2^n times a polynomial in x - n log 2, by Cody and Waite
-// with the coefficients of Cephes' expf; within 2 units in the last place.
+// e^x for x <= 0, 0 below e^-87: 2^n times a polynomial in x - n log 2, by Cody and
+// Waite with the coefficients of Cephes' expf; within 2 units in the last place.
 inline Vector Exp(Vector x) {
   typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
   const Ints is_zero = x < -87.0f;
@@ -105,7 +105,9 @@ void Gather(const Attention& a, const float* weights, int64_t stride, const floa
   for (int m = 0; m < M; ++m) {
     for (int64_t e = d; e < a.width; ++e) {
       float sum = read[m * a.width + e];
-      for (int64_t i = 0; i < count; ++i) sum += v[i * a.width + e] * weights[m * stride + i];
+      for (int64_t i = 0; i < count; ++i) {
+        sum += v[i * a.width + e] * weights[m * stride + i];
+      }
       read[m * a.width + e] = sum;
     }
   }

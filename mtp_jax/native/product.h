@@ -37,7 +37,7 @@ struct Product {
   int64_t tokens, inputs, panels;
 };
 
-// Vectors of a panel's outputs, and tokens whose sums of them take half of the registers.
+// Vectors of a panel's outputs; tokens whose sums of them take half of the registers.
 constexpr int kVectors = kWidth / kLanes, kTokens = kRegisters / 2 / kVectors;
 
 // Adds to a panel's outputs of M tokens what the inputs from `i` to `end` give: x and y

@@ -56,10 +56,10 @@ void Tile(const Product& p, const float* x, const float* w, int64_t i, int64_t e
 #pragma GCC unroll 2
   for (; i < end; ++i, next += step) {
     const float* row = w + i * kWidth;
-    Vector weights[N];
-    for (int n = 0; n < N; ++n) weights[n] = Load(row + n * kLanes);
     __builtin_prefetch(next, 0, 0);
     if (step > kLine) __builtin_prefetch(next + kLine, 0, 0);
+    Vector weights[N];
+    for (int n = 0; n < N; ++n) weights[n] = Load(row + n * kLanes);
     for (int m = 0; m < M; ++m) {
       const Vector x_m = All(x[m * p.inputs + i]);
       for (int n = 0; n < N; ++n) sums[m][n] = MultiplyAdd(weights[n], x_m, sums[m][n]);

@@ -10,6 +10,7 @@ width.
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -35,12 +36,7 @@ class Panels:
             y_MO = native.product(x_MI, w_PIJ)[:, : math.prod(self.outputs)]
             return y_MO.reshape(*x.shape[:2], *self.outputs)
 
-        # With one device every layout is the same; the specs only name it.
-        in_specs = (jax.typeof(x).sharding.spec, jax.typeof(self.w_PIJ).sharding.spec)
-        project = jax.shard_map(
-            local, in_specs=in_specs, out_specs=out, check_vma=False
-        )
-        return project(x, self.w_PIJ)
+        return _on_the_device(local, x, self.w_PIJ, out)
 
 
 @jax.tree_util.register_dataclass
@@ -58,9 +54,7 @@ class Scale:
             return native.rms_norm(x_MD, scale_D, eps).reshape(x_BTD.shape)
 
         rows = jax.typeof(x_BTD).sharding.spec
-        in_specs = (rows, jax.typeof(self.scale_D).sharding.spec)
-        norm = jax.shard_map(local, in_specs=in_specs, out_specs=rows, check_vma=False)
-        return norm(x_BTD, self.scale_D)
+        return _on_the_device(local, x_BTD, self.scale_D, rows)
 
 
 def pack(w_OI: jax.Array, outputs: tuple[int, ...]) -> Panels:
@@ -69,3 +63,15 @@ def pack(w_OI: jax.Array, outputs: tuple[int, ...]) -> Panels:
     whole_OI = jnp.pad(w_OI, ((0, panels * WIDTH - w_OI.shape[0]), (0, 0)))
     w_PJI = whole_OI.reshape(panels, WIDTH, w_OI.shape[1])
     return Panels(jnp.swapaxes(w_PJI, 1, 2), outputs)
+
+
+def _on_the_device(
+    kernel: Callable[[jax.Array, jax.Array], jax.Array],
+    x: jax.Array,
+    w: jax.Array,
+    out: jax.sharding.PartitionSpec,
+) -> jax.Array:
+    """kernel(x, w), laid out as `out`; with one device, specs only name what is so."""
+    in_specs = (jax.typeof(x).sharding.spec, jax.typeof(w).sharding.spec)
+    call = jax.shard_map(kernel, in_specs=in_specs, out_specs=out, check_vma=False)
+    return call(x, w)

@@ -1,6 +1,6 @@
 """Parameters as the kernels of `native` take them: matrices in panels, scales of norms.
 
-A matrix is stored in panels of 32 outputs, each [inputs, outputs]: a forward pass of
+A matrix is stored in panels of a few outputs, each [inputs, outputs]: a forward pass of
 decoding costs what reading the weights does, and they are read in the order in which
 they lie.
 
@@ -16,8 +16,6 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax import native
-
-WIDTH = 32  # J: outputs whose weights for an input lie together
 
 
 @jax.tree_util.register_dataclass
@@ -59,9 +57,10 @@ class Scale:
 
 def pack(w_OI: jax.Array, outputs: tuple[int, ...]) -> Panels:
     """A matrix [O, I] in panels; O are the `outputs`, as one axis."""
-    panels = -(-w_OI.shape[0] // WIDTH)
-    whole_OI = jnp.pad(w_OI, ((0, panels * WIDTH - w_OI.shape[0]), (0, 0)))
-    w_PJI = whole_OI.reshape(panels, WIDTH, w_OI.shape[1])
+    width = native.width()
+    panels = -(-w_OI.shape[0] // width)
+    whole_OI = jnp.pad(w_OI, ((0, panels * width - w_OI.shape[0]), (0, 0)))
+    w_PJI = whole_OI.reshape(panels, width, w_OI.shape[1])
     return Panels(jnp.swapaxes(w_PJI, 1, 2), outputs)
 
 

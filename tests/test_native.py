@@ -23,7 +23,7 @@ def served(one_device):
 
 
 # Whole panels and not, one block of panels and several.
-SHAPES = [(1, 1), (3, 5), (64, 32), (130, 47), (1024, 320), (513, 2100), (200, 9000)]
+SHAPES = [(1, 1), (3, 5), (96, 32), (130, 47), (1024, 320), (513, 2100), (200, 9000)]
 
 
 def drawn(m, o, i):
@@ -84,10 +84,19 @@ def test_stacks_of_tokens_are_taken_one_by_one(served):
     np.testing.assert_array_equal(y_SMO[1], -multiplied(x_MI, w_OI))
 
 
-@pytest.mark.parametrize("w", [(1, 6, 32), (1, 5, 16)])
-def test_matrices_that_do_not_fit_are_refused(served, w):
+@pytest.mark.parametrize(("more_inputs", "more_outputs"), [(1, 0), (0, 1)])
+def test_matrices_that_do_not_fit_are_refused(served, more_inputs, more_outputs):
+    w_PIJ = jnp.ones((1, 5 + more_inputs, native.width() + more_outputs))
+
     with pytest.raises(RuntimeError, match="P J"):
-        jax.block_until_ready(native.product(jnp.ones((2, 5)), jnp.ones(w)))
+        jax.block_until_ready(native.product(jnp.ones((2, 5)), w_PIJ))
+
+
+@pytest.mark.parametrize("width", [4, 6])
+def test_scales_of_another_width_are_refused(served, width):
+    with pytest.raises(RuntimeError, match="scale"):
+        norm = native.rms_norm(jnp.ones((2, 5)), jnp.ones(width), 1e-5)
+        jax.block_until_ready(norm)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,17 @@ _BUILD_S = 120  # seconds that a compiler may take
 
 def serves(dtype: DTypeLike) -> bool:
     """Whether a CPU has these kernels: in float32, and if they compile."""
-    return jnp.dtype(dtype) == jnp.float32 and _is_registered()
+    return jnp.dtype(dtype) == jnp.float32 and _loaded() is not None
+
+
+def width() -> int:
+    """J: outputs of a panel, which goes with the registers of this processor.
+
+    Only where the kernels serve.
+    """
+    library = _loaded()
+    assert library is not None
+    return ctypes.c_int.in_dll(library, "mtp_jax_width").value
 
 
 def product(x_MI: jax.Array, w_PIJ: jax.Array) -> jax.Array:
@@ -77,14 +87,14 @@ def _call(name: str, shape: tuple[int, ...]):
 
 
 @functools.cache
-def _is_registered() -> bool:
+def _loaded() -> ctypes.CDLL | None:
     """Builds them and tells XLA of them, once; says on stderr if that fails."""
     try:
         compiler = shlex.split(os.environ.get("CXX", "c++"))
     except ValueError:  # a quote without its other half
-        return False
+        return None
     if not compiler or shutil.which(compiler[0]) is None:
-        return False
+        return None
     try:
         library = ctypes.CDLL(str(_library(compiler)))
         functions = {name: getattr(library, name) for name in _NAMES}
@@ -97,11 +107,11 @@ def _is_registered() -> bool:
             f"{said.splitlines()[0]}",
             file=sys.stderr,
         )
-        return False
+        return None
     for name, function in functions.items():
         capsule = jax.ffi.pycapsule(function)
         jax.ffi.register_ffi_target(name, capsule, platform="cpu")
-    return True
+    return library
 
 
 def _library(compiler: list[str]) -> pathlib.Path:

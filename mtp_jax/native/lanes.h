@@ -32,6 +32,16 @@ inline Vector Load(const float* from) { return *reinterpret_cast<const Vector*>(
 
 inline void Store(float* to, Vector v) { *reinterpret_cast<Vector*>(to) = v; }
 
+// v, for several uses: compilers may otherwise load it anew for each.
+inline Vector InRegister(Vector v) {
+#if defined(__aarch64__)
+  asm("" : "+w"(v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(v));
+#endif
+  return v;
+}
+
 inline Vector All(float x) { return x - Vector{}; }
 
 // a b + c: rounded once where the processor can, and so said, because compilers choose

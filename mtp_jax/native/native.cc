@@ -69,6 +69,8 @@ ffi::Error CallAttention(ffi::ThreadPool pool, In<4> q, In<4> k, In<4> v,
 
 }  // namespace
 
+extern "C" const int mtp_jax_width = kWidth;
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mtp_jax_product, CallProduct,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

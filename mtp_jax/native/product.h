@@ -18,13 +18,21 @@
 #include "lanes.h"
 #include "share.h"
 
-constexpr int kWidth = 32;  // as in panels.py
-
-// Inputs of a block: 8 KB of weights.
+// Inputs of a block: 6 or 8 KB of weights.
 constexpr int64_t kBlock = 64;
 
+// Vectors of a panel's outputs, and tokens of a tile: their sums, the weights and an
+// input are all in registers.
+constexpr int kVectors = kRegisters == 16 ? 3 : 32 / kLanes;
+constexpr int kTokens = kRegisters == 16 ? 4 : 16 / kVectors;
+static_assert(kTokens * kVectors + kVectors + 1 <= kRegisters);
+
+constexpr int kWidth = kVectors * kLanes;
 constexpr int kLine = 16;  // floats of a line of the caches
-static_assert(kWidth <= 2 * kLine);  // a line for each input is enough for two tiles
+static_assert(kWidth <= 2 * kLine);  // for each input, two are fetched at most
+
+// Up to which a product is only reading.
+constexpr int64_t kFewTokens = 2;
 
 // Of w, what one thread takes at once, or one panel.
 constexpr int64_t kPartBytes = 64 << 10;
@@ -39,60 +47,68 @@ struct Product {
   int64_t tokens, inputs, panels;
 };
 
-// Vectors of a panel's outputs; tokens whose sums of them take half of the registers.
-constexpr int kVectors = kWidth / kLanes, kTokens = kRegisters / 2 / kVectors;
-
 // Adds to a panel's outputs of M tokens what a block of inputs gives: x [M, kBlock], w
-// and sums [M, kWidth] begin where it does. With each input goes a fetch of `step`
-// floats of the next block, from `next` on: a part of it with every tile of this one, so
-// that the memory is never idle. A block of one tile only is not kept in the caches.
-template <int M>
+// and sums [M, kWidth] begin where it does. If it is to fetch, with each input goes a
+// request for `step` floats of the next block, from `next` on.
+template <int M, bool kFetch>
 void Tile(const float* x, const float* w, int64_t inputs, float* sums,
           const float* next, int64_t step) {
   constexpr int N = kVectors;
   Vector own[M][N];
+#pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 8
     for (int n = 0; n < N; ++n) own[m][n] = Load(sums + m * kWidth + n * kLanes);
   }
 #pragma GCC unroll 2
   for (int64_t i = 0; i < inputs; ++i, w += kWidth, next += step) {
-    if (step == kWidth) {
-      for (int j = 0; j < kWidth; j += kLine) __builtin_prefetch(next + j, 0, 0);
-    } else {
-      __builtin_prefetch(next, 0, 2);
-    }
+    if (kFetch) __builtin_prefetch(next, 0, 2);
+    if (kFetch && step > kLine) __builtin_prefetch(next + kLine, 0, 2);
     Vector weights[N];
-    for (int n = 0; n < N; ++n) weights[n] = Load(w + n * kLanes);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) weights[n] = InRegister(Load(w + n * kLanes));
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       const Vector x_m = All(x[m * kBlock + i]);
+#pragma GCC unroll 8
       for (int n = 0; n < N; ++n) own[m][n] = MultiplyAdd(weights[n], x_m, own[m][n]);
     }
   }
+#pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 8
     for (int n = 0; n < N; ++n) Store(sums + m * kWidth + n * kLanes, own[m][n]);
   }
 }
 
 using TileOf = void (*)(const float*, const float*, int64_t, float*, const float*,
                         int64_t);
-constexpr TileOf kTileOf[] = {Tile<1>, Tile<2>, Tile<3>, Tile<4>,
-                              Tile<5>, Tile<6>, Tile<7>, Tile<8>};
-static_assert(kTokens <= std::size(kTileOf));
+constexpr TileOf kTileOf[][8] = {
+    {Tile<1, false>, Tile<2, false>, Tile<3, false>, Tile<4, false>,
+     Tile<5, false>, Tile<6, false>, Tile<7, false>, Tile<8, false>},
+    {Tile<1, true>, Tile<2, true>, Tile<3, true>, Tile<4, true>,
+     Tile<5, true>, Tile<6, true>, Tile<7, true>, Tile<8, true>}};
+static_assert(kTokens <= std::size(kTileOf[0]));
 
 // A panel's outputs of all tokens. x is in blocks, [I / kBlock, M, kBlock].
 inline void Panel(const Product& p, int64_t panel) {
   const float* w = p.w + panel * p.inputs * kWidth;
-  const int64_t tiles = (p.tokens + kTokens - 1) / kTokens, step = kWidth / tiles;
+  const int64_t tiles = (p.tokens + kTokens - 1) / kTokens;
+  // Processors fetch ahead well while they only read. With the arithmetic of more tokens
+  // between, the memory would be idle: half of the tiles ask for the next block, and the
+  // rest again for what was dropped of it.
+  const bool fetch = p.tokens > kFewTokens;
+  const int64_t rounds = std::min<int64_t>(tiles, 2), step = rounds * kWidth / tiles;
   static thread_local std::vector<float> sums;
   sums.assign(p.tokens * kWidth, 0);
   for (int64_t i = 0; i < p.inputs; i += kBlock) {
     const int64_t inputs = std::min(kBlock, p.inputs - i);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t m = tile * kTokens;
-      const TileOf run = kTileOf[std::min<int64_t>(kTokens, p.tokens - m) - 1];
-      const float* next = w + (i + inputs + tile * kBlock / tiles) * kWidth;
+      const int64_t ahead = inputs + rounds * tile * kBlock / tiles % kBlock;
+      const TileOf run = kTileOf[fetch][std::min<int64_t>(kTokens, p.tokens - m) - 1];
       run(p.x + i * p.tokens + m * kBlock, w + i * kWidth, inputs,
-          sums.data() + m * kWidth, next, step);
+          sums.data() + m * kWidth, w + (i + ahead) * kWidth, step);
     }
   }
   for (int64_t m = 0; m < p.tokens; ++m) {

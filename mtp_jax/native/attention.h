@@ -193,8 +193,10 @@ inline void Attend(xla::ffi::ThreadPool pool, const Attention& a) {
   for (int64_t b = 0; b < a.batch; ++b) {
     products += 2 * a.heads * a.news * (a.start[b] + a.news) * a.width;
   }
-  Share(pool, products / kShareProducts, a.batch * a.groups * tiles, [=](int64_t now) {
-    const int64_t row = now % tiles * kQueries, bg = now / tiles;
+  // Groups first: no two threads read the same keys at the same time.
+  const int64_t groups = a.batch * a.groups;
+  Share(pool, products / kShareProducts, groups * tiles, [=](int64_t now) {
+    const int64_t row = now / groups * kQueries, bg = now % groups;
     const QueriesOf run = kQueriesOf[std::min<int64_t>(kQueries, rows - row) - 1];
     run(a, bg / a.groups, bg % a.groups, row);
   });

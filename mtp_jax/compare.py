@@ -1,5 +1,6 @@
 """Decoders side by side, in one run on the same prompts."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from mtp_jax.generation import Generation, Totals, totals
 
 _REPEATS = 2  # timed runs of each; the fastest counts
 
-_row = "{:<12}{:<8}{:>10}{:>16}{:>12}{:>8}{:>12}  {}".format
+_ROW = "{:<{widest}} {:<8}{:>10}{:>16}{:>12}{:>8}{:>12}  {}"
 
 
 def compare(
@@ -32,7 +33,8 @@ def compare(
     Returns:
       1 if greedy texts of a decoder that claims to be exact are not those of plain.
     """
-    print(_row("decoder", "kind", "forwards", "tokens/forward", "tokens/s", "ratio",
+    row = functools.partial(_ROW.format, widest=max([11, *map(len, decoders)]))
+    print(row("decoder", "kind", "forwards", "tokens/forward", "tokens/s", "ratio",
                "equal", "accepted by head"))  # fmt: skip
     greedy = sampling.temperature == 0
     reference: list[str] = []
@@ -53,7 +55,7 @@ def compare(
         equal = sum(a == b for a, b in zip(texts, reference, strict=True))
         differs |= greedy and not decoder.lossy and equal < len(texts)
         print(
-            _row(
+            row(
                 name,
                 _kind(decoder, results, figures),
                 figures.forwards,

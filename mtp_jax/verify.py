@@ -2,8 +2,9 @@
 
 import argparse
 import dataclasses
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -73,12 +74,13 @@ def main(argv: list[str]) -> int:
     chosen = {name: d for name, d in chosen.items() if name not in lossy}
     verifier = _Verifier(restored, args, chosen)
     checks = []
+    row = functools.partial(_ROW.format, widest=max([16, *map(len, chosen)]))
     if not args.json:
-        print(_row("check", "decoder", "setting", "compared", "found", ""))
+        print(row("check", "decoder", "setting", "compared", "found", ""))
     for check in verifier.checks():
         checks.append(check)
         if not args.json:
-            print(_shown(check, verifier), flush=True)
+            print(_shown(check, verifier, row), flush=True)
     ok = all(check.ok for check in checks)
     if args.json:
         rows = [dataclasses.asdict(check) for check in checks]
@@ -311,15 +313,15 @@ def _rows_at_a_time(cfg: ModelConfig, prompt_tokens: int) -> int:
     return min(256, max(8, 2**28 // row_bytes))
 
 
-_row = "{:<12}{:<16} {:<26} {:>8}  {:<28}{}".format
+_ROW = "{:<12}{:<{widest}} {:<26} {:>8}  {:<28}{}"
 
 
-def _shown(check: Check, verifier: _Verifier) -> str:
+def _shown(check: Check, verifier: _Verifier, row: Callable[..., str]) -> str:
     result = "ok" if check.ok else "FAILED"
     if check.what == "control" and check.ok:
         result = "caught"
-    lines = [_row(check.what, check.decoder, check.setting, check.compared,
-                  check.found, result)]  # fmt: skip
+    lines = [row(check.what, check.decoder, check.setting, check.compared,
+                 check.found, result)]  # fmt: skip
     for d in check.differences[:_EXAMPLES]:
         a, b = (
             "nothing" if x is None else repr(verifier.tokenizer.decode([x]))

@@ -37,7 +37,7 @@ from benchmarks.timing import (
     show_ratio,
 )
 from mtp_jax.decode import Generator
-from mtp_jax.decoder_args import decoder_of_spec
+from mtp_jax.decoder_args import decoder_of
 from mtp_jax.decoders.state import Decoder
 from mtp_jax.errors import UserError
 from mtp_jax.prompts import heldout_prompts
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
         warm=1,
     )
     names = ("plain", *args.decoders)
-    decoders = {name: decoder_of_spec(name.removesuffix(_ADAPTIVE)) for name in names}
+    decoders = {name: decoder_of(name.removesuffix(_ADAPTIVE)) for name in names}
     restored = restore_model(args.workdir)
     prompts = _prompts(restored, args)
     print_environment(args.rounds)

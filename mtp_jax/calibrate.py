@@ -214,7 +214,11 @@ def choose(ranks_XM: np.ndarray, nodes: int) -> Calibration:
 def table(result: Calibration) -> str:
     """The figures for people."""
     shown = (1, 2, 3, 5, 10)
-    lines = ["head" + "".join(f"{f'top {k}':>8}" for k in shown)]
+    lines = [
+        "share of positions where one of a head's best k drafts is right, of those "
+        "where the drafts before it are:",
+        "head" + "".join(f"{f'top {k}':>8}" for k in shown),
+    ]
     for i, shares in enumerate(result.top_k, 2):
         lines.append(f"{i:>4}" + "".join(f"{shares[k - 1]:>8.4f}" for k in shown))
     depth = max(len(path) for path, _ in result.nodes)

@@ -12,12 +12,22 @@ from mtp_jax.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that takes no abbreviations and raises instead of exiting."""
+    """argparse that takes no abbreviations and raises instead of exiting.
 
-    def __init__(self, prog: str, description: str, epilog: str | None = None):
+    `help_at` is the command that says what there is, if it is not --help.
+    """
+
+    def __init__(
+        self,
+        prog: str,
+        description: str,
+        epilog: str | None = None,
+        help_at: str | None = None,
+    ):
         super().__init__(
             prog=prog, description=description, epilog=epilog, allow_abbrev=False
         )
+        self._help_at = help_at or f"{prog} --help"
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError with argparse's text and where help is.
@@ -25,7 +35,7 @@ class Parser(argparse.ArgumentParser):
         Raises:
           UserError: always.
         """
-        raise UserError(f"{self.prog}: {message}; see {self.prog} --help.")
+        raise UserError(f"{self.prog}: {message}; see {self._help_at}.")
 
 
 def positive_int(text: str) -> int:

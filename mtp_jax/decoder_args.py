@@ -13,20 +13,26 @@ from mtp_jax.decoders.state import Decoder
 from mtp_jax.errors import UserError
 
 
-def decoder_of(name: str, options: Sequence[str] = ()) -> Decoder:
-    """A decoder with the options of a command line, `--field=value`.
+def decoder_of(spec: str, options: Sequence[str] = ()) -> Decoder:
+    """A decoder, `NAME` or `NAME:option=value,option=value`.
+
+    Args:
+      spec: which one.
+      options: more of a command line, `--option=value`.
 
     Raises:
       UserError: no such decoder, an option that it does not have, a bad value.
     """
+    name, _, rest = spec.partition(":")
     if name not in DECODERS:
         known = ", ".join(DECODERS)
         raise UserError(f"--decoder={name} is unknown; give one of {known}.")
     kind = DECODERS[name]
-    parser = Parser(f"mtp-jax generate --decoder={name}", "")
+    parser = Parser(f"--decoder={name}", "", help_at="mtp-jax generate --decoders")
     for field in options_of(kind):
         parser.add_argument(f"--{field.name}", **_argument(kind, field))
-    values, unknown = parser.parse_known_args(list(options))
+    of_spec = [f"--{option}" for option in rest.split(",") if option]
+    values, unknown = parser.parse_known_args([*of_spec, *options])
     if unknown:
         own = [f"--{field.name}" for field in options_of(kind)]
         raise UserError(
@@ -34,16 +40,6 @@ def decoder_of(name: str, options: Sequence[str] = ()) -> Decoder:
             f"{', '.join(own) or 'none'}, and those of --help."
         )
     return kind(**vars(values))
-
-
-def decoder_of_spec(spec: str) -> Decoder:
-    """A decoder of one argument, `NAME` or `NAME:option=value,option=value`.
-
-    Raises:
-      UserError: as `decoder_of`.
-    """
-    name, _, rest = spec.partition(":")
-    return decoder_of(name, [f"--{option}" for option in rest.split(",") if option])
 
 
 def fitting(heads: int) -> dict[str, Decoder | str]:
@@ -68,7 +64,7 @@ def description() -> str:
         lines.append(f"{name}: {says}{' (lossy)' if kind.lossy else ''}")
         for field in options_of(kind):
             has_one = not _required(field) and _default(field) != ""
-            default = f" ({_default(field)})" if has_one else ""
+            default = f" ({str(_default(field)).lower()})" if has_one else ""
             lines.append(f"  --{field.name}  {field.metadata.get('help', '')}{default}")
     return "\n".join(lines)
 
@@ -118,6 +114,6 @@ def _converter(hint: Any) -> Any:
 
 
 def _truth(text: str) -> bool:
-    if text not in ("true", "false"):
+    if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text == "true"
+    return text.lower() == "true"

@@ -30,8 +30,16 @@ def main(argv: list[str]) -> int:
     from mtp_jax.prompts import heldout_prompts, is_text, read_prompts
 
     if args.decoder is None and options:
-        raise UserError(f"unknown option {options[0]}; see mtp-jax generate --help.")
+        raise UserError(
+            f"unknown option {options[0]}; see mtp-jax generate --help, and give "
+            "--decoder=NAME with what is an option of one."
+        )
     decoder = args.decoder and decoder_args.decoder_of(args.decoder, options)
+    adapts = not decoder or (not decoder.lossy and decoder.heads(2) > 1)
+    if args.adaptive and not (adapts or args.compare):
+        raise UserError(
+            f"--adaptive is for exact decoders that draft; {args.decoder} is not one."
+        )
     sampling = Sampling(
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
         repetition_penalty=args.repetition_penalty, seed=args.seed,
@@ -102,7 +110,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="tokens of a held-out prompt (64)")  # fmt: skip
     add("--max_prompt_tokens", type=positive_int, metavar="N",
         help="longest prompt to accept; as long as trained on")  # fmt: skip
-    add("--decoder", metavar="NAME", help="blockwise, or plain if there is 1 head")
+    add("--decoder", metavar="NAME", help="blockwise, or plain if there is 1 head; its "
+        "options after it, or NAME:OPTION=VALUE,...")  # fmt: skip
     add("--decoders", action=_Decoders, nargs=0, help="list them and their options")
     add("--heads", type=positive_int, metavar="K", help="use the first so many; all")
     add("--adaptive", action="store_true", help="use as many as is fastest")
@@ -131,8 +140,17 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     args, options = parser.parse_known_args(argv)
     if "" in args.stop:
         raise UserError("--stop is empty; give the text that ends a continuation.")
-    if args.html is not None and (args.compare or args.output is not None):
-        raise UserError("--html is not allowed with --compare or --output.")
+    if args.html is not None:
+        page = pathlib.Path(args.html)
+        if args.compare or args.output is not None:
+            raise UserError("--html is not allowed with --compare or --output.")
+        if page.is_dir() or not page.parent.is_dir():
+            raise UserError(f"--html={page} is no file in a folder that exists.")
+    plain_text = args.compare or args.json or args.stream or args.output is not None
+    if args.color == "always" and plain_text:
+        raise UserError(
+            "--color=always is not allowed with --compare, --json, --output, --stream."
+        )
     return args, options
 
 

@@ -80,7 +80,8 @@ def heldout_prompts(
     used several times is cut at several places.
 
     Raises:
-      UserError: a source is not a corpus, or no document is long enough.
+      UserError: a source is not a corpus, no document is long enough, or there are not
+        so many places where a prompt could begin.
     """
     splits = [Corpus.open(source).documents("heldout") for source in sources]
     # A document begins and ends with an id of its own; a prompt holds neither.
@@ -93,11 +94,18 @@ def heldout_prompts(
             f"no held-out document of {', '.join(sources)} has {prompt_tokens} tokens "
             f"(the longest has {max(longest, 0)}); give a smaller --prompt_tokens."
         )
-    chosen = [j * len(fitting) // count for j in range(count)]
+    places = sum(room + 1 for *_, room in fitting)
+    if count > places:
+        raise UserError(
+            f"the held-out documents of {', '.join(sources)} have {places} beginnings "
+            f"of {prompt_tokens} tokens, and {count} were asked for; ask for fewer."
+        )
+    chosen = np.arange(count) * len(fitting) // count
     prompts = []
-    for j, choice in enumerate(chosen):
+    for choice, uses in zip(*np.unique(chosen, return_counts=True), strict=True):
         split, i, room = fitting[choice]
-        which, uses = j - chosen.index(choice), chosen.count(choice)
-        start = 1 + room * (which + 1) // (uses + 1)
-        prompts.append(split.tokens(i, start, start + prompt_tokens).astype(np.int32))
+        for which in range(int(uses)):
+            start = 1 + room * (which + 1) // (int(uses) + 1)
+            row = split.tokens(i, start, start + prompt_tokens)
+            prompts.append(row.astype(np.int32))
     return prompts

@@ -15,7 +15,7 @@ from mtp_jax.config import ModelConfig
 from mtp_jax.decode import Generator
 from mtp_jax.decode_model import unstack
 from mtp_jax.decode_program import Programs
-from mtp_jax.decoder_args import decoder_of_spec, fitting
+from mtp_jax.decoder_args import decoder_of, fitting
 from mtp_jax.decoders.plain import Plain
 from mtp_jax.decoders.sampling import Sampling
 from mtp_jax.decoders.state import Decoder, Reading
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
       UserError: a flag, or a run directory that does not fit.
     """
     args = _parse(argv)
-    chosen = {spec: decoder_of_spec(spec) for spec in args.decoder}
+    chosen = {spec: decoder_of(spec) for spec in args.decoder}
     restored = restore_model(args.workdir, step=args.step, heads=args.heads)
     n = restored.config.model.n_future_tokens
     if n == 1:
@@ -72,6 +72,11 @@ def main(argv: list[str]) -> int:
     lossy = [name for name, decoder in chosen.items() if decoder.lossy]
     left_out |= {name: "lossy: it claims no such thing" for name in lossy}
     chosen = {name: d for name, d in chosen.items() if name not in lossy}
+    if not chosen:
+        raise UserError(
+            f"--decoder={lossy[0]} is lossy: it claims nothing that could be verified; "
+            "give an exact one."
+        )
     verifier = _Verifier(restored, args, chosen)
     checks = []
     row = functools.partial(_ROW.format, widest=max([16, *map(len, chosen)]))
@@ -301,6 +306,8 @@ class _Verifier:
             setting = f"chi-square, {test.freedom} degrees"
             found = f"{test.statistic:.1f}, p = {test.p_value:.2g}"
             if name in controls:
+                if agrees:
+                    found += ": too few --samples to notice"
                 yield Check("control", name, setting, len(texts), found, not agrees)
             else:
                 yield Check("law", name, setting, len(texts), found, agrees)

@@ -143,6 +143,7 @@ def test_the_weight_of_look_ahead_changes_texts():
     "options,message",
     [
         ({"beams": 0}, "beams is 0"),
+        ({"beams": 1025}, "beams is 1025"),
         ({"length_penalty": float("nan")}, "length_penalty is nan"),
         ({"lookahead": float("inf")}, "lookahead is inf"),
     ],

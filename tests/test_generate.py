@@ -16,7 +16,7 @@ from mtp_jax import generate
 from mtp_jax.config import Config, DataConfig, ModelConfig
 from mtp_jax.corpus import Corpus
 from mtp_jax.decode import Generator
-from mtp_jax.decoder_args import decoder_of, decoder_of_spec, fitting, options_of
+from mtp_jax.decoder_args import decoder_of, fitting, options_of
 from mtp_jax.decoders import DECODERS
 from mtp_jax.errors import UserError
 from mtp_jax.generation import Generation, totals
@@ -272,18 +272,18 @@ class Odd:
 
 def test_the_fields_of_a_decoder_are_options(monkeypatch, capsys):
     monkeypatch.setitem(DECODERS, "odd", Odd)
-    options = ["--file=f", "--width=5", "--share=0.5", "--sizes=3,4,5", "--sure=true"]
+    options = ["--file=f", "--width=5", "--share=0.5", "--sizes=3,4,5", "--sure=True"]
     assert decoder_of("odd", options) == Odd("f", 5, 0.5, (3, 4, 5), True)
-    assert decoder_of_spec("odd:file=f,width=2") == Odd("f", 2)
+    assert decoder_of("odd:file=f,width=2") == Odd("f", 2)
     with pytest.raises(SystemExit):
         generate.main(["--decoders"])
     out = capsys.readouterr().out
-    assert "--sure  quite sure (False)" in out and "speculative: " in out
+    assert "--sure  quite sure (false)" in out and "speculative: " in out
     assert "required" in fitting(4)["odd"]
     for option, message in [
         ("--width=0", "width is 0"),
         ("--width=x", "width"),
-        ("--sure=perhaps", "neither true nor false"),
+        ("--sure=perhaps", "neither true nor false; see mtp-jax generate --decoders"),
         ("--deep=3", r"unknown option --deep.*--file, --width"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -339,6 +339,11 @@ def test_heldout_prompts_are_continued(restored, corpus, capsys, monkeypatch):
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
+def test_more_heldout_prompts_than_there_are_are_refused(corpus):
+    with pytest.raises(UserError, match=r"\d+ beginnings of 10 tokens, and 1000000000"):
+        heldout_prompts(["a"], 10**9, prompt_tokens=10)
+
+
 def test_too_long_heldout_prompts_are_refused(corpus):
     with pytest.raises(UserError, match="longest has 100"):
         heldout_prompts(["a"], 1, prompt_tokens=101)
@@ -353,6 +358,14 @@ def test_too_long_heldout_prompts_are_refused(corpus):
         (["--prompt=a", "--heldout=2"], "not allowed with"),
         (["--prompt=a", "--compare", "--json"], "not allowed with"),
         (["--prompt=a", "--compare", "--html=x"], "not allowed with"),
+        (["--prompt=a", "--html=/nowhere/x"], "--html=/nowhere/x is no file"),
+        (["--prompt=a", "--stream", "--color=always"], "--color=always is not allowed"),
+        (["--prompt=a", "--decoder=plain", "--adaptive"], "exact decoders that draft"),
+        (
+            ["--prompt=a", "--decoder=typical", "--adaptive"],
+            "exact decoders that draft",
+        ),
+        (["--prompt=a", "--decoder=tree:tree=x"], "x cannot be read"),
         (["--prompt="], "--prompt is empty"),
         (["--prompt=a", "--temperature=-1"], "temperature is -1"),
         (["--prompt=a", "--top_p=0"], "top_p is 0"),

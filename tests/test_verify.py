@@ -90,6 +90,18 @@ def test_a_broken_decoder_fails_and_is_told_where(restored, capsys, monkeypatch)
     assert difference["plain"] != difference["other"]
 
 
+def test_what_is_lossy_alone_is_refused(restored):
+    with pytest.raises(UserError, match="--decoder=typical is lossy"):
+        verify.main([*FEW, "--decoder=typical"])
+
+
+def test_too_few_samples_are_said_to_be(restored, capsys):
+    """One text of any law is as likely as it is: nothing can be noticed."""
+    assert verify.main([*FEW, "--decoder=speculative", "--samples=1"]) == 1
+
+    assert "too few --samples to notice" in capsys.readouterr().out
+
+
 def test_a_model_of_one_head_has_nothing_to_verify(restored):
     with pytest.raises(UserError, match="one head"):
         verify.main([*FEW, "--heads=1"])

@@ -51,6 +51,9 @@ class _Carry:
     ended_RFE: jax.Array
 
 
+_MOST_BEAMS = 1024  # each is a row of the batch, with caches of its own
+
+
 @dataclasses.dataclass(frozen=True)
 class Beam:
     """Beam search; not the text of plain, but of ordinary beam search."""
@@ -63,8 +66,8 @@ class Beam:
     draws_nothing: ClassVar[bool] = True  # so it is for temperature 0 alone
 
     def __post_init__(self):
-        if self.beams < 1:
-            raise UserError(f"beams is {self.beams}; it must be at least 1.")
+        if not 1 <= self.beams <= _MOST_BEAMS:
+            raise UserError(f"beams is {self.beams}; it must be 1 to {_MOST_BEAMS}.")
         for name in ("length_penalty", "lookahead"):
             if not math.isfinite(getattr(self, name)):
                 raise UserError(f"{name} is {getattr(self, name)}; give a number.")

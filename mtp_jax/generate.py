@@ -170,6 +170,9 @@ def _compare(generator, args, decoder, prompts, sampling, settings) -> int:
 
     fit = fitting(args.heads or generator.cfg.n_future_tokens)
     if decoder is not None:
+        name = args.decoder.partition(":")[0]
+        if isinstance(fit[name], str):  # it could not run without its options
+            del fit[name]
         fit[args.decoder] = decoder
     decoders = {name: d for name, d in fit.items() if not isinstance(d, str)}
     settings = {**settings, "batch_size": args.batch_size}

@@ -130,6 +130,18 @@ def test_plain_alone_restores_one_head(restored, capsys):
     assert restored == [("run", None, 1)]
 
 
+def test_compare_takes_a_decoder_with_its_options(restored, capsys):
+    spec = "dynamo:alpha=0,threshold=0.5"
+
+    generate.main(
+        ["--workdir=run", "--prompt=ab", "--compare", f"--decoder={spec}", FEW]
+    )
+
+    out = capsys.readouterr().out
+    assert f"\n{spec} -" in out
+    assert "left out: dynamo_exact" in out and "left out: dynamo " not in out
+
+
 def test_compare_prints_every_decoder_and_finds_them_equal(restored, capsys):
     assert generate.main(["--workdir=run", "--prompt=ab", "--compare", FEW]) == 0
     header, *lines = capsys.readouterr().out.splitlines()

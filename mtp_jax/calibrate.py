@@ -15,7 +15,6 @@ positions of all passages, M = n - 1 drafting heads, D model width, V vocabulary
 import collections
 import dataclasses
 import itertools
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax.cache import chain, make_cache, run_head, run_trunk
-from mtp_jax.cli_args import Parser, positive_int
+from mtp_jax.cli_args import Parser, output_file, positive_int
 from mtp_jax.config import ModelConfig
 from mtp_jax.corpus import Corpus
 from mtp_jax.decode_model import build, unstack
@@ -79,9 +78,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--step", type=int, help="checkpoint; the latest if not given")
     args = parser.parse_args(argv)
-    output = pathlib.Path(args.output)
-    if output.is_dir() or not output.parent.is_dir():
-        raise UserError(f"--output={output} is no file in a folder that exists.")
+    output = output_file("output", args.output)
     restored = restore_model(args.workdir, step=args.step)
     result = calibrate(restored, args.passages, args.nodes)
     print(table(result))

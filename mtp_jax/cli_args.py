@@ -45,6 +45,18 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def output_file(option: str, path: str) -> pathlib.Path:
+    """Where an option's file will be written, which is known before the work is done.
+
+    Raises:
+      UserError: it is a folder, or in none that exists.
+    """
+    file = pathlib.Path(path)
+    if file.is_dir() or not file.parent.is_dir():
+        raise UserError(f"--{option}={file} is no file in a folder that exists.")
+    return file
+
+
 def config_from(path: str, overrides: list[str]) -> Config:
     """The frozen config of `--config=FILE[:ARGUMENT]`, edited.
 

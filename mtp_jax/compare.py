@@ -33,7 +33,7 @@ def compare(
     Returns:
       1 if greedy texts of a decoder that claims to be exact are not those of plain.
     """
-    row = functools.partial(_ROW.format, widest=max([11, *map(len, decoders)]))
+    row = functools.partial(_ROW.format, widest=max(11, *map(len, decoders)))
     print(row("decoder", "kind", "forwards", "tokens/forward", "tokens/s", "ratio",
                "equal", "accepted by head"))  # fmt: skip
     greedy = sampling.temperature == 0

@@ -114,6 +114,6 @@ def _converter(hint: Any) -> Any:
 
 
 def _truth(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
+    if (said := text.lower()) not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() == "true"
+    return said == "true"

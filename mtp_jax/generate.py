@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mtp_jax.cli_args import Parser, positive_int
+from mtp_jax.cli_args import Parser, output_file, positive_int
 from mtp_jax.errors import UserError
 
 _BATCH_OF_OUTPUT = 16  # prompts at a time where nothing else is asked for
@@ -141,11 +141,9 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if "" in args.stop:
         raise UserError("--stop is empty; give the text that ends a continuation.")
     if args.html is not None:
-        page = pathlib.Path(args.html)
         if args.compare or args.output is not None:
             raise UserError("--html is not allowed with --compare or --output.")
-        if page.is_dir() or not page.parent.is_dir():
-            raise UserError(f"--html={page} is no file in a folder that exists.")
+        output_file("html", args.html)
     plain_text = args.compare or args.json or args.stream or args.output is not None
     if args.color == "always" and plain_text:
         raise UserError(

@@ -104,8 +104,8 @@ def heldout_prompts(
     prompts = []
     for choice, uses in zip(*np.unique(chosen, return_counts=True), strict=True):
         split, i, room = fitting[choice]
-        for which in range(int(uses)):
-            start = 1 + room * (which + 1) // (int(uses) + 1)
+        for which in range(1, uses + 1):
+            start = 1 + room * which // (uses + 1)
             row = split.tokens(i, start, start + prompt_tokens)
             prompts.append(row.astype(np.int32))
     return prompts

@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
         )
     verifier = _Verifier(restored, args, chosen)
     checks = []
-    row = functools.partial(_ROW.format, widest=max([16, *map(len, chosen)]))
+    row = functools.partial(_ROW.format, widest=max(16, *map(len, chosen)))
     if not args.json:
         print(row("check", "decoder", "setting", "compared", "found", ""))
     for check in verifier.checks():

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
 
     # Not before the flags are known to be good: these import JAX.
     from mtp_jax import decoder_args, restore
-    from mtp_jax.decode import Generator
+    from mtp_jax.decode import Generator, needs_heads
     from mtp_jax.decoders.sampling import Sampling
     from mtp_jax.prompts import heldout_prompts, is_text, read_prompts
 
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
             "--decoder=NAME with what is an option of one."
         )
     decoder = args.decoder and decoder_args.decoder_of(args.decoder, options)
-    adapts = not decoder or (not decoder.lossy and decoder.heads(2) > 1)
+    adapts = not decoder or (not decoder.lossy and needs_heads(decoder))
     if args.adaptive and not (adapts or args.compare):
         raise UserError(
             f"--adaptive is for exact decoders that draft; {args.decoder} is not one."
@@ -169,7 +169,7 @@ def _compare(generator, args, decoder, prompts, sampling, settings) -> int:
     fit = fitting(args.heads or generator.cfg.n_future_tokens)
     if decoder is not None:
         name = args.decoder.partition(":")[0]
-        if isinstance(fit[name], str):  # it could not run without its options
+        if isinstance(fit[name], str):  # why it is left out with its own options
             del fit[name]
         fit[args.decoder] = decoder
     decoders = {name: d for name, d in fit.items() if not isinstance(d, str)}

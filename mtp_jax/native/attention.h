@@ -193,7 +193,7 @@ inline void Attend(xla::ffi::ThreadPool pool, const Attention& a) {
   for (int64_t b = 0; b < a.batch; ++b) {
     products += 2 * a.heads * a.news * (a.start[b] + a.news) * a.width;
   }
-  // Groups first: no two threads read the same keys at the same time.
+  // Groups first: while there are enough, no two threads read the same keys at once.
   const int64_t groups = a.batch * a.groups;
   Share(pool, products / kShareProducts, groups * tiles, [=](int64_t now) {
     const int64_t row = now / groups * kQueries, bg = now % groups;

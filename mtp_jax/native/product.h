@@ -18,7 +18,7 @@
 #include "lanes.h"
 #include "share.h"
 
-// Inputs of a block: 6 or 8 KB of weights.
+// Inputs of a block: up to 8 KB of weights.
 constexpr int64_t kBlock = 64;
 
 // Vectors of a panel's outputs, and tokens of a tile: their sums, the weights and an
@@ -94,9 +94,10 @@ static_assert(kTokens <= std::size(kTileOf[0]));
 inline void Panel(const Product& p, int64_t panel) {
   const float* w = p.w + panel * p.inputs * kWidth;
   const int64_t tiles = (p.tokens + kTokens - 1) / kTokens;
-  // Processors fetch ahead well while they only read. With the arithmetic of more tokens
-  // between, the memory would be idle: half of the tiles ask for the next block, and the
-  // rest again for what was dropped of it.
+  // Processors fetch ahead well while they only read. With the arithmetic of more
+  // tokens between, the memory would be idle: the first half of the tiles asks for the
+  // next block, and the second again, for what was dropped of it. With very many tokens
+  // the arithmetic is all that counts, and little is asked for.
   const bool fetch = p.tokens > kFewTokens;
   const int64_t rounds = std::min<int64_t>(tiles, 2), step = rounds * kWidth / tiles;
   static thread_local std::vector<float> sums;

@@ -15,7 +15,7 @@ import tempfile
 import jax
 
 from benchmarks import timing
-from mtp_jax.checkpoint import Checkpoints
+from mtp_jax.checkpoint.checkpoints import Checkpoints
 from mtp_jax.config import CheckpointConfig
 
 

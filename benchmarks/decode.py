@@ -36,12 +36,12 @@ from benchmarks.timing import (
     script,
     show_ratio,
 )
-from mtp_jax.decode import Generator
-from mtp_jax.decoder_args import decoder_of
-from mtp_jax.decoders.state import Decoder
+from mtp_jax.checkpoint.restore import Restored, restore_model
+from mtp_jax.cli.decoder_args import decoder_of
+from mtp_jax.data.prompts import heldout_prompts
+from mtp_jax.decode.decoders.state import Decoder
+from mtp_jax.decode.generator import Generator
 from mtp_jax.errors import UserError
-from mtp_jax.prompts import heldout_prompts
-from mtp_jax.restore import Restored, restore_model
 
 _ADAPTIVE = "+adaptive"  # behind a decoder's name
 

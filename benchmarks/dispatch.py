@@ -26,8 +26,8 @@ from benchmarks.timing import (
     print_table,
     script,
 )
-from mtp_jax.cli_args import config_from
-from mtp_jax.train_step import make_step
+from mtp_jax.cli.args import config_from
+from mtp_jax.training.train_step import make_step
 
 TINY = pathlib.Path(__file__).parent.parent / "configs" / "tiny.py"
 

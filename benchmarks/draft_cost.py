@@ -27,12 +27,12 @@ from benchmarks.timing import (
     show_ratio,
 )
 from mtp_jax.config import ModelConfig
-from mtp_jax.decode_batch import Batch
-from mtp_jax.decode_model import unstack
-from mtp_jax.decode_program import Programs
-from mtp_jax.decoders import DECODERS
-from mtp_jax.decoders.sampling import Sampling
-from mtp_jax.train_step import model_builder
+from mtp_jax.decode.batch import Batch
+from mtp_jax.decode.decode_model import unstack
+from mtp_jax.decode.decoders import DECODERS
+from mtp_jax.decode.decoders.sampling import Sampling
+from mtp_jax.decode.programs import Programs
+from mtp_jax.training.train_step import model_builder
 
 _PASSES = 4  # that are timed together
 _NO_END = -1  # no token ends a text

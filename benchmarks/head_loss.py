@@ -27,11 +27,11 @@ from benchmarks.timing import (
     temporaries,
 )
 from mtp_jax.config import Config, HeadLoss
-from mtp_jax.head_loss import Targets, head_loss
-from mtp_jax.heads import Rows
-from mtp_jax.losses import future_targets, split_time
-from mtp_jax.sharding import spec
-from mtp_jax.train_step import model_builder
+from mtp_jax.loss.batch_loss import future_targets, split_time
+from mtp_jax.loss.head_loss import Targets, head_loss
+from mtp_jax.model.heads.parallel import Rows
+from mtp_jax.parallel.sharding import spec
+from mtp_jax.training.train_step import model_builder
 
 FORMS = get_args(HeadLoss)
 

@@ -20,7 +20,7 @@ from benchmarks.timing import (
     show_ms,
     show_ratio,
 )
-from mtp_jax.flops import executed_flops
+from mtp_jax.model.flops import executed_flops
 
 
 @script

@@ -25,10 +25,10 @@ from benchmarks.timing import (
     script,
     show_ratio,
 )
-from mtp_jax import prepare
-from mtp_jax.cli_args import config_from
+from mtp_jax.cli.args import config_from
 from mtp_jax.config import Config
-from mtp_jax.data import open_sources, train_batches
+from mtp_jax.data import prepare
+from mtp_jax.data.batches import open_sources, train_batches
 
 ROOT = pathlib.Path(__file__).parent.parent
 

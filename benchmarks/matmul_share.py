@@ -25,10 +25,10 @@ from benchmarks.timing import (
     show_ms,
     show_ratio,
 )
-from mtp_jax import flops
-from mtp_jax.cli_args import config_from
+from mtp_jax.cli.args import config_from
 from mtp_jax.config import Config
 from mtp_jax.errors import UserError
+from mtp_jax.model import flops
 
 PAPER = pathlib.Path(__file__).parent.parent / "configs" / "paper.py"
 

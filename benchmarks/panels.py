@@ -23,9 +23,9 @@ from benchmarks.timing import (
     script,
     show_ratio,
 )
-from mtp_jax.layers import product_by_xla
-from mtp_jax.native import product, serves
-from mtp_jax.panels import pack
+from mtp_jax.decode.cpu.native import product, serves
+from mtp_jax.decode.cpu.packed import pack
+from mtp_jax.model.layers import product_by_xla
 
 
 @script

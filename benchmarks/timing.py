@@ -18,12 +18,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from mtp_jax.cli_args import Parser, positive_int
+from mtp_jax.cli.args import Parser, positive_int
 from mtp_jax.config import Config, default, freeze
 from mtp_jax.errors import UserError
-from mtp_jax.feed import batch_sharding
-from mtp_jax.sharding import make_mesh
-from mtp_jax.train_step import make_init, make_step
+from mtp_jax.parallel.sharding import make_mesh
+from mtp_jax.parallel.to_devices import batch_sharding
+from mtp_jax.training.train_step import make_init, make_step
 
 Ratio = tuple[float, float, float]  # median, lower and upper quartile
 

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 
-from mtp_jax import hosts
+from mtp_jax.distributed import hosts
 from mtp_jax.errors import RunFailed, UserError, told_as
 
 _USAGE = """\
@@ -26,18 +26,19 @@ Multi-token prediction: train a model with n heads, and let it draft for itself.
 
 mtp-jax VERB --help tells the options of a verb."""
 
-_VERBS = (
-    "prepare",
-    "count",
-    "train",
-    "evaluate",
-    "generate",
-    "verify",
-    "calibrate",
-    "audit",
-    "plan",
-    "rehearse",
-)
+_MODULES = {
+    "prepare": "mtp_jax.data.prepare",
+    "count": "mtp_jax.cli.count",
+    "train": "mtp_jax.cli.train",
+    "evaluate": "mtp_jax.eval.heldout",
+    "generate": "mtp_jax.cli.generate",
+    "verify": "mtp_jax.verification.verifier",
+    "calibrate": "mtp_jax.decode.calibrate",
+    "audit": "mtp_jax.run.audit",
+    "plan": "mtp_jax.planning.plan",
+    "rehearse": "mtp_jax.rehearsal.rehearsal",
+}
+_VERBS = tuple(_MODULES)
 
 
 def main() -> int:
@@ -50,7 +51,7 @@ def main() -> int:
     try:
         if verb not in _VERBS:
             raise UserError(f"{verb!r} is not a verb; there are {', '.join(_VERBS)}.")
-        code = importlib.import_module(f"mtp_jax.{verb}").main(argv)
+        code = importlib.import_module(_MODULES[verb]).main(argv)
         hosts.leave()
         return code
     except BaseException as error:

@@ -71,7 +71,7 @@ def rehearsals(request):
 @pytest.fixture(scope="session")
 def corpus_dir(tmp_path_factory):
     """The package's own source, prepared as bytes."""
-    from mtp_jax import prepare
+    from mtp_jax.data import prepare
 
     source = os.path.join(os.path.dirname(__file__), "..", "mtp_jax")
     output = tmp_path_factory.mktemp("corpus") / "source"

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 
-from mtp_jax import hosts
+from mtp_jax.distributed import hosts
 from mtp_jax.errors import RunFailed, UserError
 
 

@@ -8,10 +8,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from mtp_jax.config import Config, MeshConfig, ModelConfig
-from mtp_jax.heads import Rows, attend_within
-from mtp_jax.model import run_trunk
-from mtp_jax.sharding import make_mesh, spec
-from mtp_jax.train_step import model_builder
+from mtp_jax.model.heads.parallel import Rows, attend_within
+from mtp_jax.model.language_model import run_trunk
+from mtp_jax.parallel.sharding import make_mesh, spec
+from mtp_jax.training.train_step import model_builder
 
 TINY = ModelConfig(
     vocab_size=32,

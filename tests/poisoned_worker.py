@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from models import mesh_of, tiny_config
 
-from mtp_jax import hosts
-from mtp_jax.feed import batch_sharding, place_rows, rows_of_process
-from mtp_jax.place import Place
-from mtp_jax.train_step import make_init, make_step
+from mtp_jax.distributed import hosts
+from mtp_jax.distributed.cluster import Place
+from mtp_jax.parallel.to_devices import batch_sharding, place_rows, rows_of_process
+from mtp_jax.training.train_step import make_init, make_step
 
 POISON = 31
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from test_decode import NEW, Letters, case, expected, init, one_device
 
-from mtp_jax.adaptive import DepthChooser, _entropy
-from mtp_jax.decode_batch import Batch
-from mtp_jax.decode_model import unstack
-from mtp_jax.decode_program import Programs
-from mtp_jax.decoders import DECODERS
-from mtp_jax.decoders.sampling import Sampling
-from mtp_jax.sharding import spec
+from mtp_jax.decode.adaptive import DepthChooser, _entropy
+from mtp_jax.decode.batch import Batch
+from mtp_jax.decode.decode_model import unstack
+from mtp_jax.decode.decoders import DECODERS
+from mtp_jax.decode.decoders.sampling import Sampling
+from mtp_jax.decode.programs import Programs
+from mtp_jax.parallel.sharding import spec
 
 
 @pytest.fixture

@@ -17,11 +17,12 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from models import mesh_of
 
-from mtp_jax import kernels, zigzag
-from mtp_jax.attention import causal_attention, check_attention
 from mtp_jax.config import ComputeConfig, Config, DataConfig, ModelConfig
 from mtp_jax.errors import UserError
-from mtp_jax.sharding import spec
+from mtp_jax.model import kernels
+from mtp_jax.model.attention import causal_attention, check_attention
+from mtp_jax.parallel import zigzag
+from mtp_jax.parallel.sharding import spec
 
 CPU = AbstractDevice("cpu", None, "cpu")
 TPU = AbstractDevice("TPU v5 lite", 1, "tpu")

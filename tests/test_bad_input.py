@@ -8,8 +8,10 @@ import sys
 import pytest
 from runs import ROOT
 
-from mtp_jax import __main__, prepare, train
-from mtp_jax.cli_args import config_from
+from mtp_jax import __main__
+from mtp_jax.cli import train
+from mtp_jax.cli.args import config_from
+from mtp_jax.data import prepare
 
 TINY = f"--config={ROOT / 'configs' / 'tiny.py'}"
 

@@ -9,11 +9,11 @@ import pytest
 from models import mesh_of
 
 from benchmarks import timing
-from mtp_jax import flops
+from mtp_jax.checkpoint.restore import Restored
 from mtp_jax.config import DataConfig
-from mtp_jax.restore import Restored
-from mtp_jax.tokenizer import ByteTokenizer
-from mtp_jax.train_step import model_builder
+from mtp_jax.data.tokenizer import ByteTokenizer
+from mtp_jax.model import flops
+from mtp_jax.training.train_step import model_builder
 
 SHAPE = ["--rounds=1", "--d_model=16", "--d_ff=24", "--num_heads=2"]
 ROWS = ["--seq_len=16", "--batch_size=2"]

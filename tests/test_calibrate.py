@@ -12,11 +12,11 @@ import pytest
 from models import all_logits
 from test_decode import init, on_mesh, one_device, tiny
 
-from mtp_jax import calibrate
 from mtp_jax.config import Config, DataConfig
-from mtp_jax.decoders.token_tree import read_tree
+from mtp_jax.decode import calibrate
+from mtp_jax.decode.decoders.token_tree import read_tree
 from mtp_jax.errors import UserError
-from mtp_jax.train_step import model_builder
+from mtp_jax.training.train_step import model_builder
 
 
 def test_ranks_are_those_of_sorted_logits():

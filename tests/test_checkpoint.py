@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from models import mesh_of, tiny_config
 
-from mtp_jax.checkpoint import (
+from mtp_jax.checkpoint.checkpoints import (
     Checkpoints,
     DamagedCheckpoint,
     abstract_items,
@@ -16,7 +16,7 @@ from mtp_jax.checkpoint import (
 )
 from mtp_jax.config import CheckpointConfig
 from mtp_jax.errors import UserError
-from mtp_jax.train_step import make_init
+from mtp_jax.training.train_step import make_init
 
 KEY = jax.random.key(0)
 

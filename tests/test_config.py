@@ -8,7 +8,7 @@ from models import mesh_of, tiny_config
 
 from mtp_jax.config import Config, DataConfig, MeshConfig, TrainConfig, default, freeze
 from mtp_jax.errors import UserError
-from mtp_jax.sharding import batch_shards, check_divisible, make_mesh
+from mtp_jax.parallel.sharding import batch_shards, check_divisible, make_mesh
 
 
 def edited(**fields):

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from models import mesh_of
 
-from mtp_jax import config, data, feed, packing, prepare
-from mtp_jax.corpus import Corpus
+from mtp_jax.config import freeze
+from mtp_jax.data import batches, packing, prepare
+from mtp_jax.data.corpus import Corpus
 from mtp_jax.errors import UserError
+from mtp_jax.parallel import to_devices
 
 SHARED = pathlib.Path(__file__).parent.parent.parent / "shared" / "data"
 B, T, N = 4, 16, 3
@@ -60,12 +62,12 @@ def cfg(story):
 def make_config(sources, **fields):
     of_model = {"n_future_tokens": N, "num_layers": 4}
     of_data = {"sources": tuple(sources), "seq_len": T, "batch_size": B, **fields}
-    return config.freeze({"model": of_model, "data": of_data})
+    return freeze({"model": of_model, "data": of_data})
 
 
 def take(cfg, n, start=0, rows=None):
     rows = np.arange(cfg.data.batch_size) if rows is None else rows
-    return list(itertools.islice(data.train_batches(cfg, rows, start), n))
+    return list(itertools.islice(batches.train_batches(cfg, rows, start), n))
 
 
 def assert_equal_batches(found, expected):
@@ -280,30 +282,32 @@ def test_heldout_batches_cover_the_split_once_in_order(cfg, story, digits):
             row_by_hand(stream, start) for start in range(0, len(stream) - 1, T)
         ]
 
-    batches = list(data.heldout_batches(run))
+    made = list(batches.heldout_batches(run))
 
     n_padding = -len(expected) % B
     expected += [dict.fromkeys(expected[0], [0] * S)] * n_padding
     assert n_padding > 0
-    assert len(batches) * B == len(expected)
+    assert len(made) * B == len(expected)
     for key in expected[0]:
-        found = np.concatenate([batch[key] for batch in batches])
+        found = np.concatenate([batch[key] for batch in made])
         assert found.tolist() == [row[key] for row in expected]
-    assert_equal_batches(list(data.heldout_batches(run)), batches)
+    assert_equal_batches(list(batches.heldout_batches(run)), made)
 
 
 def test_heldout_batches_can_be_limited_and_shared_by_hosts(cfg):
-    everything = list(data.heldout_batches(cfg))
+    everything = list(batches.heldout_batches(cfg))
     known = [row for batch in everything for row in batch["tokens"].tolist()]
 
-    limited = list(data.heldout_batches(cfg, limit=2))
+    limited = list(batches.heldout_batches(cfg, limit=2))
     shares = [
-        list(data.heldout_batches(cfg, rows_of_this_host=np.arange(h, B, 2), limit=2))
+        list(
+            batches.heldout_batches(cfg, rows_of_this_host=np.arange(h, B, 2), limit=2)
+        )
         for h in range(2)
     ]
 
     assert len(everything) > 4
-    assert_equal_batches(list(data.heldout_batches(cfg, limit=999)), everything)
+    assert_equal_batches(list(batches.heldout_batches(cfg, limit=999)), everything)
     places = [known.index(row) for b in limited for row in b["tokens"].tolist()]
     gaps = np.diff(places)
     assert len(places) == 2 * B and places[0] == 0
@@ -314,13 +318,15 @@ def test_heldout_batches_can_be_limited_and_shared_by_hosts(cfg):
 
 
 def test_heldout_batches_of_other_corpora_and_of_none(cfg, digits, tmp_path):
-    sources = data.open_sources(cfg, [digits], splits=["heldout"])
-    tokens = np.concatenate([b["tokens"] for b in data.heldout_batches(cfg, sources)])
+    sources = batches.open_sources(cfg, [digits], splits=["heldout"])
+    tokens = np.concatenate(
+        [b["tokens"] for b in batches.heldout_batches(cfg, sources)]
+    )
     assert not ((tokens >= ord("a")) & (tokens <= ord("z"))).any()
 
     bare = make_corpus(tmp_path / "bare", ["text " * 20], "--heldout=0")
     with pytest.raises(UserError, match=r"no held-out documents in .*bare"):
-        data.heldout_batches(make_config([bare]))
+        batches.heldout_batches(make_config([bare]))
 
 
 def test_a_vocabulary_larger_than_the_models_is_refused(cfg):
@@ -328,7 +334,7 @@ def test_a_vocabulary_larger_than_the_models_is_refused(cfg):
     small = dataclasses.replace(cfg, model=model)
 
     with pytest.raises(UserError, match=r"256 ids, config\.model\.vocab_size is 200"):
-        data.open_sources(small)
+        batches.open_sources(small)
 
 
 def test_sources_of_different_tokenizers_are_refused(story, tmp_path):
@@ -340,13 +346,13 @@ def test_sources_of_different_tokenizers_are_refused(story, tmp_path):
     with pytest.raises(
         UserError, match=r"other.* another tokenizer \(tokenizer.model\)"
     ):
-        data.open_sources(run)
+        batches.open_sources(run)
 
 
 def test_a_corpus_shorter_than_a_row_is_refused(tmp_path):
     short = make_corpus(tmp_path / "short", ["a" * (S - 3)], "--heldout=0")
     with pytest.raises(UserError, match=f"{S - 1} tokens to train on, less than .*{S}"):
-        data.train_batches(make_config([short]), np.arange(B), 0)
+        batches.train_batches(make_config([short]), np.arange(B), 0)
 
     enough = make_corpus(tmp_path / "enough", ["a" * (S - 2)], "--heldout=0")
     assert take(make_config([enough]), 1)[0]["tokens"].shape == (B, S)
@@ -360,23 +366,23 @@ def test_damage_is_found_before_the_first_batch_unless_not_asked_for(tmp_path):
     path.write_bytes(content)
 
     with pytest.raises(UserError, match=r"train-00000\.tokens is damaged"):
-        data.train_batches(make_config([corpus]), np.arange(B), 0)
+        batches.train_batches(make_config([corpus]), np.arange(B), 0)
     take(make_config([corpus], verify=False), 1)
     with pytest.raises(UserError, match="not a prepared corpus"):
-        data.open_sources(make_config([str(tmp_path)]))
+        batches.open_sources(make_config([str(tmp_path)]))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_id_outside_the_vocabulary_is_refused_by_document(story, workers):
     run = make_config([story], workers=workers)
-    sources = data.open_sources(run)
+    sources = batches.open_sources(run)
     small = dataclasses.replace(run.model, vocab_size=97)
     run = dataclasses.replace(run, model=small)
 
     with pytest.raises(
         UserError, match=r"corpus, document texts\.jsonl:\d+: id \d+ is"
     ):
-        next(data.train_batches(run, np.arange(B), 0, sources))
+        next(batches.train_batches(run, np.arange(B), 0, sources))
 
 
 def test_rows_pickle_small(story):
@@ -410,12 +416,12 @@ def test_rows_of_a_process_are_those_its_devices_hold(accumulation):
     sharding = jax.sharding.NamedSharding(mesh, spec)
     batch_size = accumulation * count * 2
 
-    found = feed.rows_of_process(sharding, batch_size, accumulation)
+    found = to_devices.rows_of_process(sharding, batch_size, accumulation)
     assert found.tolist() == list(range(batch_size))
 
     numbers = np.arange(batch_size).reshape(accumulation, -1)
     half = mesh.devices.ravel()[: max(1, count // 2)]
-    found = feed.rows_of_process(
+    found = to_devices.rows_of_process(
         PartOfSharding(sharding, half), batch_size, accumulation
     )
     assert found.tolist() == sorted(numbers[:, : 2 * len(half)].ravel().tolist())
@@ -425,7 +431,7 @@ def test_rows_that_several_devices_hold_are_given_once():
     mesh = jax.make_mesh((jax.device_count(),), ("tensor",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
-    assert feed.rows_of_process(sharding, 4, 2).tolist() == [0, 1, 2, 3]
+    assert to_devices.rows_of_process(sharding, 4, 2).tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.skipif("jax.device_count() == 1", reason="needs several devices")
@@ -434,7 +440,7 @@ def test_a_batch_that_does_not_split_over_the_devices_is_refused():
     spec = jax.sharding.PartitionSpec(None, "fsdp", None)
 
     with pytest.raises(UserError, match="= 3 rows do not split"):
-        feed.rows_of_process(jax.sharding.NamedSharding(mesh, spec), 6, 2)
+        to_devices.rows_of_process(jax.sharding.NamedSharding(mesh, spec), 6, 2)
 
 
 def test_real_text_comes_through_whole(tmp_path):
@@ -445,7 +451,7 @@ def test_real_text_comes_through_whole(tmp_path):
     prepare.main(argv)
 
     run = make_config([str(tmp_path / "c")], seq_len=1024)
-    corpus = data.open_sources(run)[0]
+    corpus = batches.open_sources(run)[0]
     rows = packing.PackedRows(corpus.documents("train"), 1024 + N, 1024, 256, None)
     tokens = np.concatenate([rows[r]["tokens"][:1024] for r in range(len(rows))])
 

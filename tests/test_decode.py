@@ -11,10 +11,10 @@ from jax.sharding import NamedSharding
 from models import all_logits, mesh_of
 
 from mtp_jax.config import MeshConfig, ModelConfig
-from mtp_jax.decode import Generator
+from mtp_jax.decode.generator import Generator
 from mtp_jax.errors import UserError
-from mtp_jax.sharding import make_mesh, spec
-from mtp_jax.train_step import model_builder
+from mtp_jax.parallel.sharding import make_mesh, spec
+from mtp_jax.training.train_step import model_builder
 
 NEW = 24
 VOCAB = 16
@@ -286,7 +286,7 @@ def test_bfloat16_and_tied_embeddings():
 
 def test_long_prompts_are_read_in_pieces(monkeypatch):
     c = case(2, 3)
-    monkeypatch.setattr("mtp_jax.decode_program._PIECE", 4)
+    monkeypatch.setattr("mtp_jax.decode.programs._PIECE", 4)
     mesh = one_device()
     generator = Generator(c.cfg, init(c.cfg, mesh), Letters(c.eos_id), mesh)
     results = generator.generate(c.prompts, max_new_tokens=NEW)

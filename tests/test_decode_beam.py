@@ -9,12 +9,12 @@ from models import all_logits
 from test_decode import Letters, init, on_mesh, one_device, tiny
 
 from mtp_jax.config import MeshConfig
-from mtp_jax.decode import Generator
-from mtp_jax.decoders.beam import Beam
-from mtp_jax.decoders.sampling import Sampling
+from mtp_jax.decode.decoders.beam import Beam
+from mtp_jax.decode.decoders.sampling import Sampling
+from mtp_jax.decode.generator import Generator
 from mtp_jax.errors import UserError
-from mtp_jax.sharding import make_mesh
-from mtp_jax.train_step import model_builder
+from mtp_jax.parallel.sharding import make_mesh
+from mtp_jax.training.train_step import model_builder
 
 V, NEW = 16, 12
 LENGTHS = (0, 1, 3, 7, 4)

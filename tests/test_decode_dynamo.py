@@ -14,19 +14,25 @@ import pytest
 from models import all_logits
 from test_decode import Letters, init, on_mesh, one_device, tiny
 
-from mtp_jax import cooccurrence, count, decode_program
+from mtp_jax.cli import count
 from mtp_jax.config import MeshConfig
-from mtp_jax.corpus import Corpus
-from mtp_jax.decode import Generator
-from mtp_jax.decode_batch import _prompts
-from mtp_jax.decode_model import build, unstack
-from mtp_jax.decoders.dynamo import Dynamo, blur, otsu
-from mtp_jax.decoders.dynamo_exact import DynamoExact
-from mtp_jax.decoders.ngrams import log_joint_ratio, log_next_ratio, tables_of
-from mtp_jax.decoders.sampling import Chance, Sampling
+from mtp_jax.data import ngram_counts
+from mtp_jax.data.corpus import Corpus
+from mtp_jax.decode import programs as decode_programs
+from mtp_jax.decode.batch import _prompts
+from mtp_jax.decode.decode_model import build, unstack
+from mtp_jax.decode.decoders.dynamo import Dynamo, blur, otsu
+from mtp_jax.decode.decoders.dynamo_exact import DynamoExact
+from mtp_jax.decode.decoders.ngram_ratios import (
+    log_joint_ratio,
+    log_next_ratio,
+    tables_of,
+)
+from mtp_jax.decode.decoders.sampling import Chance, Sampling
+from mtp_jax.decode.generator import Generator
 from mtp_jax.errors import UserError
-from mtp_jax.sharding import make_mesh
-from mtp_jax.train_step import model_builder
+from mtp_jax.parallel.sharding import make_mesh
+from mtp_jax.training.train_step import model_builder
 
 N, V, NEW = 3, 16, 18
 LENGTHS = (0, 1, 3, 4, 7)
@@ -84,19 +90,19 @@ def dense_ratios(order):
 
 
 def ngrams(order=3, vocab=V):
-    return cooccurrence.count(documents(vocab), vocab, "letters", order)
+    return ngram_counts.count(documents(vocab), vocab, "letters", order)
 
 
 @pytest.fixture(scope="module")
 def counts_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("counts") / "counts"
-    cooccurrence.save(ngrams(), path)
+    ngram_counts.save(ngrams(), path)
     return str(path)
 
 
 @pytest.mark.parametrize("piece", [5, 64, 1 << 20])
 def test_tables_hold_what_loops_count(monkeypatch, piece):
-    monkeypatch.setattr(cooccurrence, "_PIECE", piece)
+    monkeypatch.setattr(ngram_counts, "_PIECE", piece)
     found, slow = ngrams(), counted(documents())
     runs = [((t,), int(c)) for t, c in enumerate(found.count_V) if c]
     assert dict(runs) == slow[1]
@@ -114,7 +120,7 @@ def test_the_verb_counts_the_train_split(corpus_dir, tmp_path, capsys):
     output = tmp_path / "counts.npz"
     assert count.main([f"--input={corpus_dir}", f"--output={output}", "--order=2"]) == 0
     corpus = Corpus.open(corpus_dir)
-    ngrams = cooccurrence.load(output, corpus.tokenizer.fingerprint)
+    ngrams = ngram_counts.load(output, corpus.tokenizer.fingerprint)
     docs = corpus.documents("train")
     assert ngrams.order == 2
     assert ngrams.count_V.sum() == docs.lengths.sum()
@@ -133,17 +139,17 @@ def test_a_file_that_does_not_fit_is_refused(counts_file, tmp_path):
     whole = pathlib.Path(counts_file).read_bytes()
     bad = tmp_path / "bad"
     with pytest.raises(UserError, match="another tokenizer"):
-        cooccurrence.load(counts_file, "words")
+        ngram_counts.load(counts_file, "words")
     with pytest.raises(UserError, match="cannot be read"):
-        cooccurrence.load(tmp_path / "nowhere", "letters")
+        ngram_counts.load(tmp_path / "nowhere", "letters")
     with pytest.raises(UserError, match="cannot be written"):
-        cooccurrence.save(ngrams(2), tmp_path / "no" / "where")
+        ngram_counts.save(ngrams(2), tmp_path / "no" / "where")
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 255
     for content in (b"", b"PK", whole[: len(whole) // 2], bytes(flipped)):
         bad.write_bytes(content)
         with pytest.raises(UserError, match="not a file of counts, or damaged"):
-            cooccurrence.load(bad, "letters")
+            ngram_counts.load(bad, "letters")
 
 
 @pytest.mark.parametrize(
@@ -168,7 +174,7 @@ def test_arrays_that_would_lead_a_look_up_astray_are_refused(
     arrays = {name: x for name, x in arrays.items() if x is not None}
     np.savez(tmp_path / "bad.npz", **arrays)
     with pytest.raises(UserError, match="not a file of counts"):
-        cooccurrence.load(tmp_path / "bad.npz", "letters")
+        ngram_counts.load(tmp_path / "bad.npz", "letters")
 
 
 @pytest.mark.parametrize("order", [2, 3])
@@ -433,7 +439,7 @@ def branched(state, draws):
     "n,vocab,tokens,steps", [(2, 4, 3, 2), (3, 3, 2, 1)], ids=["n2", "n3"]
 )
 def test_the_exact_variant_has_the_law_of_head_1(tmp_path, n, vocab, tokens, steps):
-    cooccurrence.save(ngrams(vocab=vocab), tmp_path / "counts")
+    ngram_counts.save(ngrams(vocab=vocab), tmp_path / "counts")
     decoder = DynamoExact(counts=str(tmp_path / "counts"), candidates=vocab - 1)
     c = case(n, vocab, eos_id=-1)  # no text ends early
     prompt, sampling = c.prompts[2] % vocab, Sampling(temperature=0.8)
@@ -449,7 +455,7 @@ def test_the_exact_variant_has_the_law_of_head_1(tmp_path, n, vocab, tokens, ste
         forced = jnp.asarray(list(np.ndindex(first)), jnp.int32)
         chance = Chance(prompts.chance.key_B2, forced, jnp.zeros(len(rows)))
         prompts = dataclasses.replace(prompts, chance=chance)
-        begin = decode_program._begin(c.cfg, decoder, -1, 16, 16, alone=False)
+        begin = decode_programs._begin(c.cfg, decoder, -1, 16, 16, alone=False)
         state, _ = begin(params, prompts)
         step = jax.jit(
             lambda params, state: decoder.step(build(c.cfg, params), state, n)

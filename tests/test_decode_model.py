@@ -5,16 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax import native
-from mtp_jax.cache import chain, make_cache, run_head, run_trunk
 from mtp_jax.config import ModelConfig
-from mtp_jax.decode_batch import Batch, put
-from mtp_jax.decode_model import build, unstack
-from mtp_jax.decode_program import Programs
-from mtp_jax.decoders.blockwise import Blockwise
-from mtp_jax.decoders.sampling import Sampling
-from mtp_jax.panels import Panels
-from mtp_jax.train_step import model_builder
+from mtp_jax.decode.batch import Batch, put
+from mtp_jax.decode.cache import chain, make_cache, run_head, run_trunk
+from mtp_jax.decode.cpu import native
+from mtp_jax.decode.cpu.packed import Panels
+from mtp_jax.decode.decode_model import build, unstack
+from mtp_jax.decode.decoders.blockwise import Blockwise
+from mtp_jax.decode.decoders.sampling import Sampling
+from mtp_jax.decode.programs import Programs
+from mtp_jax.training.train_step import model_builder
 
 
 def config(**changes):

@@ -23,21 +23,21 @@ from test_decode import (
     tiny,
 )
 
-from mtp_jax.cache import chain, make_cache, run_heads_at, run_trunk
+from mtp_jax.cli.decoder_args import decoder_of, description, fitting
 from mtp_jax.config import MeshConfig
-from mtp_jax.decode import Generator
-from mtp_jax.decode_batch import Batch
-from mtp_jax.decode_model import build, unstack
-from mtp_jax.decode_program import Programs, Prompts
-from mtp_jax.decoder_args import decoder_of, description, fitting
-from mtp_jax.decoders import DECODERS
-from mtp_jax.decoders.sampling import Chance, Sampling, law_of
-from mtp_jax.decoders.token_tree import default_tree, read_tree, tree_of
-from mtp_jax.decoders.tree import Tree
-from mtp_jax.decoders.typical import Typical
+from mtp_jax.decode.batch import Batch
+from mtp_jax.decode.cache import chain, make_cache, run_heads_at, run_trunk
+from mtp_jax.decode.decode_model import build, unstack
+from mtp_jax.decode.decoders import DECODERS
+from mtp_jax.decode.decoders.sampling import Chance, Sampling, law_of
+from mtp_jax.decode.decoders.token_tree import default_tree, read_tree, tree_of
+from mtp_jax.decode.decoders.tree import Tree
+from mtp_jax.decode.decoders.typical import Typical
+from mtp_jax.decode.generator import Generator
+from mtp_jax.decode.programs import Programs, Prompts
 from mtp_jax.errors import UserError
-from mtp_jax.sharding import make_mesh, spec
-from mtp_jax.train_step import model_builder
+from mtp_jax.parallel.sharding import make_mesh, spec
+from mtp_jax.training.train_step import model_builder
 
 TREES = {
     "built in": None,

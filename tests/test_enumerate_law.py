@@ -11,11 +11,11 @@ from models import mesh_of, placed_params, random_params
 from naive import all_logits as naive_logits
 
 from mtp_jax.config import ModelConfig
-from mtp_jax.decode_model import unstack
-from mtp_jax.decode_program import Programs
-from mtp_jax.decoders import DECODERS
-from mtp_jax.decoders.sampling import Sampling
-from mtp_jax.enumerate_law import (
+from mtp_jax.decode.decode_model import unstack
+from mtp_jax.decode.decoders import DECODERS
+from mtp_jax.decode.decoders.sampling import Sampling
+from mtp_jax.decode.programs import Programs
+from mtp_jax.verification.exact_distribution import (
     TooManyDraws,
     decoder_law,
     distance,
@@ -23,7 +23,7 @@ from mtp_jax.enumerate_law import (
     head_one_law,
     next_law,
 )
-from mtp_jax.verify_law import Trusting, WithoutRest
+from mtp_jax.verification.sampling_tests import Trusting, WithoutRest
 
 PROMPT = (0, 3, 1, 1)
 EOS = 4

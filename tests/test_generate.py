@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 from models import mesh_of
 
-from mtp_jax import generate
+from mtp_jax.checkpoint.restore import Restored, with_heads
+from mtp_jax.cli import generate
+from mtp_jax.cli.decoder_args import decoder_of, fitting, options_of
 from mtp_jax.config import Config, DataConfig, ModelConfig
-from mtp_jax.corpus import Corpus
-from mtp_jax.decode import Generator
-from mtp_jax.decoder_args import decoder_of, fitting, options_of
-from mtp_jax.decoders import DECODERS
+from mtp_jax.data.corpus import Corpus
+from mtp_jax.data.prompts import heldout_prompts
+from mtp_jax.data.tokenizer import ByteTokenizer
+from mtp_jax.decode.decoders import DECODERS
+from mtp_jax.decode.generation import Generation, totals
+from mtp_jax.decode.generator import Generator
 from mtp_jax.errors import UserError
-from mtp_jax.generation import Generation, totals
-from mtp_jax.prompts import heldout_prompts
-from mtp_jax.restore import Restored, with_heads
-from mtp_jax.tokenizer import ByteTokenizer
-from mtp_jax.train_step import model_builder
+from mtp_jax.training.train_step import model_builder
 
 FEW = "--max_new_tokens=6"
 
@@ -59,7 +59,7 @@ def restored(monkeypatch):
             config = with_heads(config, 1)
         return Restored(config, params, mesh, 7, ByteTokenizer())
 
-    monkeypatch.setattr("mtp_jax.restore.restore_model", restore_model)
+    monkeypatch.setattr("mtp_jax.checkpoint.restore.restore_model", restore_model)
     return asked
 
 
@@ -108,7 +108,7 @@ def test_prompts_come_a_line_each_from_files_and_standard_input(
 
 @pytest.mark.parametrize("decoder", ["blockwise", "speculative"])
 def test_one_head_cannot_draft(restored, monkeypatch, decoder):
-    monkeypatch.setattr("mtp_jax.decode.unstack", None)
+    monkeypatch.setattr("mtp_jax.decode.generator.unstack", None)
     with pytest.raises(UserError, match="the model has 1: use plain"):
         generate.main(["--workdir=one head", "--prompt=a", f"--decoder={decoder}"])
 
@@ -396,7 +396,9 @@ def test_too_long_heldout_prompts_are_refused(corpus):
     ],
 )
 def test_bad_flags_are_refused(restored, monkeypatch, flags, message):
-    monkeypatch.setattr("mtp_jax.decode.unstack", None)  # nothing is compiled before
+    monkeypatch.setattr(
+        "mtp_jax.decode.generator.unstack", None
+    )  # nothing is compiled before
     with pytest.raises(UserError, match=message):
         generate.main(["--workdir=run", *flags])
 

@@ -8,8 +8,8 @@ import pytest
 from models import mesh_of, placed_params, random_params
 from test_decode import NEW, Letters, case, tiny
 
-from mtp_jax.decode import Generator
-from mtp_jax.decoders.sampling import Sampling
+from mtp_jax.decode.decoders.sampling import Sampling
+from mtp_jax.decode.generator import Generator
 from mtp_jax.errors import UserError
 
 SAMPLED = Sampling(temperature=1.0, seed=5)

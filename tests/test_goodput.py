@@ -2,7 +2,7 @@
 
 import pytest
 
-from mtp_jax.goodput import KINDS, Goodput, straggler
+from mtp_jax.run.goodput import KINDS, Goodput, straggler
 
 
 class Clock:

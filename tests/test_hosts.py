@@ -266,7 +266,7 @@ def test_strangers_at_the_port_do_no_harm():
 
 def test_slurm_says_which_process_this_is(monkeypatch):
     """Found by JAX's own rules, from nothing but the variables of a Slurm step."""
-    from mtp_jax import place
+    from mtp_jax.distributed import cluster
 
     step = {
         "SLURM_JOB_ID": "7",
@@ -275,10 +275,10 @@ def test_slurm_says_which_process_this_is(monkeypatch):
         "SLURM_PROCID": "1",
         "SLURM_LOCALID": "0",
     }
-    assert place.detected(5) is None
+    assert cluster.detected(5) is None
     for name, value in step.items():
         monkeypatch.setenv(name, value)
 
-    found = place.detected(5)
+    found = cluster.detected(5)
 
-    assert found == place.Place("node003:61447", 2, 1, (0,))
+    assert found == cluster.Place("node003:61447", 2, 1, (0,))

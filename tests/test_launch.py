@@ -16,7 +16,7 @@ import pytest
 import yaml
 from runs import ROOT, records, wait_for_step
 
-from mtp_jax import train
+from mtp_jax.cli import train
 from mtp_jax.errors import UserError
 
 LAUNCH = ROOT / "launch"

@@ -17,10 +17,10 @@ from models import (
     tiny_config,
 )
 
-from mtp_jax import losses
 from mtp_jax.config import ComputeConfig, LossConfig
-from mtp_jax.decoders.state import most_likely
-from mtp_jax.train_step import make_gradients, model_builder
+from mtp_jax.decode.decoders.state import most_likely
+from mtp_jax.loss import batch_loss
+from mtp_jax.training.train_step import make_gradients, model_builder
 
 ROWS, T = 32, 16
 MESHES = {
@@ -185,7 +185,7 @@ def weighted_loss(form):
 
     def loss(w_unembedding):
         model = build({**params, "w_unembedding": w_unembedding})
-        return losses.batch_loss(model, rows, jnp.ones(2), 0.01, cfg.compute)[0]
+        return batch_loss.batch_loss(model, rows, jnp.ones(2), 0.01, cfg.compute)[0]
 
     return loss, params["w_unembedding"]
 
@@ -223,7 +223,7 @@ def test_sums_are_the_same_with_and_without_gradients(one_device, form):
     params = placed_params(cfg.model, random_params(cfg.model))
     rows = {name: x[0] for name, x in placed_batch(rows_of("packed", 4), 1).items()}
 
-    sums = jax.jit(lambda p: losses.head_sums(build(p), rows, cfg.compute))(params)
+    sums = jax.jit(lambda p: batch_loss.head_sums(build(p), rows, cfg.compute))(params)
 
     expected_sums = gradients_of(cfg, {"packed": rows_of("packed", 4)}, 1)["packed"][1]
     for name, x in vars(expected_sums).items():
@@ -258,7 +258,7 @@ def test_a_batch_of_padding_has_no_loss_and_no_gradient(one_device):
     assert loss == 0
     np.testing.assert_array_equal(sums.count_N, [0, 0])
     assert all((x == 0).all() for x in jax.tree.leaves(jax.device_get(grads)))
-    assert all(np.isfinite(x).all() for x in losses.summarize(sums).values())
+    assert all(np.isfinite(x).all() for x in batch_loss.summarize(sums).values())
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
@@ -268,8 +268,10 @@ def test_targets_are_the_tokens_ahead_in_the_same_document(n, documents):
         np.random.default_rng(n), 4, T + n, 32, n_documents=documents, padding=4
     )
 
-    targets_NBT, valid_NBT = losses.future_targets(rows["tokens"], rows["segments"], n)
-    count_N = losses.target_counts(rows["segments"], n)
+    targets_NBT, valid_NBT = batch_loss.future_targets(
+        rows["tokens"], rows["segments"], n
+    )
+    count_N = batch_loss.target_counts(rows["segments"], n)
 
     expected_NBT, expected_valid_NBT = naive.targets(
         rows["tokens"], rows["segments"], n
@@ -286,7 +288,7 @@ def test_targets_stop_at_document_ends_and_at_padding():
     tokens_BS = np.array([[10, 11, 12, 20, 21, 22, 0, 0]], np.int32)
     segments_BS = np.array([[1, 1, 1, 2, 2, 2, 0, 0]], np.int32)
 
-    targets_NBT, valid_NBT = losses.future_targets(tokens_BS, segments_BS, 2)
+    targets_NBT, valid_NBT = batch_loss.future_targets(tokens_BS, segments_BS, 2)
 
     np.testing.assert_array_equal(targets_NBT[0, 0], [11, 12, 20, 21, 22, 0])
     np.testing.assert_array_equal(valid_NBT[0, 0], [1, 1, 0, 1, 1, 0])
@@ -297,7 +299,7 @@ def test_a_row_too_short_for_the_last_head_is_refused_with_the_remedy():
     row = np.ones((1, 3), np.int32)
 
     with pytest.raises(ValueError, match="rows must hold seq_len \\+ n tokens"):
-        losses.future_targets(row, row, 3)
+        batch_loss.future_targets(row, row, 3)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +311,7 @@ def test_a_row_too_short_for_the_last_head_is_refused_with_the_remedy():
     ],
 )
 def test_head_weights_are_uniform_decaying_or_listed(fields, weights):
-    weights_N = losses.head_weights(LossConfig(**fields), 3)
+    weights_N = batch_loss.head_weights(LossConfig(**fields), 3)
 
     assert weights_N.dtype == np.float32
     np.testing.assert_allclose(weights_N, weights, rtol=1e-6)
@@ -353,7 +355,7 @@ def counting_params(strides):
 def counting_sums():
     _, build = model_builder(COUNTING)
     return jax.jit(
-        lambda params, rows: losses.head_sums(build(params), rows, ComputeConfig())
+        lambda params, rows: batch_loss.head_sums(build(params), rows, ComputeConfig())
     )
 
 
@@ -413,7 +415,7 @@ def test_accuracy_and_acceptance_are_those_of_a_simulation(strides, jumps, axes)
 
 
 def test_heads_that_know_the_text_are_right_and_always_accepted(one_device):
-    means = losses.summarize(sums_of_counting((1, 2, 3), counting_rows(0.0)))
+    means = batch_loss.summarize(sums_of_counting((1, 2, 3), counting_rows(0.0)))
 
     np.testing.assert_array_equal(means["accuracy_N"], [1, 1, 1])
     np.testing.assert_array_equal(means["accepted_N"], [1, 1, 1])
@@ -421,7 +423,7 @@ def test_heads_that_know_the_text_are_right_and_always_accepted(one_device):
 
 
 def test_a_head_that_looks_one_token_too_far_ends_the_acceptance(one_device):
-    means = losses.summarize(sums_of_counting((1, 3, 3), counting_rows(0.0)))
+    means = batch_loss.summarize(sums_of_counting((1, 3, 3), counting_rows(0.0)))
 
     np.testing.assert_array_equal(means["accuracy_N"], [1, 0, 1])
     np.testing.assert_array_equal(means["accepted_N"], [1, 0, 0])
@@ -430,7 +432,7 @@ def test_a_head_that_looks_one_token_too_far_ends_the_acceptance(one_device):
 
 def test_text_that_head_1_did_not_foresee_lowers_acceptance(one_device):
     found = [
-        losses.summarize(sums_of_counting((1, 2, 3), counting_rows(jumps)))
+        batch_loss.summarize(sums_of_counting((1, 2, 3), counting_rows(jumps)))
         for jumps in (0.0, 0.3, 1.0)
     ]
 

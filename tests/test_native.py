@@ -13,7 +13,8 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from mtp_jax import layers, native, panels
+from mtp_jax.decode.cpu import native, packed
+from mtp_jax.model import layers
 
 
 @pytest.fixture
@@ -34,8 +35,8 @@ def drawn(m, o, i):
 
 @jax.jit
 def multiplied(x_MI, w_OI):
-    packed = panels.pack(w_OI, w_OI.shape[:1])
-    return native.product(x_MI, packed.w_PIJ)[:, : w_OI.shape[0]]
+    matrix = packed.pack(w_OI, w_OI.shape[:1])
+    return native.product(x_MI, matrix.w_PIJ)[:, : w_OI.shape[0]]
 
 
 @pytest.mark.parametrize("tokens", [*range(1, 10), 16, 37])
@@ -76,9 +77,9 @@ def test_what_is_not_a_number_stays_so_and_stays_where_it_is(served):
 
 def test_stacks_of_tokens_are_taken_one_by_one(served):
     x_MI, w_OI = drawn(4, 96, 64)
-    packed = panels.pack(jnp.asarray(w_OI), (96,))
+    matrix = packed.pack(jnp.asarray(w_OI), (96,))
 
-    y_SMO = jax.vmap(native.product, (0, None))(np.stack([x_MI, -x_MI]), packed.w_PIJ)
+    y_SMO = jax.vmap(native.product, (0, None))(np.stack([x_MI, -x_MI]), matrix.w_PIJ)
 
     np.testing.assert_array_equal(y_SMO[0], multiplied(x_MI, w_OI))
     np.testing.assert_array_equal(y_SMO[1], -multiplied(x_MI, w_OI))
@@ -113,9 +114,9 @@ def test_layers_get_the_einsum(served, equation, x_shape, w_shape, inputs):
     w = rng.normal(size=w_shape).astype(np.float32)
     outputs = w_shape[inputs:]
     w_OI = np.moveaxis(w.reshape(-1, *outputs), 0, -1).reshape(np.prod(outputs), -1)
-    packed = panels.pack(jnp.asarray(w_OI), outputs)
+    matrix = packed.pack(jnp.asarray(w_OI), outputs)
 
-    y = layers.project(equation, jnp.asarray(x), nnx.Param(packed), PartitionSpec())
+    y = layers.project(equation, jnp.asarray(x), nnx.Param(matrix), PartitionSpec())
 
     np.testing.assert_allclose(y, np.einsum(equation, x, w), rtol=1e-5, atol=1e-5)
 
@@ -290,7 +291,7 @@ def run(code, cache, **environ):
     )
 
 
-SERVED = "from mtp_jax.native import serves; print(serves('float32'))"
+SERVED = "from mtp_jax.decode.cpu.native import serves; print(serves('float32'))"
 
 
 def test_it_is_compiled_once_for_all_processes(served, tmp_path):

@@ -10,7 +10,7 @@ import time
 import pytest
 from runs import finish, start, train_args
 
-from mtp_jax.stores import absolute, is_remote
+from mtp_jax.storage import absolute, is_remote
 
 BUCKET = "mtp-jax-test"
 

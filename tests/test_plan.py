@@ -14,23 +14,24 @@ import pytest
 from models import TINY, placed_params, random_params
 from runs import ROOT, finish, start
 
-from mtp_jax import __main__, ahead, plan
-from mtp_jax.ahead import Compiled
-from mtp_jax.attention import causal_attention
-from mtp_jax.cli_args import config_from
+from mtp_jax import __main__
+from mtp_jax.cli.args import config_from
 from mtp_jax.config import Config, DataConfig, LossConfig, MeshConfig, TrainConfig
 from mtp_jax.errors import UserError
-from mtp_jax.flops import (
+from mtp_jax.model.attention import causal_attention
+from mtp_jax.model.flops import (
     device_figures,
     executed_flops,
     layer_params,
     train_flops,
     train_flops_per_token,
 )
-from mtp_jax.model import run_trunk
-from mtp_jax.program import Program, Traffic
-from mtp_jax.sharding import make_mesh, spec
-from mtp_jax.train_step import TrainState, model_builder
+from mtp_jax.model.language_model import run_trunk
+from mtp_jax.parallel.sharding import make_mesh, spec
+from mtp_jax.planning import aot, plan
+from mtp_jax.planning.aot import Compiled
+from mtp_jax.planning.hlo import Program, Traffic
+from mtp_jax.training.train_step import TrainState, model_builder
 
 TINY_FILE = ROOT / "configs" / "tiny.py"
 needs_libtpu = pytest.mark.skipif(
@@ -305,7 +306,7 @@ def test_refusals_for_memory_are_read():
     )
     state = TrainState(None, None, None, {}, None)
 
-    found = ahead._refused(whole, state, {})
+    found = aot._refused(whole, state, {})
 
     gib = [found.argument_bytes, found.temp_bytes, found.hbm_bytes, found.limit_bytes]
     assert [round(x / 2**30, 2) for x in gib] == [5.63, 11.34, 16.97, 15.75]
@@ -315,11 +316,11 @@ def test_refusals_for_memory_are_read():
         "HLO temporaries (15.88G) exceeds available HBM (15.75G)."
     )
     batch = {"tokens": placed_on_one((2**28,), jnp.float32)}
-    found = ahead._refused(early, state, batch)
+    found = aot._refused(early, state, batch)
     gib = [found.argument_bytes, found.temp_bytes, found.hbm_bytes, found.limit_bytes]
     assert [round(x / 2**30, 2) for x in gib] == [1.0, 14.88, 15.88, 15.75]
     with pytest.raises(jax.errors.JaxRuntimeError, match="vmem"):
-        ahead._refused("RESOURCE_EXHAUSTED: Ran out of memory in vmem", state, {})
+        aot._refused("RESOURCE_EXHAUSTED: Ran out of memory in vmem", state, {})
 
 
 @pytest.fixture
@@ -422,7 +423,7 @@ def test_a_tiny_model_compiles_for_a_tpu():
 def test_replicas_are_on_slices_of_their_own(monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    devices = ahead.topology_devices("2xv5p:2x2x1")
+    devices = aot.topology_devices("2xv5p:2x2x1")
     sizes = {"replica": 4, "fsdp": 1, "sequence": 2}
 
     mesh = make_mesh(MeshConfig(**sizes), devices)

@@ -33,7 +33,7 @@ SMALL = ("--config.data.seq_len=32", "--config.optim.peak_lr=3e-3")
 @pytest.fixture(scope="module")
 def two_corpora(tmp_path_factory, corpus_dir):
     """Two sources whose epochs end within a few steps, and the options of a mixture."""
-    from mtp_jax import prepare
+    from mtp_jax.data import prepare
 
     folder = tmp_path_factory.mktemp("sources")
     options = []
@@ -172,8 +172,8 @@ def test_any_number_of_hosts_goes_on_where_another_stopped(tmp_path, two_corpora
 def test_every_document_is_seen_exactly_once_an_epoch(two_corpora):
     """By what `audit --step` tells of each step, in the first epoch of each source."""
 
-    from mtp_jax.cli_args import config_from
-    from mtp_jax.data import open_sources, pieces_of_step
+    from mtp_jax.cli.args import config_from
+    from mtp_jax.data.batches import open_sources, pieces_of_step
 
     cfg = config_from(str(ROOT / "configs" / "tiny.py"), two_corpora)
     sources = open_sources(cfg, splits=["train"])
@@ -213,7 +213,7 @@ def test_audit_tells_the_first_batch_that_differs(
 
 
 def test_audit_tells_what_a_run_has_not(alone_and_together, tmp_path):
-    from mtp_jax import audit
+    from mtp_jax.run import audit
 
     workdir = tmp_path / "run"
     shutil.copytree(alone_and_together[0], workdir)

@@ -8,10 +8,10 @@ import pickle
 import numpy as np
 import pytest
 
-from mtp_jax import prepare
-from mtp_jax.corpus import Corpus, verify
+from mtp_jax.data import prepare
+from mtp_jax.data.corpus import Corpus, verify
+from mtp_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from mtp_jax.errors import UserError
-from mtp_jax.tokenizer import load_tokenizer, train_sentencepiece
 
 BOS, EOS = 0xFE, 0xFF
 
@@ -103,8 +103,8 @@ def test_shards_split_between_documents_only(source, tmp_path):
 
 
 def test_the_number_of_workers_does_not_change_a_byte(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("mtp_jax.tokenizing._TASK_PARTS", 7)
-    monkeypatch.setattr("mtp_jax.documents._BLOCK_BYTES", 500)
+    monkeypatch.setattr("mtp_jax.data.tokenizing._TASK_PARTS", 7)
+    monkeypatch.setattr("mtp_jax.data.documents._BLOCK_BYTES", 500)
     lines = "".join(json.dumps({"text": f"story {i} " * 5}) + "\n" for i in range(100))
     (source / "stories.jsonl").write_text(lines)
 
@@ -131,7 +131,7 @@ def test_lines_of_jsonl_are_documents_named_by_line(tmp_path):
 
 
 def test_small_blocks_of_lines_keep_line_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr("mtp_jax.documents._BLOCK_BYTES", 40)
+    monkeypatch.setattr("mtp_jax.data.documents._BLOCK_BYTES", 40)
     lines = [json.dumps({"text": "w" * n}) for n in range(1, 30)]
     (tmp_path / "d.jsonl").write_text("\n".join(lines) + "\n")
 
@@ -292,8 +292,8 @@ def test_bad_input_is_refused_by_file_and_place(tmp_path, name, content, match):
 
 
 def test_bad_input_in_a_worker_is_refused_the_same_way(tmp_path, monkeypatch):
-    monkeypatch.setattr("mtp_jax.documents._BLOCK_BYTES", 10)
-    monkeypatch.setattr("mtp_jax.tokenizing._TASK_PARTS", 2)
+    monkeypatch.setattr("mtp_jax.data.documents._BLOCK_BYTES", 10)
+    monkeypatch.setattr("mtp_jax.data.tokenizing._TASK_PARTS", 2)
     lines = b'{"text": "abcd"}\n' * 20 + b"oops\n"
 
     refused(tmp_path, "a.jsonl", lines, "--workers=2", match=r"a\.jsonl:21 is not JSON")

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mtp_jax.program import Traffic, read_program
+from mtp_jax.planning.hlo import Traffic, read_program
 
 # As a TPU program has it, cut down: a loop of three turns that starts at 1 and does not
 # say so, a reduce-scatter as a fusion, a collective in two fusions of one chain, an

@@ -7,13 +7,13 @@ import pytest
 from models import tiny_config
 from runs import CACHE, ROOT, finish, start
 
-from mtp_jax import rehearse
-from mtp_jax.cli_args import config_from
+from mtp_jax.cli.args import config_from
 from mtp_jax.config import Config, MeshConfig
 from mtp_jax.errors import UserError
-from mtp_jax.rehearse_faults import FAULTS, Outcome, _judged, host_counts
-from mtp_jax.rehearse_hosts import Hosts
-from mtp_jax.rehearse_scale import differences, scale_down, scaled_mesh
+from mtp_jax.rehearsal import rehearsal
+from mtp_jax.rehearsal.faults import FAULTS, Outcome, _judged, host_counts
+from mtp_jax.rehearsal.processes import Hosts
+from mtp_jax.rehearsal.scale import differences, scale_down, scaled_mesh
 
 COUNTS = (8, 4, 2, 16)
 MESHES = [
@@ -77,10 +77,10 @@ def test_too_many_devices_for_a_machine_are_refused():
 
 
 def test_a_script_is_decided_by_its_seed_and_has_every_fault():
-    names = [fault.name for fault in rehearse._script(None, 2 * len(FAULTS), 3)]
+    names = [fault.name for fault in rehearsal._script(None, 2 * len(FAULTS), 3)]
 
-    again = [fault.name for fault in rehearse._script(None, 2 * len(FAULTS), 3)]
-    other = [fault.name for fault in rehearse._script(None, 2 * len(FAULTS), 4)]
+    again = [fault.name for fault in rehearsal._script(None, 2 * len(FAULTS), 3)]
+    other = [fault.name for fault in rehearsal._script(None, 2 * len(FAULTS), 4)]
 
     assert names == again != other
     assert sorted(names) == sorted(2 * [fault.name for fault in FAULTS])
@@ -88,12 +88,12 @@ def test_a_script_is_decided_by_its_seed_and_has_every_fault():
 
 def test_a_fault_that_does_not_exist_is_told():
     with pytest.raises(UserError, match="kill_one"):
-        rehearse._script(["kill"], None, 0)
+        rehearsal._script(["kill"], None, 0)
 
 
 def test_a_folder_that_cannot_be_made_is_told():
     with pytest.raises(UserError, match="--workdir=/proc/x cannot be written"):
-        rehearse._folder("/proc/x")
+        rehearsal._folder("/proc/x")
 
 
 def test_resumes_go_to_fewer_and_to_more_hosts():
@@ -121,15 +121,15 @@ def test_an_end_that_is_not_as_it_had_to_be_is_noticed(codes, lines, options, wr
 def test_other_batches_are_noticed(capsys, tmp_path):
     calm = ["a", "b", "c"]
     rows = [
-        rehearse.Row("kill_one", Outcome("host 1 is lost", 2.0), "", ("a", "b")),
-        rehearse.Row("kill_all", Outcome("", 2.0), "", ("a", "x", "c")),
-        rehearse.Row("stop_all", Outcome("", 2.0), "began after step 1", ("a",)),
-        rehearse.Row("full_disk", Outcome("", 2.0, "nobody said"), "", ("a",)),
+        rehearsal.Row("kill_one", Outcome("host 1 is lost", 2.0), "", ("a", "b")),
+        rehearsal.Row("kill_all", Outcome("", 2.0), "", ("a", "x", "c")),
+        rehearsal.Row("stop_all", Outcome("", 2.0), "began after step 1", ("a",)),
+        rehearsal.Row("full_disk", Outcome("", 2.0, "nobody said"), "", ("a",)),
     ]
 
-    good = rehearse._report(rows[:1], calm, 1.0, tmp_path)
+    good = rehearsal._report(rows[:1], calm, 1.0, tmp_path)
     assert "1 of 1 held" in capsys.readouterr().out
-    bad = rehearse._report(rows, calm, 1.0, tmp_path)
+    bad = rehearsal._report(rows, calm, 1.0, tmp_path)
 
     assert (good, bad) == (0, 1)
     assert "1 of 4 held" in capsys.readouterr().out
@@ -138,7 +138,7 @@ def test_other_batches_are_noticed(capsys, tmp_path):
 def test_a_written_config_is_the_config(tmp_path):
     cfg = scale_down(Config(), ["a", "b"], 300, [2])
 
-    path = rehearse._write_config(cfg, tmp_path)
+    path = rehearsal._write_config(cfg, tmp_path)
 
     assert config_from(str(path), []) == cfg
 
@@ -147,7 +147,9 @@ def test_hosts_that_hang_are_ended_and_told(tmp_path, monkeypatch):
     fake = tmp_path / "mtp_jax"
     fake.mkdir()
     (fake / "__main__.py").write_text("import time; time.sleep(100)")
-    monkeypatch.setattr("mtp_jax.rehearse_hosts.__file__", str(fake / "x.py"))
+    monkeypatch.setattr(
+        "mtp_jax.rehearsal.processes.__file__", str(fake / "rehearsal" / "x.py")
+    )
 
     hosts = Hosts(["train"], hosts=2, devices=1, logs=tmp_path / "logs")
     codes, _ = hosts.wait(0.5)

@@ -9,16 +9,11 @@ import jax
 import pytest
 from models import mesh_of
 
-from mtp_jax.ahead import abstract_batch
-from mtp_jax.config import (
-    ComputeConfig,
-    Config,
-    DataConfig,
-    ModelConfig,
-)
-from mtp_jax.program import read_program
-from mtp_jax.sharding import abstract_tree
-from mtp_jax.train_step import make_gradients, make_init, make_step
+from mtp_jax.config import ComputeConfig, Config, DataConfig, ModelConfig
+from mtp_jax.parallel.sharding import abstract_tree
+from mtp_jax.planning.aot import abstract_batch
+from mtp_jax.planning.hlo import read_program
+from mtp_jax.training.train_step import make_gradients, make_init, make_step
 
 ROWS, T, D, V, CHUNK = 8, 64, 64, 8192, 64
 MATRICES = 7  # of a layer

@@ -5,8 +5,12 @@ import random
 import numpy as np
 import pytest
 
-from mtp_jax.text_stream import before_stop, find_stop, pieces, settled
-from mtp_jax.tokenizer import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
+from mtp_jax.data.tokenizer import (
+    ByteTokenizer,
+    SentencePieceTokenizer,
+    train_sentencepiece,
+)
+from mtp_jax.decode.text_stream import before_stop, find_stop, pieces, settled
 
 BYTES = ByteTokenizer()
 TEXT = "naïve €5 → 日本語 🙂 end, a stop or a sto"

@@ -8,9 +8,9 @@ import subprocess
 
 import pytest
 
-from mtp_jax.generation import Generation
-from mtp_jax.token_view import page, spans, terminal, terminal_legend
-from mtp_jax.tokenizer import ByteTokenizer
+from mtp_jax.data.tokenizer import ByteTokenizer
+from mtp_jax.decode.generation import Generation
+from mtp_jax.reports.token_view import page, spans, terminal, terminal_legend
 
 BYTES = ByteTokenizer()
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from mtp_jax import tokenizer as tokenizers
+from mtp_jax.data import tokenizer as tokenizers
 from mtp_jax.errors import UserError
 
 SHARED = pathlib.Path(__file__).parent.parent.parent / "shared" / "data"
@@ -198,7 +198,6 @@ def test_a_model_from_elsewhere_encodes_and_decodes():
 
 
 def test_tokenizers_load_without_jax():
-    code = (
-        "import sys, mtp_jax.prepare, mtp_jax.packing; assert 'jax' not in sys.modules"
-    )
+    code = """import sys, mtp_jax.data.prepare, mtp_jax.data.packing
+assert 'jax' not in sys.modules"""
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -25,7 +25,7 @@ from runs import (
     without_timings,
 )
 
-from mtp_jax.decode import Generator
+from mtp_jax.decode.generator import Generator
 from mtp_jax.errors import UserError
 
 

@@ -12,8 +12,8 @@ import pytest
 from models import TINY, mesh_of, placed_batch
 
 from mtp_jax.config import Config, OptimConfig, TrainConfig
-from mtp_jax.optim import learning_rate
-from mtp_jax.train_step import make_gradients, make_init, make_step
+from mtp_jax.training.optim import learning_rate
+from mtp_jax.training.train_step import make_gradients, make_init, make_step
 
 STEPS, WARMUP = 6, 2
 CFG = Config(

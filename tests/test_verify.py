@@ -9,15 +9,15 @@ import pytest
 import scipy.stats
 from models import mesh_of, placed_params, random_params
 
-from mtp_jax import verify
+from mtp_jax.checkpoint.restore import Restored, with_heads
 from mtp_jax.config import Config, DataConfig, ModelConfig
-from mtp_jax.decoders import DECODERS
+from mtp_jax.data.tokenizer import ByteTokenizer
+from mtp_jax.decode.decoders import DECODERS
+from mtp_jax.decode.generation import Generation
 from mtp_jax.errors import UserError
-from mtp_jax.generation import Generation
-from mtp_jax.restore import Restored, with_heads
-from mtp_jax.tokenizer import ByteTokenizer
-from mtp_jax.verify_greedy import first_difference
-from mtp_jax.verify_law import Trusting, chi_square
+from mtp_jax.verification import verifier
+from mtp_jax.verification.greedy import first_difference
+from mtp_jax.verification.sampling_tests import Trusting, chi_square
 
 MODEL = ModelConfig(
     d_model=16,
@@ -46,8 +46,8 @@ def restored(monkeypatch):
     def heldout_prompts(sources, count, tokens):
         return [np.arange(65, 65 + tokens, dtype=np.int32) + i for i in range(count)]
 
-    monkeypatch.setattr(verify, "restore_model", restore_model)
-    monkeypatch.setattr(verify, "heldout_prompts", heldout_prompts)
+    monkeypatch.setattr(verifier, "restore_model", restore_model)
+    monkeypatch.setattr(verifier, "heldout_prompts", heldout_prompts)
 
 
 def test_exact_decoders_pass_and_what_is_lossy_is_left_out(
@@ -56,9 +56,9 @@ def test_exact_decoders_pass_and_what_is_lossy_is_left_out(
     lossy = dataclasses.make_dataclass("Lossy", [], bases=(Trusting,), frozen=True)
     lossy.lossy = True
     only = {name: DECODERS[name] for name in ("plain", "speculative", "dynamo_exact")}
-    monkeypatch.setattr("mtp_jax.decoder_args.DECODERS", {**only, "lossy": lossy})
+    monkeypatch.setattr("mtp_jax.cli.decoder_args.DECODERS", {**only, "lossy": lossy})
 
-    assert verify.main(FEW) == 0
+    assert verifier.main(FEW) == 0
 
     out = capsys.readouterr().out
     rows = [line.split()[:4] for line in out.splitlines()]
@@ -75,7 +75,7 @@ def test_exact_decoders_pass_and_what_is_lossy_is_left_out(
 def test_a_broken_decoder_fails_and_is_told_where(restored, capsys, monkeypatch):
     monkeypatch.setitem(DECODERS, "broken", Trusting)
 
-    assert verify.main([*FEW, "--json", "--decoder=broken"]) == 1
+    assert verifier.main([*FEW, "--json", "--decoder=broken"]) == 1
 
     result = json.loads(capsys.readouterr().out)
     by_decoder = {}
@@ -92,19 +92,19 @@ def test_a_broken_decoder_fails_and_is_told_where(restored, capsys, monkeypatch)
 
 def test_what_is_lossy_alone_is_refused(restored):
     with pytest.raises(UserError, match="--decoder=typical is lossy"):
-        verify.main([*FEW, "--decoder=typical"])
+        verifier.main([*FEW, "--decoder=typical"])
 
 
 def test_too_few_samples_are_said_to_be(restored, capsys):
     """One text of any law is as likely as it is: nothing can be noticed."""
-    assert verify.main([*FEW, "--decoder=speculative", "--samples=1"]) == 1
+    assert verifier.main([*FEW, "--decoder=speculative", "--samples=1"]) == 1
 
     assert "too few --samples to notice" in capsys.readouterr().out
 
 
 def test_a_model_of_one_head_has_nothing_to_verify(restored):
     with pytest.raises(UserError, match="one head"):
-        verify.main([*FEW, "--heads=1"])
+        verifier.main([*FEW, "--heads=1"])
 
 
 def written(tokens, finish="length"):

@@ -1,0 +1,1 @@
+"""Saving a training state, and restoring it or a model from it, on any mesh."""

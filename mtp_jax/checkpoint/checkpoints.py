@@ -1,0 +1,322 @@
+"""Saving and restoring a run with Orbax: asynchronous, sharded, on any mesh.
+
+A checkpoint holds `params` and `training` (optimizer state, step, random key) as
+separate items, so that evaluation reads parameters only, and as metadata the frozen
+config, the data position, the tokenizer's identity and a checksum of every array.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import absl.logging
+import jax
+import jax.numpy as jnp
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from mtp_jax.config import CheckpointConfig
+from mtp_jax.distributed import hosts
+from mtp_jax.errors import RunFailed, UserError
+from mtp_jax.parallel.sharding import abstract_tree
+from mtp_jax.storage import absolute, is_remote
+from mtp_jax.training.train_step import TrainState
+
+_POLICIES = ocp.training.preservation_policies
+HELDOUT_LOSS = "heldout_loss"  # the metric that keep_best compares, smaller is better
+
+
+class Checkpoints:
+    """The checkpoints of a workdir, in its folder `checkpoints`."""
+
+    def __init__(self, workdir: epath.PathLike, cfg: CheckpointConfig | None = None):
+        """Opens them; without cfg nothing is ever deleted (reading)."""
+        # Orbax logs the traceback of a failed save in every thread it passes through,
+        # and then raises it all the same.
+        absl.logging.set_verbosity(absl.logging.FATAL)
+        self.folder = epath.Path(workdir) / "checkpoints"
+        if cfg is not None and jax.process_index() == 0:
+            for part in self.folder.glob("*.orbax-checkpoint-tmp"):
+                part.rmtree()  # a save that a crash cut short
+        hosts.wait_for_all("the checkpoints are tidy")
+        self._orbax = ocp.training.Checkpointer(
+            absolute(self.folder),
+            preservation_policy=None if cfg is None else _retention(cfg),
+        )
+        self._pending: Any = None
+        self._saving = 0  # the step
+        self._timeout_s = (cfg or CheckpointConfig()).timeout_s
+
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, oldest first."""
+        return [c.step for c in self._orbax.checkpoints]
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        metadata: dict[str, Any],
+        heldout_loss: float | None = None,
+    ) -> None:
+        """Begins to save; returns once the arrays are copied off the devices.
+
+        Raises:
+          UserError: this save or the one before it found no room on the disk.
+        """
+        self.wait()
+        items = _items(state)
+        sums = {name: _plain(jax.device_get(_sums(items[name]))) for name in items}
+        self._saving = step
+        with self._in_time(), _disk_full_is_said(self.folder, self.steps()):
+            self._pending = self._orbax.save_checkpointables_async(
+                step,
+                items,
+                force=True,
+                overwrite=True,
+                metrics=None if heldout_loss is None else {HELDOUT_LOSS: heldout_loss},
+                custom_metadata={**metadata, "checksums": sums},
+            )
+
+    def wait(self) -> None:
+        """Waits until the last save is on disk; its failure is raised here."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            with self._in_time(), _disk_full_is_said(self.folder, self.steps()):
+                pending.result()
+
+    def _in_time(self) -> contextlib.AbstractContextManager[None]:
+        """Orbax waits for all processes, and for one that failed it waits for ever."""
+        late = RunFailed(
+            f"the checkpoint of step {self._saving} in {self.folder} was not finished "
+            f"within config.checkpoint.timeout_s ({self._timeout_s}); what is the disk "
+            "of each host like? Run the same command again"
+        )
+        return hosts.within(self._timeout_s, late)
+
+    def close(self) -> None:
+        """Waits for what is not finished, and lets go of the folder."""
+        self.wait()
+        self._orbax.close()
+
+    def saved_metadata(self, step: int | None = None) -> dict[str, Any]:
+        """What was saved beside the arrays, of `step` or the newest that has it whole.
+
+        Raises:
+          UserError: none has.
+        """
+        for candidate in reversed(self.steps()) if step is None else [step]:
+            try:
+                found = self._orbax.checkpointables_metadata(candidate).custom_metadata
+            except Exception:  # damaged; `restore_newest` reports it
+                continue
+            if found:
+                return found
+        raise UserError(f"{self.folder} holds no checkpoint that can be read.")
+
+    def restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+        """The items of a checkpoint, with the shapes and shardings of `abstract`.
+
+        Args:
+          step: which checkpoint.
+          abstract: item name to a tree of `jax.ShapeDtypeStruct` with shardings.
+
+        Raises:
+          UserError: the saved arrays have other names, shapes or dtypes.
+          DamagedCheckpoint: the files cannot be read, or hold other values than were
+            saved.
+        """
+        try:
+            saved = self._orbax.checkpointables_metadata(step)
+            trees = {name: saved.metadata[name] for name in abstract}
+            sums = saved.custom_metadata["checksums"]
+        except Exception as error:
+            raise DamagedCheckpoint(self.folder / str(step), error) from error
+        if lost := [name for name, tree in trees.items() if tree is None]:
+            told = ValueError(f"nothing of {' and '.join(lost)} can be read")
+            raise DamagedCheckpoint(self.folder / str(step), told)
+        _refuse_mismatch(self.folder / str(step), trees, abstract)
+        try:
+            items = self._orbax.load_checkpointables(step, abstract)
+        except (PermissionError, MemoryError):
+            raise
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            damage = DamagedCheckpoint(self.folder / str(step), error)
+            damage.seen_by_all = jax.process_count() == 1
+            raise damage from error
+        found = {name: _plain(jax.device_get(_sums(items[name]))) for name in items}
+        wrong = [name for name in found if found[name] != sums[name]]
+        if wrong:
+            told = ValueError(f"the checksums of {' and '.join(wrong)} do not match")
+            raise DamagedCheckpoint(self.folder / str(step), told)
+        return items
+
+    def set_aside(self, step: int) -> epath.Path:
+        """Moves a damaged checkpoint out of the way; all processes must call it."""
+        target = self.folder.parent / "damaged" / str(step)
+        if jax.process_index() == 0:
+            target = self.move_aside(step)
+        hosts.wait_for_all(f"checkpoint {step} is set aside")
+        self._orbax.reload()
+        return target
+
+    def move_aside(self, step: int) -> epath.Path:
+        """The same for the process that is the only one to know of the damage."""
+        target = self.folder.parent / "damaged" / str(step)
+        target.parent.mkdir(exist_ok=True)
+        if is_remote(target):  # where a folder is there once something is in it
+            (target.parent / "README").write_text("Checkpoints that were damaged.\n")
+        number = 0
+        while target.exists():
+            number += 1
+            target = target.with_name(f"{step}.{number}")
+        (self.folder / str(step)).rename(target)
+        return target
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint whose files are missing, unreadable or altered."""
+
+    seen_by_all = True  # False: the other processes may wait for this one in Orbax
+
+    def __init__(self, folder: epath.Path, cause: Exception):
+        self.step = int(folder.name)
+        while cause.__cause__ is not None:  # what Orbax makes of it says less
+            cause = cause.__cause__  # type: ignore[assignment]
+        first_line = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        super().__init__(f"checkpoint {folder} is damaged: {first_line[:160]}")
+
+
+def restore_newest(
+    checkpoints: Checkpoints, abstract: dict[str, Any], step: int | None = None
+) -> tuple[int, dict[str, Any], list[int]]:
+    """The newest intact checkpoint, or the one of `step`.
+
+    Returns:
+      Its step, its items, and the steps of damaged ones that were passed over, each
+      reported on stderr.
+
+    Raises:
+      UserError: there is no such checkpoint, or none that can be read.
+      DamagedCheckpoint: this process alone, of several, could not read its part.
+    """
+    steps = checkpoints.steps()
+    if step is not None and step not in steps:
+        raise UserError(
+            f"{checkpoints.folder} has no checkpoint of step {step}; there are {steps}."
+        )
+    damaged: list[int] = []
+    for candidate in [step] if step is not None else reversed(steps):
+        try:
+            return candidate, checkpoints.restore(candidate, abstract), damaged
+        except DamagedCheckpoint as error:
+            if not error.seen_by_all:
+                raise
+            print(f"mtp_jax: {error}", file=sys.stderr)
+            damaged.append(candidate)
+    raise UserError(f"{checkpoints.folder} holds no checkpoint that can be read.")
+
+
+def abstract_items(state: TrainState) -> dict[str, Any]:
+    """`jax.eval_shape` of a state as the items to restore, on the mesh that is set."""
+    return abstract_tree(_items(state), jax.sharding.get_mesh())
+
+
+def state_from_items(items: dict[str, Any]) -> TrainState:
+    """The state of restored items."""
+    return TrainState(params=items["params"], **items["training"])
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    return {"params": fields.pop("params"), "training": fields}
+
+
+@jax.jit
+def _sums(tree: Any) -> Any:
+    """Wrap-around sum of the bit patterns of every array: the same on any mesh, and
+    changed by any flipped bit. Orbax itself notices missing bytes, not altered ones."""
+
+    def bits(x: jax.Array) -> jax.Array:
+        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+        return jnp.sum(jax.lax.bitcast_convert_type(x, unsigned), dtype=jnp.uint32)
+
+    return jax.tree.map(bits, tree)
+
+
+def _plain(tree: Any) -> dict[str, int]:
+    """A tree of scalars as JSON: path to integer."""
+    leaves, _ = jax.tree.flatten_with_path(tree)
+    return {_name(path): int(x) for path, x in leaves}
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """`params/trunk/w_q`; a named tuple and the dict that Orbax made of it agree."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _refuse_mismatch(
+    folder: epath.Path, saved: dict[str, Any], wanted: dict[str, Any]
+) -> None:
+    """Raises UserError with the difference of two trees of arrays, if there is one."""
+
+    def told(x: Any) -> str:
+        return f"{x.dtype}{list(x.shape)}"
+
+    def shapes(tree: Any) -> dict[str, str]:
+        leaves, _ = jax.tree.flatten_with_path(
+            tree, is_leaf=lambda x: hasattr(x, "shape")
+        )
+        return {_name(path): told(x) for path, x in leaves}
+
+    there, here = shapes(saved), shapes(wanted)
+    rows = [
+        f"{name} is {there.get(name, 'not')} there, {here.get(name, 'not')} here"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
+    if rows:
+        more = f"; and {len(rows) - 8} more" if len(rows) > 8 else ""
+        raise UserError(
+            f"checkpoint {folder} does not fit this model: {'; '.join(rows[:8])}{more}."
+        )
+
+
+def _retention(cfg: CheckpointConfig) -> Any:
+    policies: list[Any] = [_POLICIES.LatestN(cfg.keep_latest)]
+    if cfg.keep_every:
+        policies.append(_POLICIES.EveryNSteps(cfg.keep_every))
+    if cfg.keep_best:
+        best = _POLICIES.BestN(
+            get_metric_fn=lambda metrics: metrics[HELDOUT_LOSS],
+            reverse=True,
+            n=cfg.keep_best,
+            keep_checkpoints_without_metrics=False,
+        )
+        policies.append(best)
+    return _POLICIES.AnyPreservationPolicy(policies)
+
+
+@contextlib.contextmanager
+def _disk_full_is_said(folder: epath.Path, intact: list[int]) -> Iterator[None]:
+    """Turns "no space" in any of its shapes into one line; other errors pass."""
+    try:
+        yield
+    except Exception as error:
+        text = f"{type(error).__name__} {error} {error.__cause__}"
+        full = isinstance(error, OSError) and error.errno in _NO_ROOM
+        if not full and not any(sign in text for sign in _NO_ROOM_SIGNS):
+            raise
+        kept = f"; the checkpoint of step {intact[-1]} is intact" if intact else ""
+        raise UserError(
+            f"no room on the disk for a checkpoint in {folder}{kept}; free space and "
+            "run the same command again."
+        ) from error
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_ROOM_SIGNS = ("No space left on device", "Disk quota exceeded", "File too large")

@@ -1,0 +1,102 @@
+"""A trained model from a workdir, onto whatever devices are there.
+
+No config file is needed: it lies in the checkpoint. Only parameters are read.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from mtp_jax.checkpoint.checkpoints import Checkpoints, restore_newest
+from mtp_jax.config import Config, MeshConfig, freeze
+from mtp_jax.data.tokenizer import Tokenizer, tokenizer_from_dir
+from mtp_jax.errors import UserError
+from mtp_jax.parallel.sharding import abstract_tree, make_mesh, slice_count
+from mtp_jax.storage import workdir_at
+from mtp_jax.training.train_step import model_builder
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A model to evaluate or to decode from."""
+
+    config: Config  # of the run, its model with as many heads as were asked for
+    params: Any
+    mesh: jax.sharding.Mesh
+    step: int
+    tokenizer: Tokenizer
+
+
+def restore_model(
+    workdir: str,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    step: int | None = None,
+    heads: int | None = None,
+) -> Restored:
+    """Parameters of a checkpoint on any mesh.
+
+    Args:
+      workdir: of a run.
+      mesh: None for all devices of this process's machine or pod.
+      step: which checkpoint; None for the newest that is intact.
+      heads: how many heads to keep, counted from head 1; None for all.
+
+    Raises:
+      UserError: no such run or checkpoint, or more heads than the model has.
+    """
+    folder = workdir_at(workdir)
+    if not (folder / "checkpoints").is_dir():
+        raise UserError(f"{workdir} holds no checkpoints; give the workdir of a run.")
+    checkpoints = Checkpoints(folder)
+    if not checkpoints.steps():
+        raise UserError(f"{workdir} holds no finished checkpoint yet.")
+    if step is not None and step not in checkpoints.steps():
+        raise UserError(
+            f"{workdir} has no checkpoint of step {step}; there are "
+            f"{checkpoints.steps()}."
+        )
+    metadata = checkpoints.saved_metadata(step)
+    config = freeze(metadata["config"])
+    n = config.model.n_future_tokens
+    if heads is not None and not 1 <= heads <= n:
+        raise UserError(
+            f"--heads={heads}: the model in {workdir} has {n}; give 1 to {n}."
+        )
+    tokenizer = tokenizer_from_dir(folder, metadata["tokenizer"]["kind"])
+    if tokenizer.fingerprint != metadata["tokenizer"]["fingerprint"]:
+        raise UserError(f"the tokenizer in {workdir} is not the one of the checkpoint.")
+    mesh = make_mesh(_evaluation_mesh(config)) if mesh is None else mesh
+    with jax.set_mesh(mesh):
+        init_params, _ = model_builder(config.model)
+        abstract = abstract_tree(jax.eval_shape(init_params, jax.random.key(0)), mesh)
+        step, items, _ = restore_newest(checkpoints, {"params": abstract}, step)
+        params = items["params"]
+        if heads is not None:
+            params = {
+                **params,
+                "heads": jax.tree.map(lambda x: x[:heads], params["heads"]),
+            }
+            config = with_heads(config, heads)
+    checkpoints.close()
+    return Restored(config, params, mesh, step, tokenizer)
+
+
+def with_heads(config: Config, heads: int) -> Config:
+    """The config of a model that keeps the trunk and the first heads."""
+    model = config.model.with_heads(heads)
+    loss = dataclasses.replace(
+        config.loss, head_weights=config.loss.head_weights[:heads]
+    )
+    return dataclasses.replace(config, model=model, loss=loss)
+
+
+def _evaluation_mesh(config: Config) -> MeshConfig:
+    """As many fsdp shards as the width divides into; copies on the other devices.
+
+    There are copies on every slice.
+    """
+    of_slice = jax.device_count() // slice_count(jax.devices())
+    return MeshConfig(replica=-1, fsdp=math.gcd(config.model.d_model, of_slice))

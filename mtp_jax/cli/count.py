@@ -1,0 +1,49 @@
+"""The verb `count`: how often tokens follow each other in a corpus, for dynamo."""
+
+import time
+
+from mtp_jax.cli.args import Parser
+from mtp_jax.data import ngram_counts
+from mtp_jax.data.corpus import Corpus
+
+
+def main(argv: list[str]) -> int:
+    """Counts the train split of a prepared corpus into one file.
+
+    Raises:
+      UserError: a flag, the corpus, or an output that cannot be written.
+    """
+    parser = Parser(
+        "mtp-jax count",
+        "Counts tokens, pairs and triples of a prepared corpus, for the decoders "
+        "dynamo and dynamo_exact.",
+    )
+    parser.add_argument("--input", required=True, metavar="DIR", help="of prepare")
+    parser.add_argument("--output", required=True, metavar="FILE", help="an .npz file")
+    parser.add_argument(
+        "--order",
+        type=int,
+        choices=(2, 3),
+        default=3,
+        help="longest runs that are counted; triples take most of the file (3)",
+    )
+    args = parser.parse_args(argv)
+    began = time.monotonic()
+    corpus = Corpus.open(args.input)
+    tokenizer = corpus.tokenizer
+    ngrams = ngram_counts.count(
+        corpus.documents("train"),
+        tokenizer.vocab_size,
+        tokenizer.fingerprint,
+        args.order,
+    )
+    ngram_counts.save(ngrams, args.output)
+    names = ("pairs", "triples")
+    runs = zip(names, ngrams.levels, strict=False)
+    sizes = ", ".join(f"{level.token_E.size:,} {name}" for name, level in runs)
+    seconds = time.monotonic() - began
+    print(
+        f"{int(ngrams.count_V.sum()):,} tokens: {sizes}; written to {args.output} "
+        f"in {seconds:.1f} s"
+    )
+    return 0

@@ -1,0 +1,288 @@
+"""The verb `generate`: continues prompts with a trained model."""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from mtp_jax.cli.args import Parser, output_file, positive_int
+from mtp_jax.errors import UserError
+
+_BATCH_OF_OUTPUT = 16  # prompts at a time where nothing else is asked for
+
+
+def main(argv: list[str]) -> int:
+    """Prints or writes continuations; with --compare, 1 if exact decoders disagree.
+
+    Raises:
+      UserError: a flag, a prompt file, or a run directory that does not fit.
+    """
+    args, options = _parse(argv)
+
+    # Not before the flags are known to be good: these import JAX.
+    from mtp_jax.checkpoint import restore
+    from mtp_jax.cli import decoder_args
+    from mtp_jax.data.prompts import heldout_prompts, is_text, read_prompts
+    from mtp_jax.decode.decoders.sampling import Sampling
+    from mtp_jax.decode.generator import Generator, needs_heads
+
+    if args.decoder is None and options:
+        raise UserError(
+            f"unknown option {options[0]}; see mtp-jax generate --help, and give "
+            "--decoder=NAME with what is an option of one."
+        )
+    decoder = args.decoder and decoder_args.decoder_of(args.decoder, options)
+    adapts = not decoder or (not decoder.lossy and needs_heads(decoder))
+    if args.adaptive and not (adapts or args.compare):
+        raise UserError(
+            f"--adaptive is for exact decoders that draft; {args.decoder} is not one."
+        )
+    sampling = Sampling(
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+        repetition_penalty=args.repetition_penalty, seed=args.seed,
+    )  # fmt: skip
+    prompts: Sequence[Any] = [] if args.prompt is None else [args.prompt]
+    if args.prompts is not None:
+        prompts = read_prompts(args.prompts)
+    for text in [*prompts, *args.stop]:
+        if not is_text(text):
+            raise UserError(f"{text!r} is not valid Unicode text; give it in UTF-8.")
+    if prompts == [""]:
+        raise UserError("--prompt is empty; give some text to continue.")
+    if args.stream and len(prompts) != 1 and args.heldout != 1:
+        raise UserError("--stream shows one text as it is written; give one prompt.")
+
+    heads = args.heads
+    if heads is None and args.decoder == "plain" and not args.compare:
+        heads = 1  # the others would only take memory
+    restored = restore.restore_model(args.workdir, step=args.step, heads=heads)
+    run = restored.config
+    if args.heldout:
+        prompts = heldout_prompts(run.data.sources, args.heldout, args.prompt_tokens)
+    generator = Generator.from_restored(restored)
+    if args.max_prompt_tokens is not None:
+        generator.max_prompt_tokens = args.max_prompt_tokens
+    settings = {
+        "max_new_tokens": args.max_new_tokens,
+        "stop": [_unescape(text) for text in args.stop],
+        "adaptive": args.adaptive,
+    }
+    _warn_of_length(generator, prompts, args.max_new_tokens, run.data.seq_len)
+    if args.compare:
+        return _compare(generator, args, decoder, prompts, sampling, settings)
+    if decoder is None:
+        drafts = run.model.n_future_tokens > 1
+        decoder = decoder_args.decoder_of("blockwise" if drafts else "plain")
+    name = type(decoder).__name__.lower()
+    settings |= {"decoder": decoder, "sampling": sampling}
+    if args.output is not None:
+        size = args.batch_size or _BATCH_OF_OUTPUT
+        return _write(generator, args.output, prompts, size, restored.step, settings)
+    if args.stream:
+        results = [_stream(generator, prompts[0], settings)]
+    else:
+        results = generator.generate(prompts, batch_size=args.batch_size, **settings)
+        _print(generator, results, args)
+    if args.html is not None:
+        _write_page(args.html, generator, results, f"{args.workdir}, {name}")
+    if not args.json:
+        print(_summary(name, results))
+    return 0
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The general options, and those left for the decoder."""
+    parser = Parser("mtp-jax generate", "Continues prompts with a trained model.")
+    parser.usage = "mtp-jax generate --workdir=D --prompt=TEXT [options]"
+    add = parser.add_argument
+    add("--workdir", required=True, metavar="D", help="directory of the run")
+    add("--step", type=int, metavar="S", help="checkpoint; the latest if not given")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="TEXT", help="a text to continue")
+    source.add_argument("--prompts", metavar="FILE",
+        help="a line each, or .jsonl with `prompt`; -: stdin")  # fmt: skip
+    source.add_argument("--heldout", type=positive_int, metavar="K",
+        help="K held-out beginnings")  # fmt: skip
+    add("--prompt_tokens", type=positive_int, default=64, metavar="N",
+        help="tokens of a held-out prompt (64)")  # fmt: skip
+    add("--max_prompt_tokens", type=positive_int, metavar="N",
+        help="longest prompt to accept; as long as trained on")  # fmt: skip
+    add("--decoder", metavar="NAME", help="blockwise, or plain if there is 1 head; its "
+        "options after it, or NAME:OPTION=VALUE,...")  # fmt: skip
+    add("--decoders", action=_Decoders, nargs=0, help="list them and their options")
+    add("--heads", type=positive_int, metavar="K", help="use the first so many; all")
+    add("--adaptive", action="store_true", help="use as many as is fastest")
+    add("--max_new_tokens", type=positive_int, default=128, metavar="N", help="(128)")
+    add("--batch_size", type=positive_int, metavar="B",
+        help="prompts at a time; all, with --output 16")  # fmt: skip
+    add("--stop", action="append", default=[], metavar="TEXT",
+        help=r"end before it; may be repeated; \n \t \\ are known")  # fmt: skip
+    add("--temperature", type=float, default=0.0, metavar="X", help="0: greedy (0)")
+    add("--top_k", type=int, default=0, metavar="K", help="0: the whole vocabulary (0)")
+    add("--top_p", type=float, default=1.0, metavar="P", help="(1)")
+    add("--repetition_penalty", type=float, default=1.0, metavar="X", help="(1)")
+    add("--seed", type=int, default=0, metavar="N", help="(0)")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--compare", action="store_true",
+        help="every decoder on the same prompts")  # fmt: skip
+    output.add_argument("--json", action="store_true",
+        help="print a JSON object a prompt, no more")  # fmt: skip
+    output.add_argument("--output", metavar="FILE",
+        help="JSONL; started again, it goes on from there")  # fmt: skip
+    output.add_argument("--stream", action="store_true",
+        help="show one text as it is written")  # fmt: skip
+    add("--html", metavar="FILE", help="also a page of which head said what")
+    add("--color", choices=("auto", "always", "never"), default="auto",
+        help="tokens by head (auto: in a terminal)")  # fmt: skip
+    args, options = parser.parse_known_args(argv)
+    if "" in args.stop:
+        raise UserError("--stop is empty; give the text that ends a continuation.")
+    if args.html is not None:
+        if args.compare or args.output is not None:
+            raise UserError("--html is not allowed with --compare or --output.")
+        output_file("html", args.html)
+    plain_text = args.compare or args.json or args.stream or args.output is not None
+    if args.color == "always" and plain_text:
+        raise UserError(
+            "--color=always is not allowed with --compare, --json, --output, --stream."
+        )
+    return args, options
+
+
+class _Decoders(argparse.Action):
+    """Prints the decoders and ends, as --help does."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from mtp_jax.cli.decoder_args import description
+
+        print(description())
+        parser.exit()
+
+
+def _compare(generator, args, decoder, prompts, sampling, settings) -> int:
+    from mtp_jax.cli.decoder_args import fitting
+    from mtp_jax.reports.compare import compare
+
+    fit = fitting(args.heads or generator.cfg.n_future_tokens)
+    if decoder is not None:
+        name = args.decoder.partition(":")[0]
+        if isinstance(fit[name], str):  # why it is left out with its own options
+            del fit[name]
+        fit[args.decoder] = decoder
+    decoders = {name: d for name, d in fit.items() if not isinstance(d, str)}
+    settings = {**settings, "batch_size": args.batch_size}
+    code = compare(generator, decoders, prompts, sampling, settings)
+    for name, why in fit.items():
+        if isinstance(why, str):
+            print(f"left out: {name} ({why})")
+    return code
+
+
+def _write(
+    generator: Any,
+    path: str,
+    prompts: Sequence[Any],
+    size: int,
+    step: int,
+    settings: dict[str, Any],
+) -> int:
+    """Appends the continuations that are not in the file yet."""
+    from mtp_jax.cli.decoder_args import options_of
+    from mtp_jax.cli.jsonl_output import JsonlOutput
+
+    decoder, sampling = settings["decoder"], settings["sampling"]
+    kept = {
+        **settings,
+        "step": step,
+        "heads": generator.cfg.n_future_tokens,
+        "decoder": {"name": type(decoder).__name__.lower(),
+                    **{f.name: getattr(decoder, f.name) for f in options_of(decoder)}},
+        "sampling": dataclasses.asdict(sampling),
+    }  # fmt: skip
+    output = JsonlOutput(path, [generator.prompt_text(p) for p in prompts], kept)
+    before = output.done
+    while output.done < len(prompts):
+        now = prompts[output.done : output.done + size]
+        output.append(generator.generate(now, first=output.done, **settings))
+    print(f"{path}: {len(prompts)} texts, {before} of them were there already")
+    return 0
+
+
+def _stream(generator: Any, prompt: Any, settings: dict[str, Any]) -> Any:
+    """Prints a text as it is written; gives what is known of it in the end."""
+    writing = generator.stream(prompt, **settings)
+    print(generator.prompt_text(prompt), end="", flush=True)
+    while True:
+        try:
+            print(next(writing), end="", flush=True)
+        except StopIteration as end:
+            print(f"\n{_ending(end.value)}\n")
+            return end.value
+
+
+def _print(generator: Any, results: Sequence[Any], args: argparse.Namespace) -> None:
+    from mtp_jax.reports.token_view import terminal, terminal_legend
+
+    in_terminal = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    coloured = args.color == "always" or (args.color == "auto" and in_terminal)
+    for result in results:
+        if args.json:
+            print(json.dumps(dataclasses.asdict(result)))
+            continue
+        shown = f"{result.prompt}{result.text}"
+        if coloured:
+            shown = terminal(result, generator.tokenizer)
+        print(f"{shown}\n{_ending(result)}\n")
+    if coloured and not args.json:
+        print(terminal_legend(results))
+
+
+def _write_page(path: str, generator: Any, results: Sequence[Any], title: str) -> None:
+    from mtp_jax.reports.token_view import page
+
+    text = page(results, generator.tokenizer, title)
+    try:
+        pathlib.Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--html={path} cannot be written: {error.strerror}.") from None
+
+
+def _warn_of_length(
+    generator: Any, prompts: Sequence[Any], new_tokens: int, trained: int
+) -> None:
+    longest = max(map(generator.prompt_length, prompts))
+    # The last token is never read.
+    if longest + new_tokens - 1 > trained:
+        print(
+            f"mtp-jax: warning: texts may reach {longest + new_tokens} tokens; the "
+            f"model was trained on rows of {trained}, and may write nonsense beyond.",
+            file=sys.stderr,
+        )
+
+
+def _unescape(text: str) -> str:
+    """`\\n`, `\\t` and `\\\\` as the characters they stand for."""
+    parts = text.split("\\\\")
+    return "\\".join(p.replace("\\n", "\n").replace("\\t", "\t") for p in parts)
+
+
+def _ending(result: Any) -> str:
+    return (
+        f"[{len(result.tokens)} tokens, {result.forwards} forward passes, "
+        f"{result.tokens_per_forward:.2f} tokens a pass, ended by {result.finish}]"
+    )
+
+
+def _summary(decoder: str, results: Sequence[Any]) -> str:
+    from mtp_jax.decode.generation import totals
+
+    figures = totals(results)
+    return (
+        f"{decoder}: {len(results)} texts, {figures.forwards} forward passes, "
+        f"{figures.tokens_per_forward:.2f} tokens a pass, "
+        f"{figures.tokens_per_s:.0f} tokens/s"
+    )

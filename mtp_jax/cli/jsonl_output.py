@@ -1,0 +1,75 @@
+"""Continuations into a JSONL file that may be there already, in part."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from mtp_jax.decode.generation import Generation
+from mtp_jax.errors import UserError
+
+
+class JsonlOutput:
+    """A line a prompt, in the order of the prompts, each whole or not there."""
+
+    def __init__(self, path: str, prompts: Sequence[str], settings: dict[str, Any]):
+        """Reads what is there; a last line that is not finished is cut off.
+
+        Args:
+          path: of the file; it is made if it is not there.
+          prompts: as `Generation.prompt` has them.
+          settings: how they are continued, in JSON's types; kept with every line.
+
+        Raises:
+          UserError: the file cannot be used, or is of other prompts or settings.
+        """
+        self._path = pathlib.Path(path)
+        self._settings = json.loads(json.dumps(settings))
+        try:
+            with open(self._path, "ab+") as file:
+                file.seek(0)
+                data = file.read()
+                whole = data.rfind(b"\n") + 1
+                file.truncate(whole)
+        except OSError as error:
+            raise UserError(
+                f"--output={path} cannot be used: {error.strerror}."
+            ) from None
+        lines = data[:whole].split(b"\n")[:-1]
+        for number, line in enumerate(lines):
+            self._check(line, number, prompts)
+        self.done = len(lines)  # prompts that need no more work
+
+    def append(self, results: Sequence[Generation]) -> None:
+        """Writes the next lines."""
+        with open(self._path, "a", encoding="utf-8") as file:
+            for result in results:
+                row = {**dataclasses.asdict(result), "settings": self._settings}
+                file.write(json.dumps(row) + "\n")
+        self.done += len(results)
+
+    def _check(self, line: bytes, number: int, prompts: Sequence[str]) -> None:
+        try:
+            row = json.loads(line)
+            prompt, settings = row["prompt"], row["settings"]
+        except (ValueError, TypeError, KeyError):
+            raise UserError(
+                f"--output={self._path}: line {number + 1} is not one of this program; "
+                "give another file."
+            ) from None
+        if number >= len(prompts) or prompt != prompts[number]:
+            raise UserError(
+                f"--output={self._path}: line {number + 1} is of another prompt; give "
+                "the prompts it was begun with, or another file."
+            )
+        if settings != self._settings:
+            differs = [
+                key
+                for key in {**settings, **self._settings}
+                if settings.get(key) != self._settings.get(key)
+            ]
+            raise UserError(
+                f"--output={self._path} was begun with another {', '.join(differs)}; "
+                "give the same, or another file."
+            )

@@ -1,0 +1,41 @@
+"""Every field of a run, its default and its check."""
+
+from mtp_jax.config.sections import (
+    Attention,
+    CheckpointConfig,
+    ComputeConfig,
+    Config,
+    DataConfig,
+    Dtype,
+    EvalConfig,
+    HeadLoss,
+    LogConfig,
+    LossConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    Remat,
+    TrainConfig,
+    default,
+    freeze,
+)
+
+__all__ = [
+    "Attention",
+    "CheckpointConfig",
+    "ComputeConfig",
+    "Config",
+    "DataConfig",
+    "Dtype",
+    "EvalConfig",
+    "HeadLoss",
+    "LogConfig",
+    "LossConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "Remat",
+    "TrainConfig",
+    "default",
+    "freeze",
+]

@@ -1,0 +1,1 @@
+"""From text to shards to rows to batches; tokenizers."""

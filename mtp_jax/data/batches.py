@@ -1,0 +1,262 @@
+"""Batches as a function of the seed, the corpora and the step alone.
+
+The state of a run's data is the number of global batches it has consumed: reading
+again from any step gives the same batches, with any number of hosts, reader processes
+and threads. Axes: B rows of this host, S = seq_len + n_future_tokens.
+"""
+
+import dataclasses
+import sys
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
+
+import absl.flags
+import grain
+import numpy as np
+
+from mtp_jax.config import Config
+from mtp_jax.data.corpus import SPLITS, Corpus, verify
+from mtp_jax.data.packing import (
+    ConcatenatedRows,
+    HostBatches,
+    PackedRows,
+    Row,
+    Rows,
+    padding_row,
+)
+from mtp_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+# Rows come from memory maps, so more threads only contend for the interpreter.
+_READING = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+_ROW_SHUFFLE = 1  # tells the seed of rows from that of documents
+
+
+def open_sources(
+    cfg: Config,
+    directories: Sequence[str] | None = None,
+    splits: Sequence[str] = SPLITS,
+    part: tuple[int, int] = (0, 1),
+) -> list[Corpus]:
+    """Opens the corpora and checks that they fit the model and each other.
+
+    Args:
+      cfg: the run; `data.verify` says whether file contents are checked.
+      directories: instead of `cfg.data.sources`.
+      splits: those that will be read.
+      part: (process, processes): each checks only its share of the file contents.
+
+    Raises:
+      UserError: a corpus is missing, damaged or too short, has ids that the model
+        lacks, or has another tokenizer than the first one.
+    """
+    names = list(cfg.data.sources if directories is None else directories)
+    corpora = [Corpus.open(name) for name in names]
+    for corpus in corpora:
+        _check_source(cfg, corpus, corpora[0], splits)
+        if cfg.data.verify:
+            verify(corpus, splits, part)
+    return corpora
+
+
+def train_batches(
+    cfg: Config,
+    rows_of_this_host: np.ndarray,
+    start_step: int,
+    sources: Sequence[Corpus] | None = None,
+) -> Generator[Batch, None, None]:
+    """Batches of `start_step` and all steps after it, without end.
+
+    Reader processes end when the generator is dropped.
+
+    Args:
+      cfg: the run.
+      rows_of_this_host: rows of the global batch to give, see `rows_of_process`.
+      start_step: global batches consumed before.
+      sources: opened corpora; None: `open_sources(cfg)`.
+
+    Returns:
+      Batches of tokens, segments and positions, int32 [B, S], and hash, uint32
+      [B, 2], see `packing`. Where there are several sources they take turns by
+      weight, which is met to within 1 %; each is shuffled again in every epoch.
+
+    Raises:
+      UserError: what `open_sources` raises.
+    """
+    corpora = open_sources(cfg) if sources is None else sources
+    rows = _mixture(cfg, corpora)
+    n_batches = sys.maxsize // cfg.data.batch_size  # row numbers must fit an int64
+    batches = HostBatches(rows, cfg.data.batch_size, rows_of_this_host, n_batches)
+    dataset = grain.MapDataset.source(batches)[start_step:].to_iter_dataset(_READING)
+    if cfg.data.workers:
+        # Grain hands the command line's flags to its processes, even if none are used.
+        if not absl.flags.FLAGS.is_parsed():
+            absl.flags.FLAGS.mark_as_parsed()
+        dataset = dataset.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=cfg.data.workers)
+        )
+    iterator = iter(dataset)
+    plain = _in_own_memory(iterator)
+    # Also at exit, while the modules that Grain needs to stop processes are alive.
+    weakref.finalize(plain, iterator.close)
+    return plain
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Tokens of a document that stand in a row, in the order of the row."""
+
+    source: int  # which corpus of the run
+    document: int
+    begin: int  # first token, in the document with its begin and end of text
+    end: int  # token after the last
+
+
+def pieces_of_step(
+    cfg: Config, step: int, sources: Sequence[Corpus]
+) -> list[list[Piece]]:
+    """Which tokens make up each row of global batch `step`, counted from 0."""
+    rows = _mixture(cfg, sources, _Located)
+    size = cfg.data.batch_size
+    return [rows[step * size + r] for r in range(size)]
+
+
+def heldout_batches(
+    cfg: Config,
+    sources: Sequence[Corpus] | None = None,
+    rows_of_this_host: np.ndarray | None = None,
+    limit: int | None = None,
+) -> Iterator[Batch]:
+    """Batches of the held-out documents of all sources, in the order of the files.
+
+    Args:
+      cfg: the run.
+      sources: opened corpora; None: `open_sources(cfg)`.
+      rows_of_this_host: rows of the global batch to give; None: all.
+      limit: at most so many batches; their rows are spread evenly over the split.
+
+    Returns:
+      The same batches every time, in the form of `train_batches`; the last one is
+      filled up with rows of padding.
+
+    Raises:
+      UserError: what `open_sources` raises, or no source has held-out documents.
+    """
+    corpora = open_sources(cfg) if sources is None else sources
+    rows = _heldout_rows(cfg, corpora)
+    size = cfg.data.batch_size
+    needed = -(-len(rows) // size)
+    n_batches = needed if limit is None else min(limit, needed)
+    if rows_of_this_host is None:
+        rows_of_this_host = np.arange(size)
+    spread = _SpreadRows(rows, min(len(rows), n_batches * size), cfg.row_len)
+    batches = HostBatches(spread, size, rows_of_this_host, n_batches)
+    return (batches[i] for i in range(n_batches))
+
+
+def _in_own_memory(iterator: Iterator[Batch]) -> Generator[Batch, None, None]:
+    """Copies of batches: Grain's reader processes send shared memory."""
+
+    def copied(batch: Batch) -> Batch:
+        return {key: np.array(value) for key, value in batch.items()}
+
+    yield from map(copied, iterator)
+
+
+class _SpreadRows:
+    """`n_rows` rows at even distances out of `rows`, and padding after them."""
+
+    def __init__(self, rows: Rows, n_rows: int, row_len: int):
+        self._rows = rows
+        self._n_rows = n_rows
+        self._row_len = row_len
+
+    def __len__(self) -> int:
+        return self._n_rows
+
+    def __getitem__(self, index: int) -> Row:
+        if index >= self._n_rows:
+            return padding_row(self._row_len)
+        return self._rows[index * len(self._rows) // self._n_rows]
+
+
+def _check_source(
+    cfg: Config, corpus: Corpus, first: Corpus, splits: Sequence[str]
+) -> None:
+    vocab_size = corpus.tokenizer.vocab_size
+    if vocab_size > cfg.model.vocab_size:
+        raise UserError(
+            f"{corpus.directory} has a vocabulary of {vocab_size} ids, "
+            f"config.model.vocab_size is {cfg.model.vocab_size}; give at least "
+            f"{vocab_size}."
+        )
+    if corpus.tokenizer.fingerprint != first.tokenizer.fingerprint:
+        used, other = (c.manifest["tokenizer"]["name"] for c in (first, corpus))
+        raise UserError(
+            f"{corpus.directory} was made with another tokenizer ({other}) than "
+            f"{first.directory} ({used}); prepare both with the same one."
+        )
+    n_tokens = corpus.manifest["splits"]["train"]["tokens"]
+    if "train" in splits and n_tokens < cfg.row_len:
+        raise UserError(
+            f"{corpus.directory} has {n_tokens} tokens to train on, less than a row of "
+            f"{cfg.row_len} (config.data.seq_len + config.model.n_future_tokens); give "
+            "more text or a smaller config.data.seq_len."
+        )
+
+
+class _Located:
+    """Instead of rows, where their tokens come from."""
+
+    def __init__(self, rows: PackedRows, source: int):
+        self._rows = rows
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> list[Piece]:
+        return [Piece(self._source, *piece) for piece in self._rows.pieces(index)]
+
+
+def _mixture(
+    cfg: Config,
+    corpora: Sequence[Corpus],
+    view: Callable[[PackedRows, int], Any] = lambda rows, source: rows,
+) -> grain.MapDataset:
+    """Endless rows of all sources in the order of training, or a view of them."""
+    datasets = []
+    for i, corpus in enumerate(corpora):
+        rows = view(_packed(cfg, corpus, "train", seed=(cfg.data.seed, i)), i)
+        seed = np.random.SeedSequence([cfg.data.seed, i, _ROW_SHUFFLE])
+        dataset = grain.MapDataset.source(rows)
+        dataset = dataset.shuffle(seed=int(seed.generate_state(1)[0]))
+        datasets.append(dataset.repeat())
+    weights = cfg.data.weights or (1.0,) * len(datasets)
+    return grain.MapDataset.mix(datasets, weights)
+
+
+def _heldout_rows(cfg: Config, corpora: Sequence[Corpus]) -> Rows:
+    sources = [
+        _packed(cfg, corpus, "heldout", seed=None)
+        for corpus in corpora
+        if len(corpus.documents("heldout"))
+    ]
+    if not sources:
+        names = ", ".join(str(corpus.directory) for corpus in corpora)
+        raise UserError(
+            f"there are no held-out documents in {names}; run prepare with --heldout "
+            "above 0."
+        )
+    return ConcatenatedRows(sources)
+
+
+def _packed(
+    cfg: Config, corpus: Corpus, split: str, seed: tuple[int, int] | None
+) -> PackedRows:
+    documents = corpus.documents(split)
+    return PackedRows(
+        documents, cfg.row_len, cfg.data.seq_len, cfg.model.vocab_size, seed
+    )

@@ -1,0 +1,234 @@
+"""A prepared corpus on disk: flat token files, document offsets and a manifest.
+
+A directory holds `manifest.json`, for SentencePiece `tokenizer.model`, and for each
+shard of the splits "train" and "heldout" three files: `.tokens`, little-endian ids,
+each document between begin and end of text; `.offsets`, uint64 [documents + 1], where
+documents begin; `.names`, a UTF-8 line a document, `\\` and line feeds escaped.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mtp_jax.data.tokenizer import Tokenizer, tokenizer_from_dir
+from mtp_jax.errors import UserError
+
+FORMAT = 1
+SPLITS = ("train", "heldout")
+_MANIFEST = "manifest.json"
+SHARD_FILES = ("tokens", "offsets", "names")
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest little-endian unsigned integer that holds every id."""
+    for name, limit in (("<u1", 2**8), ("<u2", 2**16)):
+        if vocab_size <= limit:
+            return np.dtype(name)
+    return np.dtype("<u4")
+
+
+class Documents:
+    """The documents of a split, read through memory maps that pickling drops."""
+
+    def __init__(self, directory: pathlib.Path, shards: list[dict], dtype: np.dtype):
+        self.directory = directory
+        self._stems = [shard["name"] for shard in shards]
+        self._first = np.cumsum([0] + [shard["documents"] for shard in shards])
+        self._dtype = dtype
+        self._open: dict[str, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document with begin and end of text, uint64 [documents]."""
+        if not self._stems:
+            return np.zeros(0, np.uint64)
+        offsets = [self._map(f"{stem}.offsets", "<u8") for stem in self._stems]
+        return np.concatenate([np.diff(part) for part in offsets]).astype(np.uint64)
+
+    def tokens(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Ids of document `i`, or of a slice of it, in the type of the file."""
+        stem, row = self._locate(i)
+        begin, end = map(int, self._map(f"{stem}.offsets", "<u8")[row : row + 2])
+        stop = end if stop is None else min(begin + stop, end)
+        return self._map(f"{stem}.tokens", self._dtype)[begin + start : stop]
+
+    def name(self, i: int) -> str:
+        """Where document `i` came from: path, or path:line."""
+        stem, row = self._locate(i)
+        key = f"{stem}.names"
+        if key not in self._open:
+            self._open[key] = (self.directory / key).read_bytes().split(b"\n")
+        return _unescape(self._open[key][row].decode())
+
+    def _locate(self, i: int) -> tuple[str, int]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"document {i} of {len(self)}")
+        shard = int(np.searchsorted(self._first, i, side="right")) - 1
+        return self._stems[shard], i - int(self._first[shard])
+
+    def _map(self, name: str, dtype: np.dtype | str) -> np.ndarray:
+        if name not in self._open:
+            # A plain array on the map: slices of np.memmap itself are slow to make.
+            try:
+                mapped = np.memmap(self.directory / name, dtype, mode="r")
+            except OSError as error:
+                raise UserError(
+                    f"{self.directory / name} cannot be read any more: "
+                    f"{error.strerror}; put the corpus back and run the same command "
+                    "again."
+                ) from error
+            self._open[name] = mapped.view(np.ndarray)
+        return self._open[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """A prepared directory whose manifest, tokenizer and file sizes fit together."""
+
+    directory: pathlib.Path
+    manifest: dict[str, Any]
+    tokenizer: Tokenizer
+
+    @classmethod
+    def open(cls, directory: str | pathlib.Path) -> "Corpus":
+        """Reads the manifest and the tokenizer and checks the sizes of all files.
+
+        Raises:
+          UserError: no prepared corpus, one of another format, a file that is missing
+            or has the wrong size, or a tokenizer that is not the one that was used.
+        """
+        path = pathlib.Path(directory)
+        manifest = read_manifest(path)
+        try:
+            return cls._checked(path, manifest)
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(
+                f"{path / _MANIFEST} is damaged; run prepare again."
+            ) from None
+
+    @classmethod
+    def _checked(cls, path: pathlib.Path, manifest: dict[str, Any]) -> "Corpus":
+        used = manifest["tokenizer"]
+        tokenizer = tokenizer_from_dir(path, used["kind"])
+        if tokenizer.fingerprint != used["fingerprint"]:
+            raise UserError(
+                f"{path}/tokenizer.model is not the tokenizer the corpus was made with "
+                f"(sha256 {tokenizer.fingerprint[:12]}..., manifest.json says "
+                f"{used['fingerprint'][:12]}...); put the right file back or run "
+                "prepare again."
+            )
+        corpus = cls(path, manifest, tokenizer)
+        for name, recorded in corpus._files(SPLITS):
+            file = path / name
+            size = file.stat().st_size if file.is_file() else None
+            if size != recorded["bytes"]:
+                found = "is missing" if size is None else f"has {size} bytes"
+                raise UserError(
+                    f"{file} {found}; manifest.json says {recorded['bytes']} bytes: "
+                    "copy the corpus again or run prepare again."
+                )
+        return corpus
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the text to train on: 12 digits of the sha256 of its manifest."""
+        text = json.dumps(self.manifest["splits"]["train"], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def documents(self, split: str) -> Documents:
+        """The documents of "train" or "heldout"."""
+        shards = self.manifest["splits"][split]["shards"]
+        dtype = token_dtype(self.manifest["tokenizer"]["vocab_size"])
+        return Documents(self.directory, shards, dtype)
+
+    def _files(self, splits: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+        """(file name, its recorded bytes and sha256) of all shards."""
+        return [
+            (f"{shard['name']}.{kind}", shard["files"][kind])
+            for split in splits
+            for shard in self.manifest["splits"][split]["shards"]
+            for kind in SHARD_FILES
+        ]
+
+
+def verify(
+    corpus: Corpus, splits: Sequence[str] = SPLITS, part: tuple[int, int] = (0, 1)
+) -> None:
+    """Compares the sha256 of shard files with the manifest.
+
+    Args:
+      corpus: what to check.
+      splits: of which splits.
+      part: (index, count) to check every count-th file only, from the index-th on, so
+        that several processes share the reading.
+
+    Raises:
+      UserError: a file is damaged.
+    """
+    index, count = part
+    for name, recorded in corpus._files(splits)[index::count]:
+        with open(corpus.directory / name, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != recorded["sha256"]:
+            raise UserError(
+                f"{corpus.directory / name} is damaged (its sha256 is {found[:12]}..., "
+                f"manifest.json says {recorded['sha256'][:12]}...): copy the corpus "
+                "again or run prepare again."
+            )
+
+
+def read_manifest(directory: pathlib.Path) -> dict[str, Any]:
+    """The manifest of a prepared directory.
+
+    Raises:
+      UserError: there is none, or it is of another format.
+    """
+    path = directory / _MANIFEST
+    if not path.is_file():
+        raise UserError(
+            f"{directory} is not a prepared corpus (no {_MANIFEST}); make one with "
+            f"prepare --input=PATH --output={directory}."
+        )
+    try:
+        manifest = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); run prepare again.") from None
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if version != FORMAT:
+        raise UserError(
+            f"{path} is of format {version}; this version reads format {FORMAT}: run "
+            "prepare again."
+        )
+    return manifest
+
+
+def write_manifest(directory: pathlib.Path, manifest: dict[str, Any]) -> None:
+    """Writes `manifest.json`, with the format's version in front."""
+    text = json.dumps({"format": FORMAT, **manifest}, indent=1, ensure_ascii=False)
+    (directory / _MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def own_files(directory: pathlib.Path) -> set[str]:
+    """Names of all files that prepare wrote into a directory."""
+    shards = [
+        shard["name"]
+        for split in read_manifest(directory)["splits"].values()
+        for shard in split["shards"]
+    ]
+    names = {f"{name}.{kind}" for name in shards for kind in SHARD_FILES}
+    return names | {_MANIFEST, "tokenizer.model"}
+
+
+def _unescape(text: str) -> str:
+    return "\\".join(part.replace("\\n", "\n") for part in text.split("\\\\"))

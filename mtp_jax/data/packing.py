@@ -1,0 +1,205 @@
+"""Documents to rows, and rows to the part of a batch that a host needs.
+
+A row holds S = T + N tokens: T positions to train, and N more so that each of them has
+a target for every head. Rows begin T apart in the stream of all documents, so each
+pair of position and head occurs once an epoch. Axes: B rows, S tokens.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from mtp_jax.data.corpus import Documents
+from mtp_jax.errors import UserError
+
+Row = dict[str, np.ndarray]
+
+
+class Rows(Protocol):
+    """Anything that gives a row for its number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Row: ...
+
+
+class PackedRows:
+    """The rows of a split: documents one after another, cut every `stride` tokens.
+
+    Nothing is copied or written: a row is found by binary search when it is asked for.
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        row_len: int,
+        stride: int,
+        vocab_size: int,
+        seed: Sequence[int] | None,
+    ):
+        """Puts the documents in order.
+
+        Args:
+          documents: what to pack; at least one.
+          row_len: S, tokens of a row.
+          stride: T, by how much a row begins after the one before.
+          vocab_size: ids of the model; a larger id in the data is refused.
+          seed: decides the order of the documents; None: as they are stored.
+        """
+        self._documents = documents
+        self._row_len = row_len
+        self._stride = stride
+        self._vocab_size = vocab_size
+        lengths = documents.lengths.astype(np.int64)
+        self._order = document_order(len(lengths), seed)
+        self._ends = np.cumsum(lengths[self._order])
+
+    def __len__(self) -> int:
+        # The last token is no position to train: nothing follows it.
+        return max(1, -(-(int(self._ends[-1]) - 1) // self._stride))
+
+    def __getitem__(self, index: int) -> Row:
+        """Row `index`: tokens, segments and positions, each int32 [S].
+
+        Segments count the documents within the row from 1 and are 0 in padding;
+        positions count from 0 at each document and at the beginning of the row.
+
+        Raises:
+          UserError: an id of the data is not in the model's vocabulary.
+        """
+        row = padding_row(self._row_len)
+        filled = 0
+        for segment, (document, begin, stop) in enumerate(self.pieces(index), 1):
+            part = self._documents.tokens(document, begin, stop)
+            self._check(part, document)
+            slots = slice(filled, filled + len(part))
+            row["tokens"][slots] = part
+            row["segments"][slots] = segment
+            row["positions"][slots] = np.arange(len(part))
+            filled += len(part)
+        return row
+
+    def pieces(self, index: int) -> list[tuple[int, int, int]]:
+        """(document, first token, token after the last) of each segment of a row."""
+        at = index * self._stride
+        end = min(at + self._row_len, int(self._ends[-1]))
+        place = int(np.searchsorted(self._ends, at, side="right"))
+        found = []
+        while at < end:
+            begin = int(self._ends[place - 1]) if place else 0
+            stop = min(end, int(self._ends[place]))
+            found.append((int(self._order[place]), at - begin, stop - begin))
+            at = stop
+            place += 1
+        return found
+
+    def _check(self, tokens: np.ndarray, document: int) -> None:
+        largest = int(tokens.max())
+        if largest >= self._vocab_size:
+            raise UserError(
+                f"{self._documents.directory}, document "
+                f"{self._documents.name(document)}: id {largest} is outside the "
+                f"model's vocabulary (config.model.vocab_size is "
+                f"{self._vocab_size}); use the tokenizer of the corpus, or a larger "
+                "vocabulary."
+            )
+
+
+class ConcatenatedRows:
+    """The rows of several sources, one after another."""
+
+    def __init__(self, sources: Sequence[Rows]):
+        self._sources = sources
+        self._ends = np.cumsum([len(rows) for rows in sources])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Row:
+        source = int(np.searchsorted(self._ends, index, side="right"))
+        before = int(self._ends[source - 1]) if source else 0
+        return self._sources[source][index - before]
+
+
+class HostBatches:
+    """The rows of global batch `step` that one host needs, for any step.
+
+    The host is all that differs between hosts: the rows of a global batch, and their
+    hashes, do not depend on how many hosts share them.
+    """
+
+    def __init__(
+        self, rows: Rows, batch_size: int, rows_of_this_host: np.ndarray, n_batches: int
+    ):
+        """Cuts `rows` into batches; rows past the end of `rows` are padding.
+
+        Args:
+          rows: rows in the order of training.
+          batch_size: rows of a global batch.
+          rows_of_this_host: which of them to give, int [B of this host].
+          n_batches: how many batches there are.
+        """
+        self._rows = rows
+        self._batch_size = batch_size
+        self._rows_of_this_host = [int(r) for r in rows_of_this_host]
+        self._n_batches = n_batches
+
+    def __len__(self) -> int:
+        return self._n_batches
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        """tokens, segments, positions int32 [B, S] and hash uint32 [B, 2]."""
+        rows = [self._row(step, r) for r in self._rows_of_this_host]
+        batch = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+        batch["hash"] = np.stack(
+            [
+                row_hash(*pair)
+                for pair in zip(rows, self._rows_of_this_host, strict=True)
+            ]
+        )
+        return batch
+
+    def _row(self, step: int, r: int) -> Row:
+        return self._rows[step * self._batch_size + r]
+
+
+def document_order(n_documents: int, seed: Sequence[int] | None) -> np.ndarray:
+    """A permutation of the documents, int64 [documents]; None: as they are.
+
+    Sorts by the raw output of Philox, which NumPy keeps the same in every release;
+    its shuffling methods may change (NEP 19).
+    """
+    if seed is None:
+        return np.arange(n_documents)
+    key = np.random.Philox(np.random.SeedSequence(list(seed)))
+    return np.argsort(key.random_raw(n_documents), kind="stable")
+
+
+def padding_row(row_len: int) -> Row:
+    """A row of nothing: token, segment and position 0, each int32 [S]."""
+    keys = ("tokens", "segments", "positions")
+    return {key: np.zeros(row_len, np.int32) for key in keys}
+
+
+def row_hash(row: Row, index: int) -> np.ndarray:
+    """Fingerprint of a row at its place in the global batch, uint32 [2]."""
+    digest = hashlib.blake2b(row["tokens"].astype("<i4").tobytes(), digest_size=8)
+    digest.update(row["segments"].astype("<i4").tobytes())
+    digest.update(index.to_bytes(8, "little"))
+    return np.frombuffer(digest.digest(), "<u4").astype(np.uint32)
+
+
+def batch_hash(hashes: np.ndarray) -> np.ndarray:
+    """Fingerprint of a batch, uint32 [2], of its rows' hashes, uint32 [B, 2].
+
+    A sum that wraps around: parts of the batch may be summed anywhere, in any order.
+    """
+    return hashes.sum(axis=0, dtype=np.uint32)
+
+
+def format_hash(pair: np.ndarray) -> str:
+    """The 16 hexadecimal digits of a batch's fingerprint, uint32 [2]."""
+    low, high = (int(word) for word in pair)
+    return f"{high << 32 | low:016x}"

@@ -1,0 +1,158 @@
+"""Parts of the input to tokenized documents, in order, on several processes."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import itertools
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from mtp_jax.data.corpus import token_dtype
+from mtp_jax.data.documents import Part, documents_of
+from mtp_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+
+_TASK_BYTES = 4_000_000  # of input a worker takes at once
+_TASK_PARTS = 256
+_TRAINING_BYTES = 200_000_000  # of text that a tokenizer is trained on, about
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """The options that decide what is a document and where it goes."""
+
+    text_field: str
+    heldout: float  # share of documents
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenized:
+    """A document ready to be written."""
+
+    split: str
+    name: str
+    tokens: np.ndarray  # begin and end of text included, in the type of the shards
+    n_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskResult:
+    """What came out of a few parts of the input."""
+
+    documents: list[Tokenized]
+    n_empty: int
+    read_bytes: int
+
+
+def split_of(text: bytes, heldout: float) -> str:
+    """By the hash of the content, so that copies of a document stay together."""
+    digest = hashlib.blake2b(text, digest_size=8).digest()
+    return "heldout" if int.from_bytes(digest, "little") < heldout * 2**64 else "train"
+
+
+def training_texts(
+    parts: Iterable[Part], reading: Reading, size: int, advance: Callable[[int], None]
+) -> Iterator[str]:
+    """Texts of the train split; of a large input a share, chosen by content.
+
+    Args:
+      parts: the input.
+      reading: how to read it.
+      size: bytes of the input on disk, about.
+      advance: called with the bytes that were read.
+    """
+    share = min(1.0, _TRAINING_BYTES / max(size, 1))
+    for part in parts:
+        for _, text in documents_of(part, reading.text_field):
+            digest = hashlib.blake2b(text, digest_size=8, key=b"tokenizer").digest()
+            chosen = int.from_bytes(digest, "little") < share * 2**64
+            if chosen and split_of(text, reading.heldout) == "train":
+                yield text.decode()
+        advance(part.read_bytes)
+
+
+def _grouped(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    """Parts in tasks worth sending to a worker."""
+    task: list[Part] = []
+    for part in parts:
+        task.append(part)
+        if len(task) == _TASK_PARTS or sum(p.read_bytes for p in task) >= _TASK_BYTES:
+            yield task
+            task = []
+    if task:
+        yield task
+
+
+def _tokenize(task: list[Part], tokenizer: Tokenizer, reading: Reading) -> TaskResult:
+    """The documents of a task in order."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    documents: list[Tokenized] = []
+    n_empty = 0
+    for part in task:
+        for name, text in documents_of(part, reading.text_field):
+            if not text.strip():
+                n_empty += 1
+                continue
+            ids = tokenizer.encode(text.decode())
+            tokens = np.empty(len(ids) + 2, dtype)
+            tokens[0], tokens[1:-1], tokens[-1] = (
+                tokenizer.bos_id,
+                ids,
+                tokenizer.eos_id,
+            )
+            split = split_of(text, reading.heldout)
+            documents.append(Tokenized(split, name, tokens, len(text)))
+    return TaskResult(documents, n_empty, sum(part.read_bytes for part in task))
+
+
+_worker: dict[str, Any] = {}  # of a worker process: its tokenizer and Reading
+
+
+def _start_worker(model_bytes: bytes | None, reading: Reading) -> None:
+    _worker["reading"] = reading
+    _worker["tokenizer"] = (
+        SentencePieceTokenizer(model_bytes, "tokenizer.model")
+        if model_bytes
+        else load_tokenizer("bytes")
+    )
+
+
+def _tokenize_in_worker(task: list[Part]) -> TaskResult:
+    return _tokenize(task, _worker["tokenizer"], _worker["reading"])
+
+
+def tokenized(
+    parts: Iterable[Part], tokenizer: Tokenizer, reading: Reading, workers: int
+) -> Iterator[TaskResult]:
+    """The documents of all parts, in order, a task at a time.
+
+    Raises:
+      UserError: what `documents_of` raises.
+    """
+    tasks = _grouped(parts)
+    first = list(itertools.islice(tasks, 2))
+    tasks = itertools.chain(first, tasks)
+    if workers == 1 or len(first) < 2:  # starting processes would take longer
+        for task in tasks:
+            yield _tokenize(task, tokenizer, reading)
+        return
+    pool = concurrent.futures.ProcessPoolExecutor(
+        workers,
+        multiprocessing.get_context("spawn"),
+        _start_worker,
+        (getattr(tokenizer, "model_bytes", None), reading),
+    )
+    try:
+        pending: collections.deque[concurrent.futures.Future] = collections.deque()
+        for task in tasks:
+            pending.append(pool.submit(_tokenize_in_worker, task))
+            # Results wait in memory, so only a few tasks may run ahead.
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

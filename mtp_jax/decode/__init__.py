@@ -1,0 +1,1 @@
+"""From prompts to continuations: generator, batches, compiled programs, KV cache."""

@@ -1,0 +1,297 @@
+"""A batch of texts on its way from the prompts to the last token.
+
+Axes: B batch, P prompt, E tokens of a text at most.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+
+from mtp_jax.decode.adaptive import DepthChooser, leave_heads
+from mtp_jax.decode.cache import grow
+from mtp_jax.decode.decoders.plain import Plain
+from mtp_jax.decode.decoders.sampling import Chance, Sampling, law_of
+from mtp_jax.decode.decoders.state import Decoder, DecodeState, Drafter, Finishing
+from mtp_jax.decode.programs import REPORTED, Begin, Programs, Prompts, slack
+from mtp_jax.parallel.sharding import batch_shards, spec
+
+_TRIALS = 6  # of every depth, to see how long a pass takes
+_TRIAL_S = 0.01  # of a trial, if that is neither too few passes nor too many:
+_FEWEST, _MOST = 4, 64
+_LEAST = 64  # room for a text; it comes in doubles of this, so that programs are shared
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """The texts on the host, as far as they are written."""
+
+    tokens_BE: np.ndarray
+    forward_BE: np.ndarray
+    agreed_BE: np.ndarray
+    departed_BE: np.ndarray | None  # None: the decoder is exact
+    length_B: np.ndarray
+    done_B: np.ndarray
+    start_B: np.ndarray  # lengths of the prompts
+    unverified: bool = False  # the i-th token of a pass is head i's; else head i + 1's
+
+    def new_tokens(self, b: int | np.integer) -> list[int]:
+        """The tokens after the prompt of text b."""
+        return self.tokens_BE[b, self.start_B[b] : self.length_B[b]].tolist()
+
+
+class Batch:
+    """Texts that are written together, each with its own length and end.
+
+    The cache holds a few more tokens than the longest text has, and doubles when it is
+    full: short texts do not pay for a long limit. Needs the mesh to be set.
+    """
+
+    def __init__(
+        self,
+        programs: Programs,
+        params: Any,
+        decoder: Decoder,
+        rows: Sequence[np.ndarray],
+        max_new_tokens: int,
+        sampling: Sampling,
+        first: int = 0,
+        adaptive: bool = False,
+    ):
+        """Compiles what is not compiled yet, so that no compilation is measured.
+
+        Args:
+          programs: of the model.
+          params: from `decode_model.unstack`, with the heads that are used.
+          decoder: how to decode.
+          rows: token ids of the prompts, int32, at least one of each.
+          max_new_tokens: most tokens of a continuation.
+          sampling: the law of the next token.
+          first: number of the first prompt; its draws depend on that and the seed.
+          adaptive: use fewer heads where that is faster; exact decoders only, which
+            agree on what to do with one.
+        """
+        self._programs = programs
+        self._params = params
+        self._decoder = decoder
+        self._depth = len(params["heads"])
+        width = slack(decoder, self._depth)
+        longest = max(map(len, rows))
+        # A finished text is still read with the others: its drafts need room, too.
+        self._room = ladder(longest + max_new_tokens + width)
+        self._slots = min(self._room, ladder(longest + 2 * width))
+        self._prompts = _prompts(
+            rows, max_new_tokens, sampling, first, params, rows_of(decoder)
+        )
+        self._state: DecodeState | None = None
+        self._chooser: DepthChooser | None = None  # of the depth of these texts
+        self._learner: DepthChooser | None = None  # told what is seen in them
+        if adaptive and self._depth > 1 and not decoder.lossy:
+            self._learner = programs.chooser(
+                self._measure, decoder, params, self._prompts, self._room, self._slots
+            )
+            if self._learner.stays_alone(max_new_tokens):
+                self._decoder, self._depth = Plain(), 1
+                self._params = {**params, "heads": params["heads"][:1]}
+            else:
+                self._chooser = self._learner
+        alone = self._chooser is not None and self._chooser.leaves_heads()
+        self._begin, (shapes, _) = self._begun(alone)
+        if self._chooser is None:
+            programs.advance(self._decoder, self._params, self._depth, shapes)
+        if isinstance(decoder, Finishing):
+            programs.finish(decoder, params, shapes)
+
+    def _begun(self, alone: bool) -> tuple[Begin, Any]:
+        return self._programs.begin(
+            self._decoder, self._params, self._prompts, self._room, self._slots, alone
+        )
+
+    def begin(self) -> None:
+        """Reads the prompts and commits the first token of each text."""
+        self._state, confidence_M = self._begin(self._params, self._prompts)
+        if self._chooser is not None:
+            self._chooser.begin(
+                None if confidence_M is None else _host(confidence_M).tolist()
+            )
+
+    def advance(self, forwards: int) -> Texts:
+        """Goes on for so many forward passes, or until all texts are done."""
+        end = int(self._at().forward) + forwards
+        while not _host(self._at().done_B).all() and int(self._at().forward) < end:
+            left = end - int(self._at().forward)
+            if self._chooser is not None:
+                self._stretch(self._chooser, left)
+                continue
+            passes, seconds = self._run(self._depth, left)
+            if self._learner is not None and passes:
+                self._learner.saw(1, np.zeros(1), passes, seconds)
+        return self._fetch()
+
+    def _stretch(self, chooser: DepthChooser, left: int) -> None:
+        """A few forward passes at the depth that promises most, watched."""
+        depth = chooser.depth()
+        before_N = self._agreed() if depth > 1 else 0
+        self._use_heads(depth > 1)
+        passes, seconds = self._run(depth, min(left, chooser.passes()))
+        after = self._at()
+        if passes:
+            agreed_N = self._agreed() - before_N
+            chooser.saw(depth, agreed_N, passes, seconds)
+            if after.alone is not None:
+                chooser.saw_entropy(float(after.alone.entropy))
+
+    def _agreed(self) -> np.ndarray:
+        """How often 0, 1 ... drafts were right so far, in all texts."""
+        return np.sum(_host(self._at().passes_BN), axis=0)
+
+    def _use_heads(self, wanted: bool) -> None:
+        """Has the drafting heads catch up, or leaves them alone."""
+        state = self._at()
+        if wanted and state.alone is not None:
+            program = self._programs.catch_up(
+                cast(Drafter, self._decoder), self._params, state
+            )
+            rest = dataclasses.replace(state, alone=None)
+            self._state = program(self._params, rest, state.alone)
+        elif not wanted and state.alone is None:
+            d = self._params["w_embedding"].shape[1]
+            self._state = _without_heads(state, d)
+
+    def _run(self, depth: int, forwards: int) -> tuple[int, float]:
+        """Forward passes at a depth; the cache grows when it is full.
+
+        Returns how many there were, and the seconds that they took, without compiling
+        or growing.
+        """
+        state = self._at()
+        program = self._programs.advance(self._decoder, self._params, depth, state)
+        first = int(state.forward)
+        began = time.perf_counter()
+        state = self._state = program(self._params, state, np.int32(forwards))
+        passes = int(state.forward) - first
+        seconds = time.perf_counter() - began
+        if passes < forwards and not _host(state.done_B).all():
+            self._state = _with_slots(state, 2 * state.cache.slots)
+        return passes, seconds
+
+    def _measure(self) -> dict[int, float]:
+        """Seconds of a forward pass at every depth that there is to choose from."""
+        n = self._depth
+        depths = sorted({1, n, *(2**i for i in range(1, n.bit_length()) if 2**i < n)})
+        self._begin, _ = self._begun(alone=False)
+        self._state, _ = self._begin(self._params, self._prompts)
+        self._use_heads(False)
+        self._use_heads(True)  # compiled as well
+        costs = {depth: self._pass_s(depth) for depth in reversed(depths)}
+        self._state = None
+        return costs
+
+    def _pass_s(self, depth: int) -> float:
+        took_s, forwards = [], 1
+        for _ in range(_TRIALS):
+            if _host(self._at().done_B).all():
+                self._state, _ = self._begin(self._params, self._prompts)
+            self._use_heads(depth > 1)
+            passes, took = self._run(depth, forwards)
+            if passes:  # there are none where the cache was full
+                took_s.append(took / passes)
+                # Starting takes time, too, which is not to count for short passes.
+                forwards = min(max(_FEWEST, int(_TRIAL_S / min(took_s))), _MOST)
+        # In the others something was in the way. Texts of one token have no passes.
+        return min(took_s, default=1.0)
+
+    def _at(self) -> DecodeState:
+        assert self._state is not None, "begin comes first"
+        return self._state
+
+    def end(self, rows: Iterable[int]) -> None:
+        """Ends texts where they are."""
+        state = self._at()
+        done_B = _host(state.done_B).copy()
+        many = rows_of(self._decoder)
+        done_B[[row * many + i for row in rows for i in range(many)]] = True
+        done_B = jax.device_put(done_B, state.done_B.sharding)
+        self._state = dataclasses.replace(state, done_B=done_B)
+
+    def _fetch(self) -> Texts:
+        state, decoder = self._at(), self._decoder
+        if isinstance(decoder, Finishing):
+            finish = self._programs.finish(decoder, self._params, state)
+            reported = finish(self._params, state)
+        else:
+            reported = {name: getattr(state, name) for name in REPORTED}
+        arrays: dict[str, Any] = {
+            name: None if x is None else _host(x) for name, x in reported.items()
+        }
+        start_B = _host(self._prompts.length_B)[:: rows_of(decoder)]
+        unverified = getattr(decoder, "unverified", False)
+        return Texts(**arrays, start_B=start_B, unverified=unverified)
+
+
+def rows_of(decoder: Decoder) -> int:
+    """Rows of the batch that a prompt takes: the beams of a search, else one."""
+    return getattr(decoder, "rows", 1)
+
+
+def ladder(tokens: int, least: int = _LEAST) -> int:
+    """The first of least, 2 least, 4 least ... that is enough; a power of two."""
+    return max(least, 1 << (tokens - 1).bit_length())
+
+
+def _prompts(
+    rows: Sequence[np.ndarray],
+    max_new_tokens: int,
+    sampling: Sampling,
+    first: int,
+    params: Any,
+    many: int = 1,
+) -> Prompts:
+    """Rows as arrays on the mesh, with rows of nothing to fill it up.
+
+    Each is there `many` times, one after another and on the same device.
+    """
+    shards = batch_shards(jax.sharding.get_mesh())
+    b = -(-len(rows) // shards) * shards * many
+    rows = [row for row in rows for _ in range(many)]
+    tokens_BP = np.zeros((b, ladder(max(map(len, rows)), least=8)), np.int32)
+    length_B = np.ones(b, np.int32)
+    for i, row in enumerate(rows):
+        tokens_BP[i, : len(row)] = row
+        length_B[i] = len(row)
+    fold_in = functools.partial(jax.random.fold_in, jax.random.key(sampling.seed))
+    keys_B = jax.vmap(fold_in)(np.arange(first, first + b, dtype=np.uint32))
+    return Prompts(
+        tokens_BP=put(tokens_BP),
+        length_B=put(length_B),
+        limit_B=put(length_B + np.int32(max_new_tokens)),
+        done_B=put(np.arange(b) >= len(rows)),
+        law=law_of(sampling, params["w_embedding"].shape[0]),
+        chance=Chance(put(np.asarray(jax.random.key_data(keys_B)))),
+    )
+
+
+def put(x: np.ndarray) -> jax.Array:
+    """[B, ...] on the mesh that is set, split by row."""
+    axes = ("batch", *[None] * (x.ndim - 1))
+    return jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), spec(*axes)))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _without_heads(state: DecodeState, d_model: int) -> DecodeState:
+    return leave_heads(state, d_model)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _with_slots(state: DecodeState, slots: int) -> DecodeState:
+    return dataclasses.replace(state, cache=grow(state.cache, slots))
+
+
+def _host(x: jax.Array) -> np.ndarray:
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))

@@ -1,0 +1,227 @@
+"""The verb `calibrate`: which tree of drafts a model does best with.
+
+On held-out text, every position is asked how the heads rank what head 1 will say: the
+rank of its word at t + i - 1 among the candidates of head i at t. The ranks of heads
+2..n at a position are a path, so how often a node of a tree would be right, its path
+before it included, is the share of positions whose path begins with that of the node.
+It is the product of the acceptances along the path, each given those before it. The
+nodes with the largest shares are the tree (arXiv:2401.10774, section 2.3.3): no tree of
+as many nodes commits more tokens.
+
+Axes: B passages, T tokens of a passage, U positions of it with n - 1 after them, X
+positions of all passages, M = n - 1 drafting heads, D model width, V vocabulary.
+"""
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtp_jax.checkpoint.restore import Restored, restore_model
+from mtp_jax.cli.args import Parser, output_file, positive_int
+from mtp_jax.config import ModelConfig
+from mtp_jax.data.corpus import Corpus
+from mtp_jax.data.prompts import heldout_prompts
+from mtp_jax.decode.cache import chain, make_cache, run_head, run_trunk
+from mtp_jax.decode.decode_model import build, unstack
+from mtp_jax.decode.decoders.sampling import most_likely
+from mtp_jax.errors import UserError
+from mtp_jax.parallel.sharding import batch_shards, spec
+from mtp_jax.run.run_log import write_json
+
+_TOKENS = 256  # of a passage
+_BATCH = 8  # passages read at once, of each shard of the batch
+_TOP = 10  # figures of a head: how often its best 1, 2 ... 10 candidates are enough
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """A tree and what was measured for it."""
+
+    positions: int
+    nodes: list[tuple[tuple[int, ...], float]]  # path, share of positions; most first
+    # By head from 2 on: share of positions where one of the best k candidates is right,
+    # of those where the path before it is in the tree.
+    top_k: list[list[float]]
+    chain: float  # tokens a forward pass with the heads' first candidates alone
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Of the tree, on text like this."""
+        return 1.0 + sum(share for _, share in self.nodes)
+
+
+def main(argv: list[str]) -> int:
+    """Runs the verb; writes the tree's file and prints a table.
+
+    Raises:
+      UserError: a model of one head, no held-out text, a file that cannot be written.
+    """
+    parser = Parser(
+        "mtp-jax calibrate", "Measure the heads and choose a tree of drafts."
+    )
+    parser.add_argument("--workdir", required=True, help="folder of a run")
+    parser.add_argument("--output", required=True, metavar="FILE", help="the tree")
+    parser.add_argument(
+        "--nodes", type=positive_int, default=24, help="drafts in the tree (24)"
+    )
+    parser.add_argument(
+        "--passages",
+        type=positive_int,
+        default=128,
+        help=f"held-out passages of up to {_TOKENS} tokens to measure (128)",
+    )
+    parser.add_argument("--step", type=int, help="checkpoint; the latest if not given")
+    args = parser.parse_args(argv)
+    output = output_file("output", args.output)
+    restored = restore_model(args.workdir, step=args.step)
+    result = calibrate(restored, args.passages, args.nodes)
+    print(table(result))
+    content = {
+        "step": restored.step,
+        "data": list(restored.config.data.sources),
+        "positions": result.positions,
+        "tokens_per_forward": result.tokens_per_forward,
+        "chain_tokens_per_forward": result.chain,
+        "heads": [
+            {"head": i, "top_k": shares} for i, shares in enumerate(result.top_k, 2)
+        ],
+        "nodes": [
+            {"path": list(path), "accepted": share} for path, share in result.nodes
+        ],
+    }
+    try:
+        write_json(output, content)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error.strerror}.") from error
+    print(f"written to {output}")
+    return 0
+
+
+def calibrate(restored: Restored, passages: int, nodes: int) -> Calibration:
+    """Measures held-out passages of the run's corpora and chooses a tree.
+
+    Args:
+      restored: the model, with all heads that are to draft.
+      passages: how many.
+      nodes: of the tree, at most.
+
+    Raises:
+      UserError: a model of one head, or no document is long enough.
+    """
+    cfg = restored.config.model
+    n, sources = cfg.n_future_tokens, restored.config.data.sources
+    if n == 1:
+        raise UserError("the model has one head; a tree needs others that draft.")
+    lengths = [Corpus.open(s).documents("heldout").lengths for s in sources]
+    longest = int(max(map(np.max, filter(len, lengths)), default=0)) - 2
+    if longest < n:
+        raise UserError(
+            f"no held-out document of {', '.join(sources)} has {n} tokens; prepare "
+            "more text."
+        )
+    rows = heldout_prompts(sources, passages, min(_TOKENS, longest))
+    ranks_XM = measure_ranks(cfg, restored.params, rows, restored.mesh)
+    return choose(ranks_XM, nodes)
+
+
+def measure_ranks(
+    cfg: ModelConfig, params: Any, rows: Sequence[np.ndarray], mesh: jax.sharding.Mesh
+) -> np.ndarray:
+    """Ranks that heads 2..n give to what head 1 will say, int32 [X, M]; 0 is the best.
+
+    Args:
+      cfg: of the model.
+      params: as `model_builder` makes them, on the mesh.
+      rows: passages of equal length, token ids.
+      mesh: the mesh.
+    """
+    size, found = _BATCH * batch_shards(mesh), []
+    with jax.set_mesh(mesh):
+        params = unstack(cfg, params)
+        ranks = jax.jit(lambda params, tokens_BT: _ranks(cfg, params, tokens_BT))
+        sharding = jax.NamedSharding(mesh, spec("batch", None))
+        for start in range(0, len(rows), size):
+            now = rows[start : start + size]
+            # The last ones are read again to fill the batch, and not counted twice.
+            tokens_BT = np.stack([*now, *[now[-1]] * (size - len(now))])
+            ranks_BUM = ranks(params, jax.device_put(tokens_BT, sharding))
+            found.append(
+                np.asarray(ranks_BUM)[: len(now)].reshape(-1, cfg.n_future_tokens - 1)
+            )
+    return np.concatenate(found)
+
+
+def _ranks(cfg: ModelConfig, params: Any, tokens_BT: jax.Array) -> jax.Array:
+    """The same of a batch of passages, [B, U, M]."""
+    model = build(cfg, params)
+    (b, t), n = tokens_BT.shape, len(model.heads)
+    cache = make_cache(cfg, len(model.trunk) + n, b, t)
+    new = chain(tokens_BT, jnp.zeros(b, jnp.int32, out_sharding=spec("batch")))
+    trunk_BTD, cache = run_trunk(model, new, cache)
+    ids_11V = jnp.arange(cfg.vocab_size)[None, None]
+    head_BTD, cache = run_head(model, 0, trunk_BTD, new, cache)
+    said_BT = most_likely(model.logits(head_BTD))
+    ranks, u = [], t - n + 1
+    for i in range(1, n):
+        head_BTD, cache = run_head(model, i, trunk_BTD, new, cache)
+        logits_BUV = model.logits(head_BTD[:, :u])
+        said_BU1 = said_BT[:, i : i + u, None]
+        is_said_BUV = ids_11V == said_BU1
+        own_BU1 = jnp.sum(jnp.where(is_said_BUV, logits_BUV, 0.0), -1, keepdims=True)
+        before_BUV = (logits_BUV > own_BU1) | (
+            (logits_BUV == own_BU1) & (ids_11V < said_BU1)
+        )
+        ranks.append(jnp.sum(before_BUV, axis=-1, dtype=jnp.int32))
+    return jnp.stack(ranks, axis=-1)
+
+
+def choose(ranks_XM: np.ndarray, nodes: int) -> Calibration:
+    """The tree of at most so many nodes that is right most often."""
+    positions, m = ranks_XM.shape
+    paths_X = list(map(tuple, ranks_XM.tolist()))
+    counts = collections.Counter(
+        path[:depth] for path in paths_X for depth in range(1, m + 1)
+    )
+    # A path is no more frequent than what it begins with, which is shorter: parents
+    # come before their children.
+    order = sorted(counts, key=lambda path: (-counts[path], len(path), path))[:nodes]
+    inside = {(), *order}
+    top_k = []
+    for i in range(m):
+        ranks = [path[i] for path in paths_X if path[:i] in inside]
+        within = np.bincount(ranks, minlength=_TOP)[:_TOP] if ranks else np.zeros(_TOP)
+        top_k.append((np.cumsum(within) / max(len(ranks), 1)).tolist())
+    first = itertools.accumulate(
+        ((ranks_XM[:, i] == 0) for i in range(m)), np.logical_and
+    )
+    return Calibration(
+        positions=positions,
+        nodes=[(path, counts[path] / positions) for path in order],
+        top_k=top_k,
+        chain=1.0 + sum(float(np.mean(right_X)) for right_X in first),
+    )
+
+
+def table(result: Calibration) -> str:
+    """The figures for people."""
+    shown = (1, 2, 3, 5, 10)
+    lines = [
+        "share of positions where one of a head's best k drafts is right, of those "
+        "where the drafts before it are:",
+        "head" + "".join(f"{f'top {k}':>8}" for k in shown),
+    ]
+    for i, shares in enumerate(result.top_k, 2):
+        lines.append(f"{i:>4}" + "".join(f"{shares[k - 1]:>8.4f}" for k in shown))
+    depth = max(len(path) for path, _ in result.nodes)
+    lines.append(
+        f"{len(result.nodes)} drafts, {depth} deep: {result.tokens_per_forward:.3f} "
+        f"tokens a forward pass (first candidates alone: {result.chain:.3f}); "
+        f"{result.positions} positions, teacher-forced"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Everything that only decoding on a CPU needs."""

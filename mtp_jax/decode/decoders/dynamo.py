@@ -1,0 +1,352 @@
+"""DynaMo's dynamic multi-token sampling (arXiv:2405.00888, algorithm 1). Lossy.
+
+The laws of the first m heads, multiplied and corrected by how often tokens come
+together in a corpus, are a joint law of the next m tokens. If a run of n tokens is
+likely enough it is drawn from what is left of the joint after its thresholds; if not,
+one of n - 1 is tried, and so on down to one token of head 1's own law. Nothing is
+verified, so a forward pass reads only what the last one committed: 1 to n tokens.
+
+What the source leaves open, as it is here:
+
+- Scale: a joint is not normalised, but divided by its sum where that is above 1: it is
+  compared with thresholds between 0 and 1.
+- Threshold: threshold^(m - 1), for cells and for backing off. The source zeroes below
+  the threshold itself; then its back-off test, with the power, could never decide.
+- Equal to the threshold is too little: so 0 always gives n tokens and 1 always one.
+- Smoothing: none. What was never counted is masked, as in the source; where all is
+  masked the run is shorter, but for threshold 0, whose joint then stays uncorrected.
+- Runs longer than three tokens: a Markov chain of what was counted (see `ngrams`).
+- Size: of m heads the best min(candidates, cells^(1/m)) tokens each, so that a joint
+  has at most `cells` cells.
+- Blur: along every axis of the joint, 1/4 1/2 1/4, mirrored at the ends: OpenCV's
+  kernel of 3. Neighbours are neighbours in rank.
+- Otsu: every split of the sorted values is tried, so there are no bins to choose.
+- Repetition penalty: a cell's weight is divided once for each of its tokens that the
+  text, or the cell before it, has already.
+- Greedy: the heads' laws at temperature 1, and the likeliest cell.
+
+A token departs if exact rejection by head 1 would have refused it: with probability
+1 - min(1, p / q), q being its law given the tokens before it, p head 1's. The share of
+departures is the distance of the two laws in total variation; for greedy decoding, the
+share of tokens that are not head 1's most likely.
+
+Axes: N heads, B batch, V vocabulary, K candidates, E tokens of a text, X places to draw
+from: tokens of the vocabulary, or cells of a joint.
+"""
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mtp_jax.decode.cache import at_slot, chain, run_head, run_heads_at, run_trunk
+from mtp_jax.decode.decode_model import DecodeModel
+from mtp_jax.decode.decoders.ngram_ratios import (
+    Tables,
+    check_correction,
+    log_joint_ratio,
+    option,
+    read_tables,
+)
+from mtp_jax.decode.decoders.sampling import Draws
+from mtp_jax.decode.decoders.state import (
+    DecodeState,
+    commit,
+    head_probs,
+    law_probs,
+    next_logits,
+)
+from mtp_jax.errors import UserError
+from mtp_jax.parallel.sharding import spec
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Unread:
+    """The tokens that the next forward pass reads: all that the last one committed."""
+
+    count_B: jax.Array  # int32
+    q_BN: jax.Array  # the probability that each was drawn with, float32
+    seen_BV: jax.Array | None  # `DecodeState.seen_BV` without them
+
+
+@dataclasses.dataclass(frozen=True)
+class Dynamo:
+    """Draws runs of 1 to n tokens from the heads' corrected joint law; lossy."""
+
+    counts: str = option("", "file of the verb count")
+    threshold: float = option(0.5, "0: always n tokens a pass; 1: always one")
+    alpha: float = option(1.0, "power of the co-occurrence correction; 0: none")
+    otsu: bool = option(True, "Otsu's threshold of the blurred joint")
+    candidates: int = option(50, "most tokens of a head that are considered")
+    cells: int = option(16384, "most runs that are considered")
+
+    lossy: ClassVar[bool] = True
+    unverified: ClassVar[bool] = True  # the i-th token of a pass is head i's
+
+    def __post_init__(self):
+        check_correction(self.counts, self.alpha, self.candidates)
+        if not 0 <= self.threshold <= 1:
+            raise UserError(f"threshold is {self.threshold}; it must be 0 to 1.")
+        if self.cells < 1:
+            raise UserError(f"cells is {self.cells}; it must be at least 1.")
+
+    def heads(self, n: int) -> int:
+        """All of them."""
+        return n
+
+    def width(self, n: int) -> int:
+        """What the last pass committed, and one: `finish` reads once more."""
+        return n + 1
+
+    def tables(self, fingerprint: str, vocab_size: int) -> Tables | None:
+        """The counts; None without correction."""
+        return read_tables(self.counts, self.alpha, fingerprint, vocab_size)
+
+    def begin(
+        self, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
+    ) -> DecodeState:
+        """Commits the first run, from what the heads say at the prompt's end."""
+        draws = Draws(state.chance, state.length_B)
+        law_B1V = law_probs(state, next_logits(model, state, heads_BND[:, :1]))
+        return self._write(model, state, law_B1V[:, 0], heads_BND, draws)
+
+    def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
+        """Reads what is new, and commits a run of up to `depth` tokens."""
+        draws = Draws(state.chance, state.length_B)
+        state, law_BNV, heads_BND = _read(model, state, draws)
+        law_BV = at_slot(law_BNV, state.carry.count_B - 1)
+        return self._write(model, state, law_BV, heads_BND[:, :depth], draws)
+
+    def finish(self, model: DecodeModel, state: DecodeState) -> DecodeState:
+        """The state with the departures of the last run, too."""
+        return _read(model, state, Draws(state.chance, state.length_B))[0]
+
+    def _write(
+        self,
+        model: DecodeModel,
+        state: DecodeState,
+        law_BV: jax.Array,
+        heads_BND: jax.Array,
+        draws: Draws,
+    ) -> DecodeState:
+        probs_BNV = head_probs(model, state, heads_BND)
+        weight_BX, level_B, ids_BNK = self._weigh(model, state, law_BV, probs_BNV)
+        if state.law.greedy:
+            index_B = jnp.argmax(weight_BX, axis=-1).astype(jnp.int32)
+        else:
+            index_B = draws.pick(weight_BX[:, None])[:, 0]
+        n = len(model.heads)
+        counts = self._counts(law_BV.shape[-1], heads_BND.shape[1])
+        tokens_BN, q_BN = _tokens(n, counts, weight_BX, level_B, ids_BNK, index_B)
+        if state.law.greedy:
+            q_BN = jnp.ones_like(q_BN)
+
+        departs_B1 = _departs(law_BV[:, None], tokens_BN[:, :1], q_BN[:, :1], draws)
+        departed_BN = jnp.pad(departs_B1, ((0, 0), (0, n - 1)))
+        after = commit(state, tokens_BN, level_B, level_B - 1, departed_BN)
+        new_B = after.length_B - state.length_B
+        carry = _Unread(new_B, q_BN, state.seen_BV)
+        if state.carry is not None:  # a text that has ended is read again as it is
+            carry = jax.tree.map(
+                lambda new, old: jnp.where(_like(new_B > 0, new), new, old),
+                carry,
+                state.carry,
+            )
+        else:
+            carry = dataclasses.replace(carry, count_B=jnp.maximum(new_B, 1))
+        return dataclasses.replace(after, carry=carry, chance=draws.after())
+
+    def _counts(self, vocab: int, n: int) -> dict[int, int]:
+        """Candidates of each head, by the length of a run."""
+        within = {m: int(self.cells ** (1 / m) + 1e-9) for m in range(2, n + 1)}
+        return {m: max(1, min(self.candidates, k, vocab)) for m, k in within.items()}
+
+    def _weigh(
+        self,
+        model: DecodeModel,
+        state: DecodeState,
+        law_BV: jax.Array,
+        probs_BNV: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The weights to draw from, how many tokens that gives, and the candidates."""
+        _, n, vocab = probs_BNV.shape
+        counts = self._counts(vocab, n)
+        most = max(counts.values(), default=1)
+        places = max([vocab, *(k**m for m, k in counts.items())])
+
+        def one(tables, penalty, law_V, probs_NV, seen_V):
+            probs_NK, ids_NK = lax.top_k(probs_NV, most)
+            seen_NK = None if seen_V is None else seen_V[ids_NK]
+            weight_X, level = jnp.pad(law_V, (0, places - vocab)), jnp.int32(1)
+            for m, k in counts.items():
+                ids = list(ids_NK[:m, :k])
+                log_joint = self._left(tables, jnp.log(probs_NK[:m, :k]), ids)
+                if seen_NK is not None:
+                    again = _repeated(ids, list(seen_NK[:m, :k]))
+                    log_joint -= jnp.log(penalty) * again
+                weight, lives = self._judged(log_joint, m)
+                weight = jnp.pad(weight.reshape(-1), (0, places - k**m))
+                weight_X = jnp.where(lives, weight, weight_X)
+                level = jnp.where(lives, m, level)
+            return weight_X, level, ids_NK
+
+        row, whole = spec("batch", None), spec("batch", None, None)
+        seen_spec = None if state.seen_BV is None else row
+        rows = jax.shard_map(
+            jax.vmap(one, in_axes=(None, None, 0, 0, 0)),
+            in_specs=(jax.P(), jax.P(), row, whole, seen_spec),
+            out_specs=(row, spec("batch"), whole),
+        )
+        law_BV = jax.sharding.reshard(law_BV, row)
+        return rows(model.tables, state.law.penalty, law_BV, probs_BNV, state.seen_BV)
+
+    def _left(self, tables, log_probs_NK, ids):
+        """The log of a joint law after its thresholds, an axis a head."""
+        m = len(ids)
+        log_joint = sum(_along(log_probs_NK[i], i, m) for i in range(m))
+        if self.alpha > 0:
+            corrected = log_joint + self.alpha * log_joint_ratio(tables, ids)
+            if self.threshold == 0:
+                nothing = jnp.max(corrected) == -jnp.inf
+                corrected = jnp.where(nothing, log_joint, corrected)
+            log_joint = corrected
+        log_joint -= jnp.maximum(jax.nn.logsumexp(log_joint), 0.0)
+        log_joint = jnp.where(log_joint > self._bound(m), log_joint, -jnp.inf)
+        if self.otsu:
+            top = jnp.maximum(jnp.max(log_joint), jnp.finfo(jnp.float32).min)
+            scaled = jnp.exp(log_joint - top)
+            log_joint = jnp.where(
+                scaled < jnp.minimum(otsu(blur(scaled)), 1.0), -jnp.inf, log_joint
+            )
+        return log_joint
+
+    def _judged(self, log_joint, m):
+        """Weights, the largest of them 1, and whether the run is likely enough."""
+        top = jnp.max(log_joint)
+        lives = top > self._bound(m)
+        return jnp.exp(log_joint - jnp.where(lives, top, 0.0)), lives
+
+    def _bound(self, m: int) -> float:
+        return (m - 1) * math.log(self.threshold) if self.threshold else -math.inf
+
+
+def blur(x: jax.Array) -> jax.Array:
+    """1/4 1/2 1/4 along every axis, mirrored at the ends without repeating them."""
+    for axis in range(x.ndim):
+        if x.shape[axis] > 1:
+            ends = [(1, 1) if i == axis else (0, 0) for i in range(x.ndim)]
+            y = jnp.moveaxis(jnp.pad(x, ends, mode="reflect"), axis, 0)
+            x = jnp.moveaxis((y[:-2] + 2 * y[1:-1] + y[2:]) / 4, 0, axis)
+    return x
+
+
+def otsu(x: jax.Array) -> jax.Array:
+    """The least value of the upper class: the split of least variance within (Otsu)."""
+    sorted_X = jnp.sort(x.reshape(-1))
+    n = sorted_X.size
+    if n == 1:
+        return sorted_X[0]
+    lower_X = jnp.cumsum(sorted_X)[:-1]
+    count_X = jnp.arange(1, n, dtype=jnp.float32)
+    apart_X = jnp.sum(sorted_X) * (count_X / n) - lower_X
+    between_X = apart_X**2 / (count_X * (n - count_X))
+    return sorted_X[jnp.argmax(between_X) + 1]
+
+
+def _read(
+    model: DecodeModel, state: DecodeState, draws: Draws
+) -> tuple[DecodeState, jax.Array, jax.Array]:
+    """Reads the unread tokens and marks which of them depart.
+
+    Returns the state, head 1's law after each token, and all heads' output at the last.
+    """
+    unread, n = state.carry, len(model.heads)
+    start_B = state.length_B - unread.count_B
+    tokens_BN = jnp.stack([at_slot(state.tokens_BE, start_B + i) for i in range(n)], 1)
+    new = chain(tokens_BN, start_B)
+    trunk_BND, cache = run_trunk(model, new, state.cache)
+    head_BND, cache = run_head(model, 0, trunk_BND, new, cache)
+    last_B = unread.count_B - 1
+    others_BMD, cache = run_heads_at(model, range(1, n), trunk_BND, new, last_B, cache)
+    before = dataclasses.replace(state, seen_BV=unread.seen_BV)
+    law_BNV = law_probs(state, next_logits(model, before, head_BND, new))
+
+    departs_BM = _departs(law_BNV[:, :-1], tokens_BN[:, 1:], unread.q_BN[:, 1:], draws)
+    # Of a text that has ended this is done again, with the same draws.
+    offset_BE = jnp.arange(state.tokens_BE.shape[1])[None] - start_B[:, None]
+    here_BEM = offset_BE[:, :, None] == jnp.arange(1, n)[None, None]
+    here_BEM &= (jnp.arange(1, n)[None] < unread.count_B[:, None])[:, None]
+    mark_BE = jnp.any(here_BEM & departs_BM[:, None], axis=2).astype(jnp.int32)
+    assert state.departed_BE is not None, "the decoder is lossy"
+    departed_BE = jnp.maximum(state.departed_BE, mark_BE)
+    heads_BND = jnp.concatenate([at_slot(head_BND, last_B)[:, None], others_BMD], 1)
+    state = dataclasses.replace(state, cache=cache, departed_BE=departed_BE)
+    return state, law_BNV, heads_BND
+
+
+def _tokens(n, counts, weight_BX, level_B, ids_BNK, index_B):
+    """The tokens that a place stands for, [B, n], and how likely each was."""
+
+    def one(weight_X, level, ids_NK, index):
+        tokens_N = jnp.zeros(n, jnp.int32).at[0].set(index)
+        q_N = jnp.ones(n).at[0].set(weight_X[index] / jnp.sum(weight_X))
+        for m, k in counts.items():
+            ranks = jnp.unravel_index(jnp.minimum(index, k**m - 1), (k,) * m)
+            mass = weight_X[: k**m].reshape((k,) * m)
+            masses = []
+            for i in range(m, 0, -1):  # of all cells that begin like this one
+                masses.append(mass[ranks[:i]])
+                mass = jnp.sum(mass, axis=-1)
+            masses.append(mass)
+            for i in range(m):
+                q = masses[m - 1 - i] / masses[m - i]
+                tokens_N = tokens_N.at[i].set(
+                    jnp.where(level == m, ids_NK[i, ranks[i]], tokens_N[i])
+                )
+                q_N = q_N.at[i].set(jnp.where(level == m, q, q_N[i]))
+        return tokens_N, q_N
+
+    row, each = spec("batch", None), spec("batch")
+    rows = jax.shard_map(
+        jax.vmap(one),
+        in_specs=(row, each, spec("batch", None, None), each),
+        out_specs=(row, row),
+    )
+    return rows(weight_BX, level_B, ids_BNK, index_B)
+
+
+def _departs(
+    law_BWV: jax.Array, tokens_BW: jax.Array, q_BW: jax.Array, draws: Draws
+) -> jax.Array:
+    """Whether exact rejection refuses tokens that were drawn with probability q."""
+    if not tokens_BW.shape[1]:
+        return tokens_BW > 0
+    is_token_BWV = tokens_BW[:, :, None] == jnp.arange(law_BWV.shape[-1])[None, None]
+    p_BW = jnp.sum(jnp.where(is_token_BWV, law_BWV, 0.0), axis=-1)
+    yes_BW = jnp.minimum(p_BW / q_BW, 1.0)
+    return draws.pick(jnp.stack([yes_BW, 1.0 - yes_BW], axis=-1)) == 1
+
+
+def _along(x_K: jax.Array, axis: int, m: int) -> jax.Array:
+    """A vector as one axis of m."""
+    return jnp.expand_dims(x_K, tuple(i for i in range(m) if i != axis))
+
+
+def _repeated(ids: list[jax.Array], seen: list[jax.Array]) -> jax.Array:
+    """How many tokens of each cell the text or the cell has before, int32."""
+    m = len(ids)
+    count: Any = 0
+    for i in range(m):
+        again = _along(seen[i], i, m)
+        for j in range(i):
+            again = again | (_along(ids[j], j, m) == _along(ids[i], i, m))
+        count = count + again.astype(jnp.int32)
+    return count
+
+
+def _like(mask_B: jax.Array, x: jax.Array) -> jax.Array:
+    return mask_B[:, None] if x.ndim == 2 else mask_B

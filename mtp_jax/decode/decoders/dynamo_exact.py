@@ -1,0 +1,118 @@
+"""DynaMo's corrected joint law as a proposal: speculative sampling from it. Exact.
+
+Heads 2..n do not know what the tokens before theirs turn out to be. Counts of a corpus
+do: draft i is drawn from q(d | the tokens before), in proportion to the law of its head
+times (phat(d | the two tokens before) / phat(d))^alpha. Head 1 accepts or refuses it as
+in `speculative`, whose proof holds for any proposals.
+
+Axes: M drafts, B batch, D model width, V vocabulary, K candidates.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mtp_jax.decode.cache import at_slot
+from mtp_jax.decode.decode_model import DecodeModel
+from mtp_jax.decode.decoders import passes, speculative
+from mtp_jax.decode.decoders.ngram_ratios import (
+    Tables,
+    check_correction,
+    log_next_ratio,
+    option,
+    read_tables,
+)
+from mtp_jax.decode.decoders.sampling import Draws
+from mtp_jax.decode.decoders.speculative import Drafts, choose_from
+from mtp_jax.decode.decoders.state import DecodeState, head_probs
+from mtp_jax.parallel.sharding import spec
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamoExact:
+    """Drafts are drawn from the heads' corrected joint; exact, greedy or sampled."""
+
+    counts: str = option("", "file of the verb count")
+    alpha: float = option(1.0, "power of the co-occurrence correction; 0: none")
+    candidates: int = option(50, "most tokens of a head that are considered")
+
+    lossy: ClassVar[bool] = False
+
+    def __post_init__(self):
+        check_correction(self.counts, self.alpha, self.candidates)
+
+    def heads(self, n: int) -> int:
+        """All of them."""
+        return n
+
+    def width(self, n: int) -> int:
+        """The last committed token and the drafts."""
+        return n
+
+    def tables(self, fingerprint: str, vocab_size: int) -> Tables | None:
+        """The counts; None without correction."""
+        return read_tables(self.counts, self.alpha, fingerprint, vocab_size)
+
+    def begin(
+        self, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
+    ) -> DecodeState:
+        """Commits a draw of head 1 at the prompt's end, and drafts with the others."""
+        return passes.begin(self, model, state, heads_BND)
+
+    def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
+        """Verifies drafts, commits the right ones and one more, and drafts again."""
+        return speculative.step(self, model, state, depth)
+
+    def draft(
+        self,
+        model: DecodeModel,
+        state: DecodeState,
+        heads_BMD: jax.Array,
+        draws: Draws,
+    ) -> Drafts:
+        """A draw of each drafting head, given those before it."""
+        probs_BMV = head_probs(model, state, heads_BMD)
+        before_B, last_B = (
+            at_slot(state.tokens_BE, state.length_B - i) for i in (2, 1)
+        )
+        tokens, laws = [], []
+        for i in range(probs_BMV.shape[1]):
+            q_BV = self._corrected(model.tables, before_B, last_B, probs_BMV[:, i])
+            if state.law.greedy:
+                q_BV = jax.nn.one_hot(jnp.argmax(q_BV, axis=-1), q_BV.shape[-1])
+            before_B, last_B = last_B, choose_from(q_BV[:, None], state, draws)[:, 0]
+            tokens.append(last_B)
+            laws.append(q_BV)
+        if not tokens:
+            return Drafts(state.tokens_BE[:, :0], probs_BMV)
+        token_BM = jax.sharding.reshard(jnp.stack(tokens, 1), spec("batch", None))
+        return Drafts(token_BM, jnp.stack(laws, axis=1))
+
+    def accept(
+        self, p_BNV: jax.Array, q_BMV: jax.Array, drafts_BM: jax.Array, draws: Draws
+    ) -> tuple[jax.Array, jax.Array]:
+        """`speculative.accept`."""
+        return speculative.accept(p_BNV, q_BMV, drafts_BM, draws)
+
+    def _corrected(self, tables, before_B, last_B, probs_BV):
+        """The law of a draft after two tokens, [B, V]."""
+        k = min(self.candidates, probs_BV.shape[-1])
+
+        def one(tables, before, last, probs_V):
+            probs_K, ids_K = lax.top_k(probs_V, k)
+            log_q_K = jnp.log(probs_K)
+            if tables is not None:
+                log_q_K += self.alpha * log_next_ratio(tables, before, last, ids_K)
+            return jnp.zeros_like(probs_V).at[ids_K].set(jax.nn.softmax(log_q_K))
+
+        each, row = spec("batch"), spec("batch", None)
+        rows = jax.shard_map(
+            jax.vmap(one, in_axes=(None, 0, 0, 0)),
+            in_specs=(jax.P(), each, each, row),
+            out_specs=row,
+        )
+        before_B, last_B = (jax.sharding.reshard(x, each) for x in (before_B, last_B))
+        return rows(tables, before_B, last_B, jax.sharding.reshard(probs_BV, row))

@@ -1,0 +1,102 @@
+"""The forward passes that decoders share: one token, a chain of drafts, any new ones.
+
+Axes: N heads, M = N - 1 drafts, B batch, W tokens that are read, D model width, V
+vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.decode.cache import (
+    Cache,
+    NewTokens,
+    chain,
+    run_head,
+    run_heads_at,
+    run_trunk,
+)
+from mtp_jax.decode.decode_model import DecodeModel
+from mtp_jax.decode.decoders.sampling import Draws
+from mtp_jax.decode.decoders.state import (
+    DecodeState,
+    Drafter,
+    choose,
+    commit,
+    last_token,
+    next_logits,
+)
+
+# From head 1's penalized logits after each token that was read, [B, N, V]: the tokens
+# to commit, [B, N], and how many drafts are among them, [B].
+Verify = Callable[[jax.Array, Draws], tuple[jax.Array, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """What the trunk and head 1 make of new tokens."""
+
+    new: NewTokens
+    trunk_BWD: jax.Array
+    logits_BWV: jax.Array  # of head 1, penalized
+    cache: Cache
+
+
+def read(model: DecodeModel, state: DecodeState, tokens_BW: jax.Array) -> Read:
+    """Reads the last committed token, the first of tokens_BW, and drafts after it."""
+    return read_new(model, state, chain(tokens_BW, state.length_B - 1))
+
+
+def read_new(model: DecodeModel, state: DecodeState, new: NewTokens) -> Read:
+    """Runs the trunk and head 1 over new tokens, a chain or a tree."""
+    trunk_BWD, cache = run_trunk(model, new, state.cache)
+    head_BWD, cache = run_head(model, 0, trunk_BWD, new, cache)
+    return Read(new, trunk_BWD, next_logits(model, state, head_BWD, new), cache)
+
+
+def write_one(state: DecodeState, logits_B1V: jax.Array) -> DecodeState:
+    """Commits one token by head 1's law."""
+    draws = Draws(state.chance, state.length_B)
+    token_B1 = choose(state, logits_B1V, draws)
+    state = dataclasses.replace(state, chance=draws.after())
+    return _commit_one(state, token_B1)
+
+
+def begin(
+    decoder: Drafter, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
+) -> DecodeState:
+    """Commits what head 1 says at the prompt's end, and has the others draft on."""
+    draws = Draws(state.chance, state.length_B)
+    said_B1 = choose(state, next_logits(model, state, heads_BND[:, :1]), draws)
+    state = _commit_one(state, said_B1)
+    drafts = decoder.draft(model, state, heads_BND[:, 1:], draws)
+    return dataclasses.replace(state, carry=drafts, chance=draws.after())
+
+
+def step(
+    decoder: Drafter,
+    model: DecodeModel,
+    state: DecodeState,
+    drafts_BM: jax.Array,
+    verify: Verify,
+) -> DecodeState:
+    """Verifies drafts, commits the right ones and one more, and has it draft again."""
+    tokens_BN = jnp.concatenate([last_token(state), drafts_BM], axis=1)
+    seen = read(model, state, tokens_BN)
+    draws = Draws(state.chance, state.length_B)
+    said_BN, agreed_B = verify(seen.logits_BWV, draws)
+
+    drafting = range(1, len(model.heads))
+    heads_BMD, cache = run_heads_at(
+        model, drafting, seen.trunk_BWD, seen.new, agreed_B, seen.cache
+    )
+    state = commit(state, said_BN, agreed_B + 1, agreed_B)
+    drafts = decoder.draft(model, state, heads_BMD, draws)
+    return dataclasses.replace(state, cache=cache, carry=drafts, chance=draws.after())
+
+
+def _commit_one(state: DecodeState, token_B1: jax.Array) -> DecodeState:
+    none_B = jnp.zeros_like(state.length_B)
+    return commit(state, token_B1, none_B + 1, none_B)

@@ -1,0 +1,258 @@
+"""What decoding carries from one forward pass to the next, and how tokens enter it.
+
+Axes: B batch, E tokens of a text at most, W tokens of a forward pass, N heads, D model
+width, V vocabulary.
+"""
+
+import dataclasses
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtp_jax.decode.cache import Cache, NewTokens, at_slot
+from mtp_jax.decode.decode_model import DecodeModel
+from mtp_jax.decode.decoders.sampling import (
+    Chance,
+    Draws,
+    Law,
+    most_likely,
+    penalize,
+    probabilities,
+)
+from mtp_jax.parallel.sharding import spec
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Alone:
+    """What is left behind for drafting heads that are not asked; see `adaptive`."""
+
+    trunk_BED: jax.Array  # what the trunk said, where they have not read it
+    since_B: jax.Array  # the first position that they have not read
+    entropy: jax.Array  # min-entropy of head 1, nats, a running mean; -1: not known
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """A batch of texts in the making; they may differ in length.
+
+    The cache holds every position before the last committed token, which is the first
+    token that the next forward pass reads.
+    """
+
+    tokens_BE: jax.Array  # prompt, then the committed tokens, int32
+    forward_BE: jax.Array  # which forward pass committed each of them; 0: the prompt
+    agreed_BE: jax.Array  # how many drafts that forward pass found to be right
+    # 1 where a lossy decoder departed from the exact choice, int32; None: exact ones
+    departed_BE: jax.Array | None
+    length_B: jax.Array  # prompt and committed tokens
+    limit_B: jax.Array  # the length that ends a text
+    done_B: jax.Array  # a text that no longer changes
+    forward: jax.Array  # forward passes so far; the prompt is the first
+    passes_BN: jax.Array  # forward passes with 0, 1 ... right drafts, int32
+    seen_BV: jax.Array | None  # tokens of the text, where repetition is penalized
+    cache: Cache
+    carry: Any  # whatever else the decoder wants to keep
+    law: Law
+    chance: Chance
+    alone: Alone | None  # None: the drafting heads have read what head 1 has
+    eos_id: int = dataclasses.field(metadata={"static": True})
+
+
+class Decoder(Protocol):
+    """A way of decoding: a frozen dataclass, whose fields are its options."""
+
+    lossy: ClassVar[bool]  # whether texts may be others than plain's, or of another law
+
+    def heads(self, n: int) -> int:
+        """How many of a model's n heads it runs."""
+        ...
+
+    def width(self, n: int) -> int:
+        """Tokens that a forward pass of a model with n heads reads, at most."""
+        ...
+
+    def begin(
+        self, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
+    ) -> DecodeState:
+        """Commits the first token, from what the heads say at the prompt's end."""
+        ...
+
+    def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
+        """One forward pass; commits at least one token of each unfinished text.
+
+        `depth` heads are used: up to depth - 1 drafts in a row are verified.
+        """
+        ...
+
+
+class Drafter(Decoder, Protocol):
+    """A decoder that can leave its heads alone for a while."""
+
+    def draft(
+        self,
+        model: DecodeModel,
+        state: DecodeState,
+        heads_BMD: jax.Array,
+        draws: Draws,
+    ) -> Any:
+        """What it carries to the next pass, from what the drafting heads say."""
+        ...
+
+
+@runtime_checkable
+class Reading(Protocol):
+    """A decoder that reads more than the model: a file of its own."""
+
+    def tables(self, fingerprint: str, vocab_size: int) -> Any:
+        """A tree of arrays, `DecodeModel.tables` of every program.
+
+        Args:
+          fingerprint: of the model's tokenizer.
+          vocab_size: of the model.
+
+        Raises:
+          UserError: no file, or one that does not fit.
+        """
+        ...
+
+
+@runtime_checkable
+class Finishing(Protocol):
+    """A decoder whose texts are not reported as they stand in its state."""
+
+    def finish(self, model: DecodeModel, state: DecodeState) -> DecodeState:
+        """What is reported of a state; decoding goes on from the state itself."""
+        ...
+
+
+def commit(
+    state: DecodeState,
+    tokens_BW: jax.Array,
+    count_B: jax.Array,
+    agreed_B: jax.Array,
+    departed_BW: jax.Array | None = None,
+) -> DecodeState:
+    """Appends tokens to the unfinished texts, up to end of text or the limit.
+
+    Args:
+      state: before; its cache already holds what the forward pass read.
+      tokens_BW: candidates.
+      count_B: how many of them, from the first on.
+      agreed_B: how many drafts the forward pass found to be right.
+      departed_BW: which candidates are not the exact choice, bool; None: all are.
+    """
+    room_B = jnp.where(state.done_B, 0, state.limit_B - state.length_B)
+    ends_BW = tokens_BW == state.eos_id
+    ended_before_BW = jnp.cumsum(ends_BW, axis=1) > ends_BW
+    order_1W = jnp.arange(tokens_BW.shape[1])[None]
+    kept_BW = (order_1W < jnp.minimum(count_B, room_B)[:, None]) & ~ended_before_BW
+    new_B = jnp.sum(kept_BW, axis=1, dtype=jnp.int32)
+    length_B = state.length_B + new_B
+
+    order_1E = jnp.arange(state.tokens_BE.shape[1])[None]
+    offset_BE = order_1E - state.length_B[:, None]
+    new_BE = (offset_BE >= 0) & (offset_BE < new_B[:, None])
+    is_token_BEW = offset_BE[:, :, None] == order_1W[:, None]
+
+    def placed(x_BW, old_BE):
+        x_BE = jnp.sum(jnp.where(is_token_BEW, x_BW[:, None], 0), axis=2)
+        return jnp.where(new_BE, x_BE, old_BE)
+
+    forward = state.forward + 1
+    counts_N = jnp.arange(state.passes_BN.shape[1])[None]
+    passed_BN = (agreed_B[:, None] == counts_N) & ~state.done_B[:, None]
+    seen_BV = state.seen_BV
+    if seen_BV is not None:
+        kept = jnp.where(kept_BW, tokens_BW, -1)
+        seen_BV = seen_BV | jnp.any(_one_hot(kept, seen_BV.shape[1]), axis=1)
+    return dataclasses.replace(
+        state,
+        tokens_BE=placed(tokens_BW, state.tokens_BE),
+        forward_BE=jnp.where(new_BE, forward, state.forward_BE),
+        agreed_BE=jnp.where(new_BE, agreed_B[:, None], state.agreed_BE),
+        departed_BE=state.departed_BE
+        if departed_BW is None
+        else placed(departed_BW, state.departed_BE),
+        length_B=length_B,
+        done_B=state.done_B
+        | (length_B >= state.limit_B)
+        | jnp.any(kept_BW & ends_BW, axis=1),
+        forward=forward,
+        passes_BN=state.passes_BN + passed_BN,
+        seen_BV=seen_BV,
+    )
+
+
+def last_token(state: DecodeState) -> jax.Array:
+    """The last committed token of each text, int32 [B, 1]."""
+    return at_slot(state.tokens_BE, state.length_B - 1)[:, None]
+
+
+def say(model: DecodeModel, heads_BWD: jax.Array) -> jax.Array:
+    """The most likely token of each output of a head, int32 [B, W]."""
+    return most_likely(model.logits(heads_BWD))
+
+
+def next_logits(
+    model: DecodeModel,
+    state: DecodeState,
+    head_BWD: jax.Array,
+    new: NewTokens | None = None,
+) -> jax.Array:
+    """Penalized logits, float32 [B, W, V], of outputs of head 1.
+
+    Args:
+      model: the model.
+      state: before the forward pass.
+      head_BWD: the outputs.
+      new: what the forward pass read; None: nothing that is not committed yet.
+    """
+    logits_BWV = model.logits(head_BWD)
+    if state.seen_BV is None:
+        return logits_BWV
+    seen_BWV = state.seen_BV[:, None]
+    if new is not None:
+        w = new.tokens_BW.shape[1]
+        own_WW = new.ancestors_WW
+        own_WW = np.tril(np.ones((w, w), bool)) if own_WW is None else own_WW
+        is_BUV = _one_hot(new.tokens_BW, seen_BWV.shape[-1])
+        own_BWV = jnp.any(own_WW[None, :, :, None] & is_BUV[:, None], axis=2)
+        seen_BWV = seen_BWV | own_BWV
+    seen_BWV = jax.sharding.reshard(seen_BWV, spec("batch", None, "vocab"))
+    return penalize(state.law, logits_BWV, seen_BWV)
+
+
+def choose(state: DecodeState, logits_BWV: jax.Array, draws: Draws) -> jax.Array:
+    """A next token from each of the logits by the law of the state, int32 [B, W]."""
+    if state.law.greedy:
+        return most_likely(logits_BWV)
+    return draws.pick(law_probs(state, logits_BWV))
+
+
+def law_probs(state: DecodeState, logits_BWV: jax.Array) -> jax.Array:
+    """The law of the next token, float32 [B, W, V], whole on every device."""
+    whole = spec("batch", None, None)
+    return probabilities(state.law, jax.sharding.reshard(logits_BWV, whole))
+
+
+def head_probs(
+    model: DecodeModel, state: DecodeState, heads_BWD: jax.Array
+) -> jax.Array:
+    """What heads think likely, float32 [B, W, V], whole on every device.
+
+    The law of the state without its penalty; for a greedy one, that of temperature 1.
+    """
+    logits_BWV = model.logits(heads_BWD)
+    if not state.law.greedy:
+        return law_probs(state, logits_BWV)
+    whole = spec("batch", None, None)
+    return jax.nn.softmax(jax.sharding.reshard(logits_BWV, whole), axis=-1)
+
+
+def _one_hot(tokens_BW: jax.Array, vocab: int) -> jax.Array:
+    """bool [B, W, V]; all false for a token of -1."""
+    return tokens_BW[:, :, None] == jnp.arange(vocab)[None, None]

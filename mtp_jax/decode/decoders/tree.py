@@ -1,0 +1,220 @@
+"""Drafts as a tree: several candidates of each head, verified in one forward pass.
+
+The tree is Medusa's (arXiv:2401.10774, section 2.1.2), with heads that are transformer
+layers and with exact verification: head 1 says at every node what comes next, and the
+longest path of nodes that it says is committed, and one token more. If head 1 draws
+instead, so it does at each node of that path: a draw that is among the node's children
+goes on there, any other ends the path. That is multi-round rejection (SpecInfer,
+arXiv:2305.09781, algorithm 2) of proposals that are certain of one token each, so texts
+have the law of `plain`'s.
+
+The trunk and head 1 read the whole tree; their entries in the cache then move to where
+the committed path has them. The other heads read that path only.
+
+Axes: W nodes of the tree with the root, N nodes of its longest path with the root, M
+drafting heads, K candidates of a head, P nodes of a path, B batch, D model width, V
+vocabulary.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtp_jax.decode.cache import (
+    Cache,
+    NewTokens,
+    at_slot,
+    chain,
+    keep_path,
+    run_heads_at,
+)
+from mtp_jax.decode.decode_model import DecodeModel
+from mtp_jax.decode.decoders import passes
+from mtp_jax.decode.decoders.passes import Read
+from mtp_jax.decode.decoders.sampling import Draws, most_likely
+from mtp_jax.decode.decoders.state import DecodeState, commit, last_token, law_probs
+from mtp_jax.decode.decoders.token_tree import TokenTree, default_tree, read_tree
+from mtp_jax.parallel.sharding import spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """Candidates of each head as a static tree; exact, greedy or sampled."""
+
+    lossy: ClassVar[bool] = False
+
+    tree: str = dataclasses.field(
+        default="",
+        metadata={"help": "file that calibrate wrote; if not given, a built-in tree"},
+    )
+    # What the file says, read once.
+    given: TokenTree | None = dataclasses.field(init=False, repr=False)
+
+    def __post_init__(self):
+        given = read_tree(self.tree) if self.tree else None
+        object.__setattr__(self, "given", given)
+
+    def heads(self, n: int) -> int:
+        """Those that the tree has candidates of."""
+        return self.used(n).depth + 1
+
+    def width(self, n: int) -> int:
+        """All nodes."""
+        return len(self.used(n).paths)
+
+    def used(self, heads: int, vocab: int | None = None) -> TokenTree:
+        """The tree of a model with so many heads and tokens."""
+        tree = default_tree(heads - 1) if self.given is None else self.given
+        return tree.cut(heads - 1, tree.ranks if vocab is None else vocab)
+
+    def begin(
+        self, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
+    ) -> DecodeState:
+        """Commits what head 1 says at the prompt's end; the others give candidates."""
+        return passes.begin(self, model, state, heads_BND)
+
+    def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
+        """Reads the tree, commits its longest right path and one token more."""
+        tree = self.used(depth, model.cfg.vocab_size)
+        read = read_nodes(model, state, tree)
+        draws = Draws(state.chance, state.length_B)
+        end_B, said_B1 = exact_path(state, tree, read, draws)
+        state = dataclasses.replace(state, chance=draws.after())
+        return commit_path(model, state, tree, read, end_B, said_B1)
+
+    def draft(
+        self,
+        model: DecodeModel,
+        state: DecodeState,
+        heads_BMD: jax.Array,
+        draws: Draws,
+    ) -> jax.Array:
+        """The most likely tokens of each drafting head, best first, int32 [B, M, K]."""
+        del state, draws
+        ranks = self.used(len(model.heads), model.cfg.vocab_size).ranks
+        return _candidates(model, heads_BMD, ranks)
+
+
+def read_nodes(model: DecodeModel, state: DecodeState, tree: TokenTree) -> Read:
+    """Runs the trunk and head 1 over the nodes, candidates that are carried."""
+    b, m, k = state.carry.shape
+    # By comparison, as in `at_slot`: a gather would have to be told how it is split.
+    which_W = (tree.depth_W - 1) * k + tree.rank_W  # the root: -k, none of them
+    is_it_WC = which_W[:, None] == np.arange(m * k)
+    whole = spec("batch", None, None)
+    flat_B1C = state.carry.reshape(b, 1, m * k, out_sharding=whole)
+    drafts_BW = jnp.sum(jnp.where(is_it_WC[None], flat_B1C, 0), axis=2)
+    is_root_1W = (tree.depth_W == 0)[None]
+    start_B = state.length_B - 1
+    new = NewTokens(
+        tokens_BW=jnp.where(is_root_1W, last_token(state), drafts_BW),
+        positions_BW=start_B[:, None] + tree.depth_W[None],
+        start_B=start_B,
+        ancestors_WW=tree.ancestors_WW,
+    )
+    return passes.read_new(model, state, new)
+
+
+def exact_path(
+    state: DecodeState, tree: TokenTree, read: Read, draws: Draws
+) -> tuple[jax.Array, jax.Array]:
+    """The node where the longest right path ends, [B], and what comes next, [B, 1]."""
+    if state.law.greedy:
+        said_BW = most_likely(read.logits_BWV)
+    node_B = jnp.zeros_like(state.length_B)
+    ended_B = jnp.zeros_like(state.done_B)
+    next_B = node_B
+    for _ in range(tree.depth + 1):
+        # Draws after the end of a path are for nothing: the shapes are static.
+        if state.law.greedy:
+            said_B = at_slot(said_BW, node_B)
+        else:
+            logits_B1V = at_slot(read.logits_BWV, node_B)[:, None]
+            said_B = draws.pick(law_probs(state, logits_B1V))[:, 0]
+        next_B = jnp.where(ended_B, next_B, said_B)
+        is_child_BW = tree.parent_W[None] == node_B[:, None]
+        goes_on_BW = is_child_BW & (read.new.tokens_BW == said_B[:, None])
+        goes_on_BW &= ~ended_B[:, None]
+        ended_B = ~jnp.any(goes_on_BW, axis=1)
+        # Siblings are different tokens, so there is one child at most.
+        child_B = jnp.sum(jnp.where(goes_on_BW, np.arange(len(tree.paths))[None], 0), 1)
+        node_B = jnp.where(ended_B, node_B, child_B)
+    return node_B, next_B[:, None]
+
+
+def commit_path(
+    model: DecodeModel,
+    state: DecodeState,
+    tree: TokenTree,
+    read: Read,
+    end_B: jax.Array,
+    next_B1: jax.Array,
+    departed_BW: jax.Array | None = None,
+) -> DecodeState:
+    """Commits the path to a node and the token after it; drafts at its end.
+
+    Args:
+      model: the model.
+      state: before; its carry has the candidates that the tree was made of.
+      tree: the tree.
+      read: what reading it gave.
+      end_B: the node at the end of the path.
+      next_B1: what comes after it, of the exact choice.
+      departed_BW: which nodes are not the exact choice after their parents.
+    """
+    path_BP = _of_node(tree.path_WP, end_B)
+    agreed_B = _of_node(tree.depth_W, end_B)
+
+    def along(x_BWX):
+        nodes = range(tree.depth + 1)
+        return jnp.stack([at_slot(x_BWX, path_BP[:, p]) for p in nodes], axis=1)
+
+    used = len(model.trunk) + 1  # layers that read the tree: the trunk and head 1
+    k, v = read.cache.k_BGSK, read.cache.v_BGSK
+    kept = keep_path(Cache(k[:used], v[:used]), read.new.start_B, path_BP)
+    cache = Cache(kept.k_BGSK + k[used:], kept.v_BGSK + v[used:])
+    tokens_BP = along(read.new.tokens_BW)
+    heads_BMD, cache = run_heads_at(
+        model,
+        range(1, len(model.heads)),
+        along(read.trunk_BWD),
+        chain(tokens_BP, read.new.start_B),
+        agreed_B,
+        cache,
+    )
+    carry_BMK = _candidates(model, heads_BMD, state.carry.shape[2])
+    state = dataclasses.replace(state, cache=cache, carry=carry_BMK)
+    in_path_BP = np.arange(tree.depth + 1)[None] < agreed_B[:, None]
+
+    def shifted(x_BP):  # the root is committed already
+        return jnp.concatenate([x_BP[:, 1:], jnp.zeros_like(x_BP[:, :1])], axis=1)
+
+    if departed_BW is not None:
+        departed_BW = shifted(along(departed_BW)) & in_path_BP
+    return commit(
+        state,
+        jnp.where(in_path_BP, shifted(tokens_BP), next_B1),
+        agreed_B + 1,
+        agreed_B,
+        departed_BW,
+    )
+
+
+def _candidates(model: DecodeModel, heads_BMD: jax.Array, ranks: int) -> jax.Array:
+    """The most likely tokens of each output of a head, best first, int32 [B, M, K]."""
+    whole = spec("batch", None, None)
+    if not heads_BMD.shape[1]:
+        return jnp.zeros((heads_BMD.shape[0], 0, ranks), jnp.int32, out_sharding=whole)
+    logits_BMV = jax.sharding.reshard(model.logits(heads_BMD), whole)
+    ids_BMK = jax.lax.top_k(logits_BMV, ranks)[1]
+    # Indexing a batch of one row may forget that it is split like any other.
+    return jax.sharding.reshard(ids_BMK, whole)
+
+
+def _of_node(table_WX: np.ndarray, node_B: jax.Array) -> jax.Array:
+    """The row of a table for each sequence's node, [B, ...]."""
+    rows_BWX = jnp.broadcast_to(table_WX[None], node_B.shape + table_WX.shape)
+    return at_slot(rows_BWX, node_B)

@@ -1,0 +1,123 @@
+"""What is known of a continuation: its text, and how it came about.
+
+Axes: E tokens of a text at most, T new tokens.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from mtp_jax.data.tokenizer import Tokenizer
+from mtp_jax.decode.batch import Texts
+from mtp_jax.decode.text_stream import before_stop, find_stop
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """A prompt and its continuation.
+
+    Counts end with the token that ends the text, that is end of text, or the token that
+    completes a stop string, or the last one, and with the forward pass that made it.
+    `accepted_by_head[i]` is the share of the forward passes that verified drafts in
+    which the draft of head i + 2 and all drafts before it were right.
+    """
+
+    prompt: str
+    text: str  # up to the stop string
+    tokens: list[int]  # new ones, without end of text; none reaches into a stop string
+    heads: list[int]  # which said each of them first: 1, or the one that drafted it
+    passes: list[int]  # forward pass that committed each; 0 read the prompt
+    forwards: int  # forward passes, the one that reads the prompt included
+    tokens_per_forward: float  # end of text and stop string count; 1.0 for plain
+    accepted_by_head: list[float]
+    tokens_per_s: float  # of the batch: its new tokens / its time, without compilation
+    finish: str  # "length", "eos" or "stop"
+    departures: int | None = None  # tokens not the exact choice; None: exact decoder
+
+
+def generation_of(
+    tokenizer: Tokenizer, texts: Texts, b: int, stop: Sequence[str], drafts: int
+) -> Generation:
+    """Text b of a finished batch, but for its speed.
+
+    Args:
+      tokenizer: of the model.
+      texts: the batch.
+      b: which text.
+      stop: the strings that end a text.
+      drafts: how many drafts a forward pass can verify.
+    """
+    start = int(texts.start_B[b])
+    tokens = texts.new_tokens(b)
+    made, finish = len(tokens), "length"
+    if tokens[-1] == tokenizer.eos_id:
+        tokens, finish = tokens[:-1], "eos"
+    text = tokenizer.decode(tokens)
+    if (found := find_stop(tokenizer, tokens, stop)) is not None:
+        made, finish = found, "stop"
+        text = before_stop(tokenizer.decode(tokens[:found]), stop)
+        kept = found
+        while len(tokenizer.decode(tokens[:kept])) > len(text):
+            kept -= 1
+        tokens = tokens[:kept]
+    forward_T = texts.forward_BE[b, start : start + made]
+    agreed_T = texts.agreed_BE[b, start : start + made]
+    passes, first, nth_T = np.unique(forward_T, return_index=True, return_inverse=True)
+    place_T = np.arange(made) - first[nth_T]
+    heads_T = np.where(place_T < agreed_T, place_T + 2, 1)
+    if texts.unverified:
+        heads_T = place_T + 1
+    agreed = agreed_T[first[1:]]  # the first pass read the prompt
+    return Generation(
+        prompt=tokenizer.decode(texts.tokens_BE[b, :start]),
+        text=text,
+        tokens=tokens,
+        heads=heads_T[: len(tokens)].tolist(),
+        passes=nth_T[: len(tokens)].tolist(),
+        forwards=len(passes),
+        tokens_per_forward=made / len(passes),
+        accepted_by_head=[
+            float(np.mean(agreed > i)) if agreed.size else 0.0 for i in range(drafts)
+        ],
+        tokens_per_s=0.0,
+        finish=finish,
+        departures=None
+        if texts.departed_BE is None
+        else int(texts.departed_BE[b, start : start + made].sum()),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """Figures of several texts."""
+
+    forwards: int
+    tokens: float  # new ones, those that end a text included
+    seconds: float
+    accepted_by_head: list[float]
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """1 for plain."""
+        return self.tokens / self.forwards
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of all texts, one batch after another."""
+        return self.tokens / self.seconds
+
+
+def totals(results: Sequence[Generation]) -> Totals:
+    """The figures of at least one text."""
+    made = [r.tokens_per_forward * r.forwards for r in results]
+    seconds = sum(m / r.tokens_per_s for m, r in zip(made, results, strict=True))
+    # The pass that reads the prompt verifies nothing.
+    verifying = [r.forwards - 1 for r in results]
+    heads = zip(*(r.accepted_by_head for r in results), strict=True)
+    shares = [
+        sum(share * w for share, w in zip(of_head, verifying, strict=True))
+        / max(1, sum(verifying))
+        for of_head in heads
+    ]
+    return Totals(sum(r.forwards for r in results), sum(made), seconds, shares)

@@ -1,0 +1,306 @@
+"""The compiled parts of decoding: reading the prompts, and writing on.
+
+Axes: B batch, P prompt, E tokens of a text at most, S slots, N heads, D model width, W
+tokens of a piece of prompt, V vocabulary.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.config import ModelConfig
+from mtp_jax.decode.adaptive import (
+    CATCH_UP,
+    DepthChooser,
+    begin_alone,
+    catch_up,
+    step_alone,
+)
+from mtp_jax.decode.cache import Cache, chain, make_cache, run_heads_at, run_trunk
+from mtp_jax.decode.decode_model import DecodeModel, build
+from mtp_jax.decode.decoders.state import Decoder, DecodeState, Drafter, Finishing
+from mtp_jax.parallel.sharding import spec
+
+_PIECE = 256  # tokens of a prompt read at once: bounds the memory of long prompts
+
+# Of a state, what leaves the devices.
+REPORTED = ("tokens_BE", "forward_BE", "agreed_BE", "departed_BE", "length_B", "done_B")
+
+# begin(params, prompts) -> (state, confidence_M): how likely the first drafts are by
+# their own heads, a mean over the texts; None where the heads are left alone.
+Begin = Callable[..., tuple[DecodeState, jax.Array | None]]
+# advance(params, state, forward passes) -> state; the old state is given up. It ends
+# early where all texts are done or one has no slots left.
+Advance = Callable[..., DecodeState]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """A batch of prompts, padded at the end."""
+
+    tokens_BP: jax.Array  # int32
+    length_B: jax.Array  # int32, at least 1
+    limit_B: jax.Array  # of the whole text, int32
+    done_B: jax.Array  # true for a row that only fills up the batch
+    law: Any  # sampling.Law
+    chance: Any  # sampling.Chance
+
+
+class Programs:
+    """What was compiled for a model, so that equal shapes share it."""
+
+    def __init__(self, cfg: ModelConfig, eos_id: int):
+        self._cfg = cfg
+        self._eos_id = eos_id
+        self._compiled: dict[Any, Any] = {}
+        self.compile_s = 0.0  # seconds that it took so far
+
+    def begin(
+        self,
+        decoder: Decoder,
+        params: Any,
+        prompts: Prompts,
+        room: int,
+        slots: int,
+        alone: bool = False,
+    ) -> tuple[Begin, Any]:
+        """The program that reads such prompts, and the shapes of what it gives.
+
+        Args:
+          decoder: which commits the first token.
+          params: from `decode_model.unstack`, with the heads that the decoder runs.
+          prompts: of the shapes to compile for.
+          room: E.
+          slots: of the cache; at least P.
+          alone: leave the drafting heads alone from the start; see `adaptive`.
+        """
+
+        def compiled():
+            begin = _begin(self._cfg, decoder, self._eos_id, room, slots, alone)
+            lowered = begin.lower(params, prompts)
+            return lowered.compile(), jax.tree.map(_abstract, lowered.out_info)
+
+        key = ("begin", decoder, room, slots, alone, *_kind(params), *_kind(prompts))
+        return self._get(key, compiled)
+
+    def catch_up(self, decoder: Drafter, params: Any, state: Any) -> Advance:
+        """The program (params, state, alone) -> state that asks the heads again."""
+
+        def compiled():
+            @jax.jit(donate_argnames="state")
+            def caught_up(params, state, alone):
+                return catch_up(self._cfg, params, state, alone, decoder)
+
+            rest = dataclasses.replace(state, alone=None)
+            abstract = jax.tree.map(_abstract, (params, rest, state.alone))
+            return caught_up.lower(*abstract).compile()
+
+        key = ("catch up", decoder, *_kind(params), *_kind(state))
+        return self._get(key, compiled)
+
+    def advance(self, decoder: Decoder, params: Any, depth: int, state: Any) -> Advance:
+        """The program that writes on from such a state with `depth` heads in use."""
+
+        def compiled():
+            forwards = jax.ShapeDtypeStruct((), jnp.int32)
+            advance = _advance(self._cfg, decoder, depth)
+            abstract = jax.tree.map(_abstract, state)
+            return advance.lower(params, abstract, forwards).compile()
+
+        key = ("advance", decoder, depth, *_kind(params), *_kind(state))
+        return self._get(key, compiled)
+
+    def chooser(
+        self,
+        measure: Callable[[], dict[int, float]],
+        decoder: Decoder,
+        params: Any,
+        prompts: Prompts,
+        room: int,
+        slots: int,
+    ) -> DepthChooser:
+        """That of batches of such prompts, whose costs `measure` finds once."""
+        key = ("chooser", decoder, room, slots, *_kind(params), *_kind(prompts))
+        return self._get(key, lambda: DepthChooser(measure()))
+
+    def finish(self, decoder: Finishing, params: Any, state: Any) -> Callable[..., Any]:
+        """The program (params, state) -> what is REPORTED of the state, by name."""
+
+        def compiled():
+            @jax.jit
+            def finish(params, state):
+                state = decoder.finish(build(self._cfg, params), state)
+                return {name: getattr(state, name) for name in REPORTED}
+
+            return finish.lower(params, jax.tree.map(_abstract, state)).compile()
+
+        key = ("finish", decoder, *_kind(params), *_kind(state))
+        return self._get(key, compiled)
+
+    def _get(self, key: Any, compiled: Callable[[], Any]) -> Any:
+        if key not in self._compiled:
+            began = time.perf_counter()
+            self._compiled[key] = compiled()
+            self.compile_s += time.perf_counter() - began
+        return self._compiled[key]
+
+
+def slack(decoder: Decoder, heads: int) -> int:
+    """How many slots a forward pass may write after those of committed tokens."""
+    return max(decoder.width(heads), CATCH_UP)
+
+
+def _kind(tree: Any) -> tuple[Any, ...]:
+    """What a compilation depends on: structure, shapes, types and shardings."""
+    leaves, structure = jax.tree.flatten(tree)
+    return (structure, *((x.shape, x.dtype, x.sharding) for x in leaves))
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+def _begin(
+    cfg: ModelConfig,
+    decoder: Decoder,
+    eos_id: int,
+    room: int,
+    slots: int,
+    alone: bool,
+) -> Any:
+    @jax.jit
+    def begin(params, prompts):
+        model = build(cfg, params)
+        b, p = prompts.tokens_BP.shape
+        layers = len(model.trunk) + len(model.heads)
+        cache = make_cache(cfg, layers, b, slots)
+        asked = range(1 if alone else len(model.heads))
+        heads_BND, cache, trunk_BPD = _read_prompt(
+            cfg, params, prompts, cache, asked, alone
+        )
+        tokens_BE = jnp.pad(prompts.tokens_BP, ((0, 0), (0, room - p)))
+        zeros_BE = jnp.zeros_like(tokens_BE)
+        state = DecodeState(
+            tokens_BE=tokens_BE,
+            forward_BE=zeros_BE,
+            agreed_BE=zeros_BE,
+            departed_BE=zeros_BE if decoder.lossy else None,
+            length_B=prompts.length_B,
+            limit_B=prompts.limit_B,
+            done_B=prompts.done_B,
+            forward=jnp.zeros((), jnp.int32),
+            passes_BN=jnp.zeros(
+                (b, len(model.heads)), jnp.int32, out_sharding=spec("batch", None)
+            ),
+            seen_BV=_seen(cfg, prompts) if prompts.law.penalized else None,
+            cache=cache,
+            carry=None,
+            law=prompts.law,
+            chance=prompts.chance,
+            alone=None,
+            eos_id=eos_id,
+        )
+        if trunk_BPD is not None:
+            trunk_BED = jnp.pad(trunk_BPD, ((0, 0), (0, room - p), (0, 0)))
+            drafter = cast(Drafter, decoder)
+            return begin_alone(model, state, heads_BND, trunk_BED, drafter), None
+        confidence_M = _confidence(model, heads_BND[:, 1:], prompts.done_B)
+        return decoder.begin(model, state, heads_BND), confidence_M
+
+    return begin
+
+
+def _confidence(
+    model: DecodeModel, heads_BMD: jax.Array, done_B: jax.Array
+) -> jax.Array:
+    """How likely each head finds its most likely token, float32 [M]."""
+    logits_BMV = model.logits(heads_BMD)
+    top_BM = jnp.max(jax.nn.log_softmax(logits_BMV, axis=-1), axis=-1)
+    counts_B1 = jnp.where(done_B, 0.0, 1.0)[:, None]
+    return jnp.sum(jnp.exp(top_BM) * counts_B1, axis=0) / jnp.sum(counts_B1)
+
+
+def _advance(cfg: ModelConfig, decoder: Decoder, depth: int) -> Any:
+    @jax.jit(donate_argnames="state")
+    def advance(params, state, forwards):
+        width = slack(decoder, len(params["heads"]))
+        end = state.forward + forwards
+
+        def step(state):
+            model = build(cfg, params)  # in the loop
+            if state.alone is not None:
+                return step_alone(model, state)
+            return decoder.step(model, state, depth)
+
+        def goes_on(state):
+            fits_B = state.length_B - 1 + width <= state.cache.slots
+            return (
+                (state.forward < end)
+                & ~jnp.all(state.done_B)
+                & jnp.all(state.done_B | fits_B)
+            )
+
+        return jax.lax.while_loop(goes_on, step, state)
+
+    return advance
+
+
+def _seen(cfg: ModelConfig, prompts: Prompts) -> jax.Array:
+    """Which tokens a prompt has, bool [B, V]."""
+    tokens_BP = prompts.tokens_BP
+
+    def local(tokens_BP, length_B):
+        inside_BP = jnp.arange(tokens_BP.shape[1])[None] < length_B[:, None]
+        rows_B1 = jnp.arange(tokens_BP.shape[0])[:, None]
+        none_BV = jnp.zeros((tokens_BP.shape[0], cfg.vocab_size), bool)
+        return none_BV.at[rows_B1, tokens_BP].max(inside_BP)
+
+    in_specs = (spec("batch", None), spec("batch"))
+    seen = jax.shard_map(local, in_specs=in_specs, out_specs=spec("batch", None))
+    return seen(tokens_BP, prompts.length_B)
+
+
+def _read_prompt(
+    cfg: ModelConfig,
+    params: Any,
+    prompts: Prompts,
+    cache: Cache,
+    heads: range,
+    keep: bool,
+) -> tuple[jax.Array, Cache, jax.Array | None]:
+    """What some heads say at the end of each prompt, [B, N, D], and the cache.
+
+    Piece by piece, as many as the longest prompt has: what is alive for every token of
+    a prompt is the cache, and the trunk's output, [B, P, D], if it is to be kept.
+    """
+    b, p = prompts.tokens_BP.shape
+    w, n = min(p, _PIECE), len(heads)
+    d, dtype = cfg.d_model, cfg.compute_dtype
+    rows = spec("batch", None, None)
+
+    def piece(i, carry):
+        model = build(cfg, params)  # in the loop
+        heads_BND, cache, trunk_BPD = carry
+        start = i * w
+        tokens_BW = jax.lax.dynamic_slice_in_dim(prompts.tokens_BP, start, w, axis=1)
+        new = chain(tokens_BW, start + jnp.zeros_like(prompts.length_B))
+        trunk_BWD, cache = run_trunk(model, new, cache)
+        slot_B = prompts.length_B - 1 - start
+        here_BND, cache = run_heads_at(model, heads, trunk_BWD, new, slot_B, cache)
+        is_here_B11 = ((slot_B >= 0) & (slot_B < w))[:, None, None]
+        heads_BND = jnp.where(is_here_B11, here_BND, heads_BND)
+        if keep:
+            trunk_BPD = jax.lax.dynamic_update_slice_in_dim(
+                trunk_BPD, trunk_BWD, start, axis=1
+            )
+        return heads_BND, cache, trunk_BPD
+
+    nothing_BND = jnp.zeros((b, n, d), dtype, out_sharding=rows)
+    nothing_BPD = jnp.zeros((b, p, d), dtype, out_sharding=rows) if keep else None
+    pieces = -(-jnp.max(prompts.length_B) // w)
+    return jax.lax.fori_loop(0, pieces, piece, (nothing_BND, cache, nothing_BPD))

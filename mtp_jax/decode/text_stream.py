@@ -1,0 +1,64 @@
+"""From tokens to text as it is written: where it stops, what can be shown already.
+
+Axes: none; tokens are those of one text.
+"""
+
+from collections.abc import Sequence
+
+from mtp_jax.data.tokenizer import Tokenizer
+
+_UNFINISHED = "\ufffd"  # what decoding makes of the first bytes of a character
+
+
+def find_stop(
+    tokenizer: Tokenizer, tokens: Sequence[int], stop: Sequence[str]
+) -> int | None:
+    """How many tokens it takes to complete a stop string, if there is one.
+
+    It is looked for in the text, so it does not matter how it would be tokenized.
+    """
+
+    def complete(count: int) -> bool:
+        text = tokenizer.decode(tokens[:count])
+        return any(s in text for s in stop)
+
+    if not stop or not complete(len(tokens)):
+        return None
+    low, high = 0, len(tokens)  # not complete at low, complete at high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if complete(middle) else (middle, high)
+    return high
+
+
+def before_stop(text: str, stop: Sequence[str]) -> str:
+    """A text up to the first stop string that begins in it."""
+    return text[: min((text.find(s) for s in stop if s in text), default=len(text))]
+
+
+def settled(text: str, stop: Sequence[str]) -> str:
+    """The part of an unfinished text that no further token changes or takes back.
+
+    What is left out is a character whose last bytes are missing, and an end that may
+    yet become a stop string.
+    """
+    text = text.rstrip(_UNFINISHED)
+    longest = max(map(len, stop), default=1) - 1
+    for start in range(max(0, len(text) - longest), len(text)):
+        if any(s.startswith(text[start:]) for s in stop):
+            return text[:start]
+    return text
+
+
+def pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
+    """What each token adds to the text; their sum is the text.
+
+    A character of several tokens comes with the last of them.
+    """
+    parts, before = [], ""
+    for count in range(1, len(tokens) + 1):
+        text = tokenizer.decode(tokens[:count])
+        text = text if count == len(tokens) else settled(text, ())
+        parts.append(text[len(before) :])
+        before = text
+    return parts

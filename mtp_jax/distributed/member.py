@@ -1,0 +1,292 @@
+"""A process among the others of a run: it hears from them in a thread of its own."""
+
+import asyncio
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+from typing import Any, NoReturn
+
+from mtp_jax.distributed.cluster import Place
+from mtp_jax.distributed.coordinator import (
+    Hub,
+    beat_s,
+    encode,
+    pump,
+    receive,
+    silence,
+    silence_s,
+)
+from mtp_jax.distributed.stop import LastStep
+from mtp_jax.errors import RunFailed, UserError, told_as
+
+_VERDICT_S = 5.0  # for the news of a lost host to come after a collective broke
+
+
+class Watch:
+    """This process among the others: a thread with an event loop."""
+
+    def __init__(
+        self,
+        place: Place,
+        join_timeout_s: float,
+        host_timeout_s: float,
+        about: dict[str, str],
+    ):
+        self._place = place
+        self._join_timeout_s = join_timeout_s
+        self._host_timeout_s = host_timeout_s
+        self._about = about
+        self.hub: Hub | None = None
+        self.names: list[str] = []
+        self.status: dict[str, Any] = {}
+        self.last_step = LastStep()
+        self._loop = asyncio.new_event_loop()
+        self._reader: asyncio.StreamReader
+        self._writer: asyncio.StreamWriter
+        self._heard = time.monotonic()
+        self._failing = False  # and has said why
+        self._passes: dict[str, threading.Event] = {}
+        self._told = threading.Event()
+        self._over = threading.Event()  # all processes have left
+        self._relay_port = 0
+        self._said = False  # that the name of host 0 is not known
+        self._tasks: list[Any] = []
+
+    def meet(self) -> None:
+        """Waits for all processes, and watches them from then on."""
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        asyncio.run_coroutine_threadsafe(self._meet(), self._loop).result()
+        for part in (self._listen(), self._beat()):
+            self._tasks.append(asyncio.run_coroutine_threadsafe(part, self._loop))
+
+    def report(self, status: dict[str, Any]) -> None:
+        """See the function of this name in `hosts`."""
+        self.status = status
+        self._send({"status": status})
+
+    def wait_for_all(self, place: str) -> None:
+        """See the function of this name in `hosts`."""
+        passed = self._passes.setdefault(place, threading.Event())
+        self._send({"at": place})
+        passed.wait()
+        del self._passes[place]
+
+    def stop(self) -> None:
+        """Tells the others of a SIGTERM."""
+        self._send({"stop": True})
+
+    def fail(self, error: BaseException) -> NoReturn:
+        """See the function of this name in `hosts`."""
+        code, shown, line = told_as(error)
+        is_told = isinstance(error, UserError | RunFailed)
+        if not is_told and isinstance(error, Exception):  # no person at a keyboard
+            time.sleep(_VERDICT_S)  # a verdict ends this process meanwhile
+        self._failing = True
+        print(shown, file=sys.stderr, flush=True)
+        self._send({"failed": line, "code": code})
+        self._told.wait(10.0)
+        exit_now(code)
+
+    def leave(self) -> None:
+        """See the function of this name in `hosts`."""
+        import jax
+
+        jax.distributed.shutdown()
+        self._send({"bye": True})
+        self._over.wait(self._host_timeout_s)
+
+    def name_of(self, index: int) -> str:
+        """See the function of this name in `hosts`."""
+        return f"host {index} ({self.names[index]})"
+
+    async def _meet(self) -> None:
+        place, (host, port) = self._place, _address(self._place.coordinator)
+        if place.process_id == 0:
+            self.hub = Hub(
+                place.num_processes, self._join_timeout_s, self._host_timeout_s
+            )
+            try:
+                await self.hub.listen(host, port)
+            except OSError as error:
+                raise UserError(
+                    f"process 0 cannot listen on port {port}: {error.strerror}; give "
+                    "--coordinator another one."
+                ) from None
+            host = "127.0.0.1"
+        end = time.monotonic() + self._join_timeout_s
+        while not self.names:
+            try:
+                await self._greet(host, port, end)
+            except ValueError:
+                raise RunFailed(
+                    f"what listens at {place.coordinator} is not host 0 of a run; give "
+                    "--coordinator another port."
+                ) from None
+            except OSError as error:
+                self._say_once(error)
+                if time.monotonic() > end:
+                    reason = getattr(error, "strerror", None) or "no answer"
+                    raise RunFailed(
+                        f"host 0 did not come within {self._join_timeout_s:.0f} s "
+                        f"(config.train.join_timeout_s): {place.coordinator}, where it "
+                        f"should listen, says: {reason}"
+                    ) from None
+                await asyncio.sleep(0.3)
+        server = await asyncio.start_server(self._relay, "127.0.0.1", 0)
+        self._relay_port = server.sockets[0].getsockname()[1]
+
+    def _say_once(self, error: OSError) -> None:
+        """A name may come to be known while hosts start; a wrong one never will."""
+        if isinstance(error, socket.gaierror) and not self._said:
+            self._said = True
+            print(
+                f"mtp-jax: {self._place.coordinator}: {error.strerror}; trying again "
+                f"for {self._join_timeout_s:.0f} s (config.train.join_timeout_s)",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    async def _greet(self, host: str, port: int, end: float) -> None:
+        """Says hello and waits for the names of all; OSError: to be tried again."""
+        opening = asyncio.open_connection(host, port, limit=1 << 20)
+        self._reader, self._writer = await asyncio.wait_for(opening, 10.0)
+        hello = {
+            "kind": "host",
+            "host": self._place.process_id,
+            "of": self._place.num_processes,
+            "name": socket.gethostname(),
+            "about": self._about,
+            "status": self.status,
+        }
+        self._writer.write(encode(hello))
+        # The hub has the last word on who is missing.
+        limit = end - time.monotonic() + 2 * self._host_timeout_s
+        message = await asyncio.wait_for(receive(self._reader), limit)
+        if "end" in message:
+            raise (UserError if message["code"] == 2 else RunFailed)(message["end"])
+        if "names" not in message:
+            self._writer.close()
+            raise OSError(0, message.get("busy", "the connection was closed"))
+        self.names = message["names"]
+
+    def start_jax(self) -> None:
+        """jax.distributed, through a relay that hides the loss of process 0.
+
+        Its client would abort the process at once, with a text of its own. Its times
+        are longer than ours for the same reason.
+        """
+        import jax
+
+        # What waits for a SIGTERM there stops Python meanwhile, and with it the relay.
+        jax.config.update("jax_enable_preemption_service", False)
+        place, bind, address = self._place, None, f"127.0.0.1:{self._relay_port}"
+        if self.hub is not None:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            bind = address = f"127.0.0.1:{port}"
+            self._loop.call_soon_threadsafe(self.hub.open_service, port)
+        long_s = int(100 + 3 * self._host_timeout_s)
+        jax.distributed.initialize(
+            address,
+            place.num_processes,
+            place.process_id,
+            local_device_ids=place.local_device_ids,
+            cluster_detection_method="deactivate",
+            coordinator_bind_address=bind,
+            initialization_timeout=long_s,
+            heartbeat_timeout_seconds=long_s,
+            shutdown_timeout_seconds=long_s,
+        )
+
+    async def _relay(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """Passes on a connection of jax.distributed to process 0."""
+        host, port = _address(self._place.coordinator)
+        try:
+            there = await asyncio.open_connection(host, port)
+            there[1].write(encode({"kind": "service"}))
+            down = asyncio.ensure_future(_pump_and_hold(there[0], writer))
+            await pump(reader, there[1])
+            down.cancel()
+        except OSError:
+            await asyncio.sleep(self._host_timeout_s)  # the watch has the word
+        finally:
+            writer.close()
+
+    async def _listen(self) -> None:
+        """Takes what the hub says; its silence is the loss of process 0."""
+        while True:
+            try:
+                message = await receive(self._reader)
+            except (OSError, ValueError):
+                message = {}
+            self._heard = time.monotonic()
+            if "end" in message:
+                self._end(message["end"], message["code"])
+            if "how far" in message:
+                self._writer.write(encode({"begun": self.last_step.ask()}))
+            if "last" in message:
+                self.last_step.tell(message["last"])
+            if "told" in message:
+                self._told.set()
+            if "pass" in message:
+                self._passes[message["pass"]].set()
+            if "bye" in message:
+                self._over.set()
+            if not message:
+                break
+        if not self._over.is_set() and not self._told.is_set():
+            self._end(f"{self.name_of(0)} is lost: its process ended", 1)
+
+    async def _beat(self) -> None:
+        pause = beat_s(self._host_timeout_s)
+        limit = silence_s(self._host_timeout_s)
+        before = time.monotonic()
+        while not self._over.is_set():
+            self._writer.write(encode({"status": self.status}))
+            await asyncio.sleep(pause)
+            now = time.monotonic()
+            # While this process itself did not run it could hear nothing.
+            self._heard += now - before - pause
+            before = now
+            if self.hub is None and now - self._heard > limit:
+                how = silence(self._host_timeout_s)
+                self._end(f"{self.name_of(0)} is lost: {how}", 1)
+
+    def _end(self, line: str, code: int) -> None:
+        if self._failing:
+            self._told.set()
+            return
+        print(f"mtp-jax: {line}", file=sys.stderr, flush=True)
+        exit_now(code)
+
+    def _send(self, message: dict[str, Any]) -> None:
+        self._loop.call_soon_threadsafe(self._writer.write, encode(message))
+
+
+async def _pump_and_hold(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
+    """As `pump`, but at its end the other connection stays open, and silent."""
+    with contextlib.suppress(OSError):
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+            await writer.drain()
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def exit_now(code: int) -> NoReturn:
+    """Ends the process without atexit, where jax.distributed waits for the others."""
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,1 @@
+"""Targets, weights, cross entropy and the losses of the heads."""

@@ -1,0 +1,1 @@
+"""The transformer: layers, attention and its kernels, the trunk, arithmetic counts."""

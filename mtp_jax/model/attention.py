@@ -1,0 +1,166 @@
+"""Attention, and the choice of the kernel that carries it out on every device.
+
+Axes: B batch, T queries, S keys or slots of a cache, W new tokens, H query heads,
+G key-value heads, K head width.
+
+Where rows are split over devices (context parallel), every device gathers the keys and
+values of its rows and reads them with its own queries. With grouped queries, keys are
+the smaller part by far.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from mtp_jax.config import Attention, Config
+from mtp_jax.decode.cpu import native
+from mtp_jax.errors import UserError
+from mtp_jax.model import kernels
+from mtp_jax.parallel import zigzag
+from mtp_jax.parallel.sharding import (
+    axes_of,
+    on_one_cpu,
+    shards_of,
+    spec,
+    spec_like,
+    time_parts,
+)
+
+
+def causal_attention(
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    segments_BT: jax.Array,
+    kernel: Attention = "auto",
+) -> jax.Array:
+    """Each position reads itself and what came before it in its document.
+
+    Args:
+      q_BTHK, k_BTGK, v_BTGK: queries, keys and values of packed rows. Their time may
+        be split over devices, and is then in the order of `zigzag`.
+      segments_BT: number of the document each position belongs to; padding, 0, is a
+        document like any other, so that no query is without a key. Not split, and in
+        the order of the rows.
+      kernel: which one; `check_attention` says beforehand whether it can.
+
+    Returns:
+      [B, T, H, K], in the dtype of the queries.
+    """
+    if kernel == "auto":
+        kernel = _best(q_BTHK)
+    run = {"splash": kernels.splash, "cudnn": kernels.cudnn, "xla": _masked}[kernel]
+    by_head, time = spec_like(q_BTHK, "heads", None), axes_of("time")
+    parts = time_parts(q_BTHK)
+
+    def local(q_bthk, k_btgk, v_btgk, segments_bS):
+        if parts == 1:
+            return run(q_bthk, k_btgk, v_btgk, segments_bS, 0)
+        k_bSgk, v_bSgk = (
+            zigzag.restore(lax.all_gather(x, time, axis=1, tiled=True), parts, axis=1)
+            for x in (k_btgk, v_btgk)
+        )
+        return run(q_bthk, k_bSgk, v_bSgk, segments_bS, lax.axis_index(time))
+
+    return jax.shard_map(
+        local,
+        in_specs=(by_head, by_head, by_head, spec("batch", None)),
+        out_specs=by_head,
+        # A Pallas kernel does not say over which axes its results differ. They differ
+        # over all that split rows, heads and time, as the specs say.
+        check_vma=kernel != "splash",
+    )(q_BTHK, k_BTGK, v_BTGK, segments_BT)
+
+
+def cached_attention(
+    q_BWHK: jax.Array,
+    k_BGSK: jax.Array,
+    v_BGSK: jax.Array,
+    start_B: jax.Array,
+    ancestors_WW: np.ndarray | None,
+) -> jax.Array:
+    """New tokens read the cache: what was there before them, and their ancestors.
+
+    Args:
+      q_BWHK: queries of the new tokens, the w-th of which is in slot start + w.
+      k_BGSK, v_BGSK: the cache with them; slots after heads.
+      start_B: slot of the first new token.
+      ancestors_WW: [w, u] is true if w is u or descends from it; None: a chain.
+
+    Returns:
+      [B, W, H, K], in the dtype of the queries.
+    """
+
+    is_native = on_one_cpu() and native.serves(q_BWHK.dtype)
+
+    def local(q_BWHK, k_BGSK, v_BGSK, start_B):
+        if is_native:
+            return native.attention(q_BWHK, k_BGSK, v_BGSK, start_B, ancestors_WW)
+        offset_BS = jnp.arange(k_BGSK.shape[2])[None] - start_B[:, None]
+        if ancestors_WW is None:
+            w_W = jnp.arange(q_BWHK.shape[1])
+            mask_BWS = offset_BS[:, None, :] <= w_W[None, :, None]
+        else:
+            w = ancestors_WW.shape[0]
+            inside_BS = (offset_BS >= 0) & (offset_BS < w)
+            seen_WBS = jnp.asarray(ancestors_WW)[:, jnp.clip(offset_BS, 0, w - 1)]
+            own_BWS = jnp.swapaxes(seen_WBS, 0, 1) & inside_BS[:, None]
+            mask_BWS = own_BWS | (offset_BS < 0)[:, None]
+        # The kernel has slots before heads; swapping them twice costs nothing.
+        k_BSGK, v_BSGK = (jnp.swapaxes(x, 1, 2) for x in (k_BGSK, v_BGSK))
+        return kernels.xla(q_BWHK, k_BSGK, v_BSGK, mask_BWS)
+
+    by_head = spec("batch", None, "heads", None)
+    store = spec("batch", "heads", None, None)
+    return jax.shard_map(
+        local,
+        in_specs=(by_head, store, store, spec("batch")),
+        out_specs=by_head,
+        check_vma=not is_native,  # of a kernel of ours nothing is known
+    )(q_BWHK, k_BGSK, v_BGSK, start_B)
+
+
+def check_attention(cfg: Config, mesh: jax.sharding.Mesh) -> None:
+    """Refuses a kernel that the devices or the shapes of a run rule out.
+
+    Raises:
+      UserError: naming the kernel, what it asks for and what there is.
+    """
+    kernel = cfg.compute.attention
+    reason = kernels.why_not(
+        kernel,
+        mesh.abstract_mesh.abstract_device,
+        seq_len=cfg.data.seq_len,
+        shards=shards_of("time", mesh),
+        d_head=cfg.model.d_head,
+        dtype=cfg.model.compute_dtype,
+    )
+    if reason:
+        raise UserError(
+            f"config.compute.attention is {kernel}, which {reason}; with auto, a "
+            "kernel that can run is chosen."
+        )
+
+
+def _best(q_BTHK: jax.Array) -> Attention:
+    """The kernel for the devices of the mesh in force and for these queries."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    _, t, _, k = q_BTHK.shape
+    choices: tuple[Attention, ...] = ("splash", "cudnn")
+    for kernel in choices:
+        if not kernels.why_not(
+            kernel,
+            device,
+            seq_len=t,
+            shards=time_parts(q_BTHK),
+            d_head=k,
+            dtype=q_BTHK.dtype.name,
+        ):
+            return kernel
+    return "xla"
+
+
+def _masked(q_BTHK, k_BSGK, v_BSGK, segments_BS, part):
+    mask_BTS = kernels.causal_mask(segments_BS, q_BTHK.shape[1], part)
+    return kernels.xla(q_BTHK, k_BSGK, v_BSGK, mask_BTS)

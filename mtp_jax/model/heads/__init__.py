@@ -1,0 +1,1 @@
+"""The kinds of prediction heads, one file each."""

@@ -1,0 +1,200 @@
+"""The parts of a transformer layer, and stacks of modules.
+
+Axes: B batch, T time, D model width, H query heads, G key-value heads, K head width,
+F feed-forward width.
+
+Weights carry no shape suffix, because a stack adds an axis to them. Matrices are named
+`w_*`, which is also what decides weight decay.
+"""
+
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+
+from mtp_jax.config import ModelConfig
+from mtp_jax.decode.cpu.packed import Panels, Scale
+from mtp_jax.parallel.sharding import axes_of, on_one_cpu, spec, spec_like
+
+M = TypeVar("M", bound=nnx.Module)
+
+_FEW_TOKENS = 256  # of a product that is written for a CPU
+_WHOLE = (1, 2, 3, 4, 8, 16)  # tokens that such a product takes; then multiples of 8
+
+
+def weight(
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    *,
+    fan_in: int,
+    dtype: str,
+) -> nnx.Param:
+    """A matrix of variance 1 / fan_in, truncated at two deviations, sharded by axes."""
+    init = jax.nn.initializers.truncated_normal(stddev=fan_in**-0.5)
+    return nnx.Param(init(rngs.params(), shape, dtype, out_sharding=spec(*axes)))
+
+
+def stack(make: Callable[[nnx.Rngs], M], n: int, *, rngs: nnx.Rngs) -> M:
+    """n independent copies of a module as one, its parameters stacked on axis 0."""
+    return jax.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), n))
+
+
+def embed(table_VD: jax.Array, tokens_BT: jax.Array, dtype: str) -> jax.Array:
+    """Rows of the embedding table, [B, T, D] in `dtype`.
+
+    The table stays where it is, split in both axes: the devices that share its width
+    look each other's tokens up and exchange what they found. That is less to move than
+    the table, and the gradient adds up in the table's own shards and dtype.
+    """
+    width, vocab = axes_of("embed"), axes_of("vocab")
+    rows = spec_like(tokens_BT)
+    # Where time is whole, devices that differ along its axis have the same tokens.
+    same = () if rows[1] else axes_of("time")
+    own = tuple(axis for axis in width if axis not in same)
+
+    def local(table_vd, tokens_bt):
+        tokens_BT = lax.all_gather(tokens_bt, own, axis=0, tiled=True)
+        v = table_vd.shape[0]
+        slots_BT = tokens_BT - lax.axis_index(vocab) * v
+        here_BT1 = ((slots_BT >= 0) & (slots_BT < v))[:, :, None]
+        found_BTd = table_vd[jnp.clip(slots_BT, 0, v - 1)]
+        found_BTd = jnp.where(here_BT1, found_BTd, 0).astype(dtype)
+        if same and lax.axis_size(same) > 1:
+            found_BTd = lax.psum(found_BTd, vocab)
+            found_BTd = lax.all_gather(
+                found_BTd, same, axis=2, tiled=True, to="invarying"
+            )
+        else:
+            found_BTd = lax.psum(found_BTd, vocab + same)
+        return lax.all_to_all(found_BTd, own, split_axis=0, concat_axis=2, tiled=True)
+
+    in_specs = (spec("vocab", "embed"), rows)
+    out_specs = spec_like(tokens_BT, None)
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs)(
+        table_VD, tokens_BT
+    )
+
+
+def rms_norm(x: jax.Array, scale: jax.Array | Scale, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis (arXiv:1910.07467, equation 4).
+
+    Normalised in float32, returned in the dtype of x: [..., D] -> [..., D].
+    """
+    if isinstance(scale, Scale):
+        return scale.norm(x, eps)
+    x32 = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    normed = (x32 * jax.lax.rsqrt(mean_square + eps)).astype(x.dtype)
+    return normed * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + scale.shape)
+
+
+def rope_angles(positions_BT: jax.Array, d_head: int, theta: float) -> jax.Array:
+    """Angle of every position and frequency, in radians, float32 [B, T, K/2].
+
+    Frequency j is theta^(-2j/K) (arXiv:2104.09864, section 3.2.2).
+    """
+    exponent_k = jnp.arange(0, d_head, 2, dtype=jnp.float32) / d_head
+    frequency_11k = theta ** -exponent_k[None, None]
+    return positions_BT[:, :, None].astype(jnp.float32) * frequency_11k
+
+
+def apply_rope(x_BTHK: jax.Array, angles_BTk: jax.Array) -> jax.Array:
+    """Rotates the pairs (j, j + K/2) of each head: the half-split layout of Llama in
+    Hugging Face's transformers. In float32, returned in the dtype of x."""
+    cos, sin = jnp.cos(angles_BTk), jnp.sin(angles_BTk)
+    cos_BT1K = jnp.concatenate([cos, cos], axis=-1)[:, :, None]
+    sin_BT1K = jnp.concatenate([-sin, sin], axis=-1)[:, :, None]
+    # The halves change places before anything is widened, so that nothing of half the
+    # width, which chips pad to the whole, or of float32 need be written.
+    first, second = jnp.split(x_BTHK, 2, axis=-1)
+    swapped_BTHK = jnp.concatenate([second, first], axis=-1)
+    x32, swapped32 = (x.astype(jnp.float32) for x in (x_BTHK, swapped_BTHK))
+    return (x32 * cos_BT1K + swapped32 * sin_BT1K).astype(x_BTHK.dtype)
+
+
+class MLP(nnx.Module):
+    """Gated feed-forward layer (SwiGLU, arXiv:2002.05202, equation 6)."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        d, f, dtype = cfg.d_model, cfg.d_ff, cfg.param_dtype
+        self.w_gate = weight(rngs, (d, f), ("embed", "ff"), fan_in=d, dtype=dtype)
+        self.w_up = weight(rngs, (d, f), ("embed", "ff"), fan_in=d, dtype=dtype)
+        self.w_down = weight(rngs, (f, d), ("ff", "embed"), fan_in=f, dtype=dtype)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        inner = spec_like(x_BTD, "ff")
+        gate_BTF = project("btd,df->btf", x_BTD, self.w_gate, inner)
+        up_BTF = project("btd,df->btf", x_BTD, self.w_up, inner)
+        outer = spec_like(x_BTD, None)
+        return project(
+            "btf,fd->btd", jax.nn.silu(gate_BTF) * up_BTF, self.w_down, outer
+        )
+
+
+def project(
+    equation: str, x: jax.Array, w: nnx.Param, out: jax.sharding.PartitionSpec
+) -> jax.Array:
+    """einsum of activations with a weight cast to their dtype, laid out as `out`.
+
+    The weight may be in `Panels`, with the equation's axes.
+    """
+    value = w.get_value()
+    if isinstance(value, Panels):
+        return value.project(x, out)
+    return product(equation, x, value.astype(x.dtype), out)
+
+
+def product(
+    equation: str,
+    x: jax.Array,
+    w: jax.Array,
+    out: jax.sharding.PartitionSpec,
+    dtype: DTypeLike | None = None,
+) -> jax.Array:
+    """einsum of x [B, T, ...] with a matrix, laid out as `out`, in `dtype` or theirs.
+
+    On a CPU the product of few tokens is in the one form in which XLA reads the weights
+    where they lie; in the others it copies them first. There tokens are filled up to a
+    number that makes whole vectors: 5 would take longer than 8, 12 than 16.
+    """
+    tokens = math.prod(x.shape[:2])
+    if tokens > _FEW_TOKENS or not on_one_cpu():
+        return jnp.einsum(
+            equation, x, w, out_sharding=out, preferred_element_type=dtype
+        )
+    (of_x, of_w), of_y = equation.split("->")[0].split(","), equation.split("->")[1]
+    inputs, outputs = of_x[2:], of_y[2:]
+    order = [of_w.index(axis) for axis in outputs + inputs]
+    width = math.prod(x.shape[2:])
+
+    def local(x, w):
+        w = jnp.transpose(w, order)
+        x_MI, w_OI = x.reshape(tokens, width), w.reshape(-1, width)
+        y_MO = product_by_xla(x_MI, w_OI, dtype)
+        return y_MO.reshape(x.shape[:2] + w.shape[: len(outputs)])
+
+    # With one device every layout is the same; the specs only name it as the types do.
+    in_specs = (jax.typeof(x).sharding.spec, jax.typeof(w).sharding.spec)
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out, check_vma=False)(x, w)
+
+
+def product_by_xla(
+    x_MI: jax.Array, w_OI: jax.Array, dtype: DTypeLike | None = None
+) -> jax.Array:
+    """x times w transposed, [M, O] in `dtype` or theirs, for M tokens on one CPU."""
+    tokens = x_MI.shape[0]
+    whole = next((m for m in _WHOLE if tokens <= m), -(-tokens // 8) * 8)
+    y_OM = lax.dot_general(
+        w_OI,
+        jnp.pad(x_MI, ((0, whole - tokens), (0, 0))),
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=dtype,
+    )
+    # Without the barrier XLA would turn the product round again.
+    return lax.optimization_barrier(y_OM)[:, :tokens].T

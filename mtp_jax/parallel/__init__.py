@@ -1,0 +1,1 @@
+"""The mesh, shardings, rows split over devices, and batches put onto devices."""

@@ -1,0 +1,1 @@
+"""A pod in a laptop: a run on processes of this machine, and faults done to it."""

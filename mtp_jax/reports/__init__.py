@@ -1,0 +1,1 @@
+"""What people look at: texts coloured by head, decoders side by side."""

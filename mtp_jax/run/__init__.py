@@ -1,0 +1,1 @@
+"""A training run: the loop, its log and files, where its time went, its audit."""

@@ -1,0 +1,183 @@
+"""The verb `audit`: proves from a run's files which data its logged steps have seen.
+
+Batches are a function of seed, corpora and step; `metrics.jsonl` has the hash of each
+that was logged. Here those are made again, without devices, and compared.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from mtp_jax.cli.args import Parser, positive_int
+from mtp_jax.config import Config, freeze
+from mtp_jax.data.batches import open_sources, pieces_of_step, train_batches
+from mtp_jax.data.corpus import Corpus
+from mtp_jax.data.packing import batch_hash, format_hash
+from mtp_jax.errors import RunFailed, UserError
+from mtp_jax.storage import workdir_at
+
+
+def main(argv: list[str]) -> int:
+    """Runs the verb.
+
+    Raises:
+      RunFailed: a batch is not the one that was trained on; the first that is not.
+      UserError: no run, or not its corpora.
+    """
+    parser = Parser(
+        "mtp-jax audit",
+        "Make every logged batch of a run again and compare its hash with that in "
+        "metrics.jsonl.",
+    )
+    parser.add_argument("--workdir", required=True, metavar="D", help="folder of a run")
+    parser.add_argument(
+        "--step",
+        type=positive_int,
+        metavar="S",
+        help="also name what the batch of a step holds",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args(argv)
+    workdir = workdir_at(args.workdir)
+    runs = _runs(workdir)
+    rows = None if args.step is None else rows_of_step(runs, args.step)
+    logged = _logged(workdir)
+    steps = replay(runs, logged)
+    last = logged[-1][0] if logged else 0
+    found: dict[str, Any] = {"steps": steps, "last_step": last, "runs": len(runs)}
+    if rows is not None:
+        found = {**found, "step": args.step, "rows": rows}
+    if args.json:
+        print(json.dumps(found))
+        return 0
+    for i, row in enumerate(rows or []):
+        parts = [f"{p['name']} [{p['begin']}:{p['end']}] of {p['source']}" for p in row]
+        print(f"row {i}: {', '.join(parts)}")
+    print(
+        f"{steps} of {last} batches are in metrics.jsonl, and are those of seed and "
+        f"corpora; {len(runs)} starts (config.log.every=1 has all batches there)"
+    )
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """From one start to the next."""
+
+    after: int  # it began with the batch after this step
+    config: Config
+    sources: list[Corpus]
+
+
+def replay(runs: list[_Run], logged: list[tuple[int, str]]) -> int:
+    """Compares (step, hash) pairs in order; returns how many there were.
+
+    Raises:
+      RunFailed: the first that differs.
+    """
+    batches: Iterator[dict[str, np.ndarray]] = iter(())
+    of, at = None, 0
+    for step, wanted in logged:
+        run = _run_of(runs, step)
+        if run is not of or step != at + 1:
+            rows = np.arange(run.config.data.batch_size)
+            config = _without_workers(run.config)
+            batches = train_batches(config, rows, step - 1, run.sources)
+        of, at = run, step
+        found = format_hash(batch_hash(next(batches)["hash"]))
+        if found != wanted:
+            raise RunFailed(
+                f"the batch of step {step} is not the one that was trained on: "
+                f"metrics.jsonl has hash {wanted}, seed and corpora give {found}"
+            )
+    return len(logged)
+
+
+def rows_of_step(runs: list[_Run], step: int) -> list[list[dict[str, Any]]]:
+    """For each row of a step's batch: sources, documents and their tokens.
+
+    Raises:
+      UserError: the run has no such step.
+    """
+    if runs and step > (end := runs[-1].config.train.steps):
+        raise UserError(f"--step={step}: the run ends at step {end}.")
+    run = _run_of(runs, step)
+    return [
+        [
+            {
+                "source": str(run.sources[piece.source].directory),
+                "document": piece.document,
+                "name": run.sources[piece.source]
+                .documents("train")
+                .name(piece.document),
+                "begin": piece.begin,
+                "end": piece.end,
+            }
+            for piece in row
+        ]
+        for row in pieces_of_step(run.config, step - 1, run.sources)
+    ]
+
+
+def _run_of(runs: list[_Run], step: int) -> _Run:
+    """The last run that did a step: one that began before it overwrites the others."""
+    did = [run for run in runs if run.after < step]
+    if not did:
+        raise UserError(
+            f"run.json tells of no start before step {step}; has it been replaced?"
+        )
+    return did[-1]
+
+
+def _without_workers(cfg: Config) -> Config:
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, workers=0))
+
+
+def _runs(workdir: epath.Path) -> list[_Run]:
+    path = workdir / "run.json"
+    if not path.is_file():
+        raise UserError(f"{workdir} holds no run.json; give the workdir of a run.")
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        config, entries = freeze(run["config"]), run["runs"]
+        corpora: dict[tuple[str, ...], list[Corpus]] = {}
+        found = []
+        for entry in entries:
+            data = {**dataclasses.asdict(config.data), **entry["data"]}
+            cfg = freeze({**run["config"], "data": data})
+            names = cfg.data.sources
+            if names not in corpora:
+                corpora[names] = open_sources(cfg, splits=["train"])
+            _refuse_other_corpora(corpora[names], entry["corpora"])
+            found.append(_Run(entry["after"], cfg, corpora[names]))
+        return found
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a run's ({error}).") from None
+
+
+def _refuse_other_corpora(sources: list[Corpus], fingerprints: list[str]) -> None:
+    for source, fingerprint in zip(sources, fingerprints, strict=True):
+        if source.fingerprint != fingerprint:
+            raise UserError(
+                f"{source.directory} is not the corpus of the run: its manifest has "
+                f"sha256 {source.fingerprint}, the run's had {fingerprint}."
+            )
+
+
+def _logged(workdir: epath.Path) -> list[tuple[int, str]]:
+    path = workdir / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{workdir} holds no metrics.jsonl; give the workdir of a run.")
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        try:
+            if line:
+                record = json.loads(line)
+                found.append((int(record["step"]), str(record["batch_hash"])))
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}:{number} is not a record of a step.") from None
+    return found

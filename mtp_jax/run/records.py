@@ -1,0 +1,97 @@
+"""What a step and an evaluation come to: records for tools, lines for people."""
+
+from typing import Any
+
+import numpy as np
+
+from mtp_jax.config import Config
+from mtp_jax.data.packing import format_hash
+from mtp_jax.model.flops import mfu
+from mtp_jax.run.run_log import Window
+
+
+def step_record(
+    cfg: Config,
+    step: int,
+    metrics: dict[str, np.ndarray],
+    window: Window,
+) -> dict[str, Any]:
+    """A line of metrics.jsonl.
+
+    Losses are in nats a target, before the step's update; the learning rate is the one
+    it used; `tokens` counts the targets of head 1, `tokens_per_s` the positions of the
+    global batch; `mfu` is there only on chips whose peak is known.
+    """
+    losses, accuracies = metrics["loss_N"].tolist(), metrics["accuracy_N"].tolist()
+    record = {
+        "step": step,
+        "batch_hash": format_hash(metrics["hash"]),
+        "loss": float(metrics["loss"]),
+        **{f"loss/head_{i}": x for i, x in enumerate(losses, 1)},
+        **{f"accuracy/head_{i}": x for i, x in enumerate(accuracies, 1)},
+        "accept/length": float(metrics["accept_length"]),
+        "grad_norm": float(metrics["grad_norm"]),
+        "lr": float(metrics["lr"]),
+        "bad_steps": int(metrics["bad_steps"]),
+        "tokens": int(metrics["tokens"]),
+        "tokens_per_s": cfg.data.batch_size * cfg.data.seq_len / window.step_s,
+        "step_s": window.step_s,
+        "data_wait_share": window.data_s / window.step_s,
+    }
+    utilization = mfu(cfg, window.step_s)
+    return record if utilization is None else {**record, "mfu": utilization}
+
+
+def step_line(cfg: Config, record: dict[str, Any], goodput: float) -> str:
+    """The same for people, with the time that is left.
+
+    `goodput` is the share of the run's wall time so far that was spent in steps.
+    """
+    n = cfg.model.n_future_tokens
+    heads = " ".join(f"{record[f'loss/head_{i}']:.3f}" for i in range(1, n + 1))
+    left_s = (cfg.train.steps - record["step"]) * record["step_s"]
+    parts = [
+        f"step {record['step']}/{cfg.train.steps}",
+        f"loss by head {heads}",
+        f"accept {record['accept/length']:.2f}",
+        f"grad {record['grad_norm']:.2f}",
+        f"lr {record['lr']:.1e}",
+        f"{record['tokens_per_s']:,.0f} tok/s",
+        f"data wait {record['data_wait_share']:.0%}",
+        f"goodput {goodput:.0%}",
+        f"{left_s // 60:.0f}m{left_s % 60:02.0f}s left",
+    ]
+    if "mfu" in record:
+        parts.insert(-2, f"mfu {record['mfu']:.1%}")
+    if record["bad_steps"]:
+        parts.append(f"NOT FINITE, skipped ({record['bad_steps']} in a row)")
+    return "  ".join(parts)
+
+
+def heldout_record(step: int, figures: dict[str, Any]) -> dict[str, Any]:
+    """A line of heldout.jsonl, from what `evaluate.measure` gives."""
+    heads = figures["heads"]
+    return {
+        "step": step,
+        **{f"loss/head_{head['offset']}": head["loss"] for head in heads},
+        **{f"accuracy/head_{head['offset']}": head["accuracy"] for head in heads},
+        "bits_per_byte": figures["bits_per_byte"],
+        "accept/length": figures["accept"]["length"],
+    }
+
+
+def heldout_line(figures: dict[str, Any], step: int) -> str:
+    """The same for people."""
+    heads = " ".join(f"{head['loss']:.3f}" for head in figures["heads"])
+    return (
+        f"held out at step {step}: {figures['bits_per_byte']:.4f} bits per byte, "
+        f"loss by head {heads}, accept {figures['accept']['length']:.2f}"
+    )
+
+
+def straggler_line(host: str, window: dict[str, Any]) -> str:
+    """What is known of the slowest host of the window before."""
+    return (
+        f"slowest: {host}, {window['own_s']:.3f} s a step of its own, "
+        f"{window['data_s']:.3f} s of it waiting for data"
+    )

@@ -1,0 +1,1 @@
+"""The training state, the optimizer, and the one compiled step."""

@@ -1,0 +1,1 @@
+"""Proofs that drafting changes nothing: greedy texts and sampled distributions."""

@@ -1,0 +1,347 @@
+"""The exact law of a decoder's first tokens, and head 1's law of the same tokens.
+
+A decoder's law is that of its own programs: every draw is made to give each of its
+values in turn, and the probabilities of all that leads to a text add up. Head 1's law
+comes from the forward pass of training, which has no cache, and from laws in NumPy.
+
+Axes: B rows, C rows of a call, J draws of a forward pass, T time, V vocabulary.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtp_jax.config import ModelConfig
+from mtp_jax.decode.batch import ladder, put
+from mtp_jax.decode.cache import at_slot
+from mtp_jax.decode.decoders.sampling import Chance, Sampling, law_of
+from mtp_jax.decode.decoders.state import Decoder
+from mtp_jax.decode.programs import Programs, Prompts, slack
+from mtp_jax.model.heads.parallel import Rows, attend_within
+from mtp_jax.model.language_model import run_trunk
+from mtp_jax.parallel.sharding import batch_shards, spec
+from mtp_jax.training.train_step import model_builder
+
+Law = dict[tuple[int, ...], float]  # texts, end of text included, to probabilities
+NextLogits = Callable[[Sequence[Sequence[int]]], np.ndarray]
+
+_ROWS = 32  # of a call, where nothing else is said
+_NO_RANK = 2**30  # of no value: a draw that is asked for it makes a probability of NaN
+
+
+class TooManyDraws(Exception):
+    """Enumerating would take more rows than allowed."""
+
+
+def head_one(cfg: ModelConfig, params: Any) -> NextLogits:
+    """`f(rows) -> [B, V]`: logits of the token after each row, as training has them.
+
+    Float32; rows are token ids from begin of text on. Takes parameters as
+    `model_builder` makes them. Needs the mesh to be set.
+    """
+    cfg = cfg.with_heads(1)
+    params = {**params, "heads": jax.tree.map(lambda w: w[:1], params["heads"])}
+    _, build = model_builder(cfg)
+
+    @jax.jit
+    def after(params, tokens_BT, length_B):
+        model = build(params)
+        positions_BT = jnp.arange(tokens_BT.shape[1])[None] + 0 * tokens_BT
+        rows = Rows(model.angles(positions_BT), 0 * tokens_BT)
+        attend = attend_within(rows, "xla")
+        x_BTD = model.embed(tokens_BT)
+        x_BTD = run_trunk(model, x_BTD, rows.angles_BTk, attend)
+
+        def head(x_BTD, block):
+            return block(x_BTD, rows.angles_BTk, attend)
+
+        x_BTD, _ = jax.lax.scan(head, x_BTD, model.heads)
+        last_B1D = at_slot(x_BTD, length_B - 1)[:, None]
+        logits_B1V = model.logits(last_B1D, model.unembedding())
+        return jax.sharding.reshard(logits_B1V[:, 0], spec("batch", None))
+
+    def call(rows: Sequence[Sequence[int]]) -> np.ndarray:
+        mesh = jax.sharding.get_mesh()
+        width = ladder(max(map(len, rows)), least=8)
+        size = _whole(min(_ROWS, len(rows)), batch_shards(mesh))
+        logits = []
+        for start in range(0, len(rows), size):
+            now = rows[start : start + size]
+            tokens_BT = np.zeros((size, width), np.int32)
+            length_B = np.ones(size, np.int32)
+            for b, row in enumerate(now):
+                tokens_BT[b, : len(row)] = row
+                length_B[b] = len(row)
+            said_BV = after(params, put(tokens_BT), put(length_B))
+            logits.append(np.asarray(said_BV)[: len(now)])
+        return np.concatenate(logits)
+
+    return call
+
+
+def next_law(logits_V: np.ndarray, text: Sequence[int], sampling: Sampling):
+    """The law of the next token, float64 [V], of the logits after a text."""
+    logits_V = np.asarray(logits_V, np.float64)
+    seen = np.unique(np.asarray(text, np.int64))
+    penalty = sampling.repetition_penalty
+    logits_V[seen] *= np.where(logits_V[seen] > 0, 1 / penalty, penalty)
+    if sampling.temperature == 0:
+        return np.eye(len(logits_V))[np.argmax(logits_V)]
+    logits_V = logits_V / np.float32(sampling.temperature)
+    order = np.argsort(-logits_V, kind="stable")
+    kept = order[: sampling.top_k or len(order)]
+    prob = np.exp(logits_V[kept] - logits_V[kept[0]])
+    prob /= prob.sum()
+    before = np.cumsum(prob) - prob
+    few = (before < np.float32(sampling.top_p)) | (np.arange(len(kept)) == 0)
+    law_V = np.zeros(len(logits_V))
+    law_V[kept[few]] = prob[few] / prob[few].sum()
+    return law_V
+
+
+def head_one_law(
+    next_logits: NextLogits,
+    prompt: Sequence[int],
+    tokens: int,
+    sampling: Sampling,
+    eos_id: int,
+) -> Law:
+    """The law of the first `tokens` new tokens, one token after another.
+
+    Args:
+      next_logits: from `head_one`.
+      prompt: token ids, begin of text first.
+      tokens: how many; a text may end before.
+      sampling: its top_k, or the vocabulary, should be small.
+      eos_id: end of text.
+    """
+    law: Law = {(): 1.0}
+    for _ in range(tokens):
+        ended = {text: p for text, p in law.items() if text[-1:] == (eos_id,)}
+        going = [text for text in law if text not in ended]
+        if not going:
+            break
+        rows = [[*prompt, *text] for text in going]
+        longer: Law = {}
+        for text, row, logits_V in zip(going, rows, next_logits(rows), strict=True):
+            law_V = next_law(logits_V, row, sampling)
+            for token in np.flatnonzero(law_V):
+                longer[(*text, int(token))] = law[text] * float(law_V[token])
+        law = ended | longer
+    return law
+
+
+def distance(a: Law, b: Law) -> float:
+    """Sum of all differences of two laws: 0 for equal ones, 2 at most."""
+    return sum(abs(a.get(text, 0.0) - b.get(text, 0.0)) for text in a.keys() | b.keys())
+
+
+def decoder_law(
+    programs: Programs,
+    params: Any,
+    decoder: Decoder,
+    prompt: Sequence[int],
+    tokens: int,
+    sampling: Sampling,
+    *,
+    most_rows: int = 20_000,
+    rows: int = _ROWS,
+) -> Law:
+    """The law of the first `tokens` new tokens that a decoder gives to a prompt.
+
+    Runs `begin` and `step` of the decoder, compiled as for any other use. States that
+    differ in nothing that can matter to the text are merged. Needs the mesh to be set.
+
+    Args:
+      programs: of the model.
+      params: from `decode_model.unstack`, with the heads that the decoder runs.
+      decoder: how to decode.
+      prompt: token ids, begin of text first.
+      tokens: how many; a text may end before.
+      sampling: with a small top_k, unless the vocabulary is small.
+      most_rows: how many rows of a batch this may take.
+      rows: how many of them at a time, which decides the memory.
+
+    Returns:
+      The probabilities of the texts; they add up to 1 but for rounding.
+
+    Raises:
+      TooManyDraws: it would take more rows.
+    """
+    ranks = sampling.top_k or params["w_embedding"].shape[0]
+    ranks = max(ranks, 2)
+    run = _Run(programs, params, decoder, prompt, tokens, sampling, ranks, rows)
+    law: Law = {}
+    frontier = run.begin(most_rows)
+    used = run.rows
+    while True:
+        going: list[_State] = []
+        for state in frontier:
+            if state.done:
+                law[state.text] = law.get(state.text, 0.0) + state.prob
+            else:
+                going.append(state)
+        if not going:
+            return law
+        frontier = run.step(going, most_rows - used)
+        used = run.rows
+
+
+@dataclasses.dataclass
+class _State:
+    """A row of a `DecodeState` on the host, and how likely it is."""
+
+    row: list[np.ndarray]  # leaves that have rows; none once it is done
+    text: tuple[int, ...]
+    done: bool
+    prob: float
+
+
+class _Run:
+    """A decoder over one prompt, many draws at a time."""
+
+    def __init__(
+        self, programs, params, decoder, prompt, tokens, sampling, ranks, rows
+    ):
+        mesh = jax.sharding.get_mesh()
+        self._params = params
+        self._prompt = prompt
+        self._ranks = ranks
+        self._c = _whole(rows, batch_shards(mesh))
+        width = decoder.width(len(params["heads"]))
+        self._j = 4 * width + 8  # draws of a forward pass, at most
+        self.rows = 0
+        more = slack(decoder, len(params["heads"]))
+        room = ladder(len(prompt) + tokens + more, least=8)
+        tokens_CP = np.tile(np.asarray(prompt, np.int32), (self._c, 1))
+        length_C = np.full(self._c, len(prompt), np.int32)
+        zeros_CJ = np.zeros((self._c, self._j), np.int32)
+        self._prompts = Prompts(
+            tokens_BP=put(tokens_CP),
+            length_B=put(length_C),
+            limit_B=put(length_C + np.int32(tokens)),
+            done_B=put(np.zeros(self._c, bool)),
+            law=law_of(sampling, params["w_embedding"].shape[0]),
+            chance=Chance(
+                put(np.zeros((self._c, 2), np.uint32)),
+                put(zeros_CJ),
+                put(np.zeros(self._c, np.float32)),
+            ),
+        )
+        self._begin, (shapes, _) = programs.begin(
+            decoder, params, self._prompts, room, room
+        )
+        self._advance = programs.advance(decoder, params, len(params["heads"]), shapes)
+        leaves, self._structure = jax.tree.flatten(shapes)
+        self._shardings = [leaf.sharding for leaf in leaves]
+        self._zeros_C = np.zeros(self._c, np.float32), shapes.chance.log_prob_B.sharding
+        self._last: list[np.ndarray] = []
+        self._step_draws: list[int] | None = None
+
+    def begin(self, most_rows: int) -> list[_State]:
+        def call(_, forced_CJ):
+            chance = dataclasses.replace(self._prompts.chance, forced_BJ=forced_CJ)
+            prompts = dataclasses.replace(self._prompts, chance=chance)
+            return self._begin(self._params, prompts)[0]
+
+        start = [_State([], (), False, 1.0)]
+        return self._expand(call, start, self._draws(call, start[0]), most_rows)
+
+    def step(self, states: list[_State], most_rows: int) -> list[_State]:
+        def call(now, forced_CJ):
+            state = self._state(now)
+            chance = dataclasses.replace(
+                state.chance,
+                forced_BJ=forced_CJ,
+                log_prob_B=jax.device_put(*self._zeros_C),
+            )
+            state = dataclasses.replace(state, chance=chance)
+            return self._advance(self._params, state, np.int32(1))
+
+        if self._step_draws is None:
+            self._step_draws = self._draws(call, states[0])
+        return self._expand(call, states, self._step_draws, most_rows)
+
+    def _draws(self, call, state: _State) -> list[int]:
+        """How many values each draw of a forward pass can have; 1 past the last draw.
+
+        A draw that is made to give what it cannot give spoils the probability of its
+        row, and a draw that nobody asks for spoils nothing.
+        """
+        values = [*range(1, self._ranks), _NO_RANK]
+        asked = list(itertools.product(range(self._j), values))
+        forced = np.zeros((len(asked), self._j), np.int32)
+        for row, (j, value) in enumerate(asked):
+            forced[row, j] = value
+        spoiled = set()
+        for start in range(0, len(asked), self._c):
+            now = asked[start : start + self._c]
+            state_out = self._call(call, [state] * len(now), forced[start:][: len(now)])
+            log_prob_C = np.asarray(state_out.chance.log_prob_B)[: len(now)]
+            spoiled |= {x for x, p in zip(now, log_prob_C, strict=True) if np.isnan(p)}
+        return [
+            1 + sum((j, v) not in spoiled for v in values[:-1])
+            if (j, _NO_RANK) in spoiled
+            else 1
+            for j in range(self._j)
+        ]
+
+    def _call(self, call, states: list[_State], forced: np.ndarray):
+        """Runs a state a row with prescribed draws; more rows fill up the batch."""
+        spare = self._c - len(states)
+        forced_CJ = np.pad(forced, ((0, spare), (0, 0)))
+        return call([*states, *[states[0]] * spare], put(forced_CJ))
+
+    def _expand(self, call, states, draws: list[int], most_rows: int) -> list[_State]:
+        """What a forward pass makes of the states, with every value of every draw."""
+        count = len(states) * int(np.prod(draws, dtype=np.float64))
+        if count > most_rows:
+            raise TooManyDraws(f"{count} rows")
+        self.rows += count
+        merged: dict[Any, _State] = {}
+        work = itertools.product(states, itertools.product(*map(range, draws)))
+        while batch := list(itertools.islice(work, self._c)):
+            forced = np.array([ranks for _, ranks in batch], np.int32)
+            out = self._call(call, [state for state, _ in batch], forced)
+            self._merge(merged, out, [state.prob for state, _ in batch])
+        return list(merged.values())
+
+    def _merge(self, merged: dict[Any, _State], out, before: list[float]) -> None:
+        p = len(self._prompt)
+        tokens_CE, length_C = np.asarray(out.tokens_BE), np.asarray(out.length_B)
+        done_C, log_prob_C = np.asarray(out.done_B), np.asarray(out.chance.log_prob_B)
+        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(out)]
+        carry = [np.asarray(x) for x in jax.tree.leaves(out.carry)]
+        self._last = leaves  # for what is the same in all rows
+        for b, prob in enumerate(before):
+            prob = prob * float(np.exp(np.float64(log_prob_C[b])))
+            if not prob > 0:  # a value that cannot come, or that there is not
+                continue
+            text = tuple(tokens_CE[b, p : length_C[b]].tolist())
+            done = bool(done_C[b])
+            key = (text, done, () if done else tuple(_key(x[b]) for x in carry))
+            if key in merged:
+                merged[key].prob += prob
+            else:
+                row = [] if done else [x[b] for x in leaves if x.ndim]
+                merged[key] = _State(row, text, done, prob)
+
+    def _state(self, states: list[_State]):
+        rows = zip(*(state.row for state in states), strict=True)
+        leaves = [np.stack(next(rows)) if x.ndim else x for x in self._last]
+        placed = map(jax.device_put, leaves, self._shardings)
+        return jax.tree.unflatten(self._structure, placed)
+
+
+def _key(x: np.ndarray) -> bytes:
+    """Equal for what a decoder carries of equal states, but for rounding."""
+    return (np.round(x, 3) + 0.0 if x.dtype.kind == "f" else x).tobytes()
+
+
+def _whole(count: int, shards: int) -> int:
+    return -(-count // shards) * shards

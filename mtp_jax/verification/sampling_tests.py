@@ -1,0 +1,82 @@
+"""Whether texts that are sampled with drafts have the law of head 1's.
+
+Axes: M drafts, N = M + 1 tokens to commit, B batch, V vocabulary.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import gammaincc
+
+from mtp_jax.decode.cache import at_slot
+from mtp_jax.decode.decoders.blockwise import Blockwise
+from mtp_jax.decode.decoders.sampling import Draws
+from mtp_jax.decode.decoders.speculative import Speculative, accept
+from mtp_jax.verification.exact_distribution import Law
+
+_LEAST_EXPECTED = 5.0  # of a cell; rarer texts share one (Cochran's rule)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChiSquare:
+    """Pearson's test of how often texts were drawn."""
+
+    statistic: float
+    freedom: int
+    p_value: float
+
+
+def chi_square(texts: Iterable[Sequence[int]], law: Law) -> ChiSquare:
+    """Tests that texts were drawn independently from a law.
+
+    A text that the law does not have gives a p-value of 0.
+    """
+    counts = Counter(map(tuple, texts))
+    total = counts.total()
+    if not counts.keys() <= law.keys():
+        return ChiSquare(float("inf"), 0, 0.0)
+    cells = [(counts[text], p * total) for text, p in law.items()]
+    rare = [cell for cell in cells if cell[1] < _LEAST_EXPECTED]
+    cells = [cell for cell in cells if cell[1] >= _LEAST_EXPECTED]
+    if rare:
+        seen, expected = map(sum, zip(*rare, strict=True))
+        if expected >= _LEAST_EXPECTED or not cells:
+            cells.append((seen, expected))
+        else:  # too few even together: to the rarest of the others
+            least = min(range(len(cells)), key=lambda i: cells[i][1])
+            cells[least] = (cells[least][0] + seen, cells[least][1] + expected)
+    statistic = sum((seen - expected) ** 2 / expected for seen, expected in cells)
+    freedom = len(cells) - 1
+    if freedom == 0:
+        return ChiSquare(statistic, 0, 1.0)
+    return ChiSquare(statistic, freedom, float(gammaincc(freedom / 2, statistic / 2)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Trusting(Blockwise):
+    """Wrong on purpose: every draft passes, so head 1 goes on from wrong ones."""
+
+    def agreed(self, drafts_BM: jax.Array, said_BN: jax.Array) -> jax.Array:
+        """All of them."""
+        del said_BN
+        return jnp.full_like(drafts_BM[:, 0], drafts_BM.shape[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class WithoutRest(Speculative):
+    """Wrong on purpose: a rejected draft is replaced by a draw from p itself.
+
+    The usual mistake; texts look as good as the right ones.
+    """
+
+    def accept(
+        self, p_BNV: jax.Array, q_BMV: jax.Array, drafts_BM: jax.Array, draws: Draws
+    ) -> tuple[jax.Array, jax.Array]:
+        """The rule of the paper but for what follows a rejection."""
+        said_BN, agreed_B = accept(p_BNV, q_BMV, drafts_BM, draws)
+        last_B1 = draws.pick(at_slot(p_BNV, agreed_B)[:, None])
+        order_1N = jnp.arange(said_BN.shape[1])[None]
+        return jnp.where(order_1N == agreed_B[:, None], last_B1, said_BN), agreed_B

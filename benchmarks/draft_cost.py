@@ -32,7 +32,7 @@ from mtp_jax.decode.decode_model import unstack
 from mtp_jax.decode.decoders import DECODERS
 from mtp_jax.decode.decoders.sampling import Sampling
 from mtp_jax.decode.programs import Programs
-from mtp_jax.training.train_step import model_builder
+from mtp_jax.model.language_model import model_builder
 
 _PASSES = 4  # that are timed together
 _NO_END = -1  # no token ends a text

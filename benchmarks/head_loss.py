@@ -27,11 +27,12 @@ from benchmarks.timing import (
     temporaries,
 )
 from mtp_jax.config import Config, HeadLoss
-from mtp_jax.loss.batch_loss import future_targets, split_time
-from mtp_jax.loss.head_loss import Targets, head_loss
-from mtp_jax.model.heads.parallel import Rows
+from mtp_jax.loss.head_loss import head_loss
+from mtp_jax.loss.targets import Targets, future_targets
+from mtp_jax.model.attention import RowContext
+from mtp_jax.model.language_model import model_builder
+from mtp_jax.parallel.sequence import split_time
 from mtp_jax.parallel.sharding import spec
-from mtp_jax.training.train_step import model_builder
 
 FORMS = get_args(HeadLoss)
 
@@ -94,7 +95,7 @@ def _head_part(cfg: Config) -> tuple[Callable[[], object], int]:
             )
             weight_NBT = valid_NBT / jnp.sum(valid_NBT)
             angles_BTk = model.angles(split_time(batch["positions"][:, :-n]))
-            rows = Rows(angles_BTk, batch["segments"][:, :-n])
+            rows = RowContext(angles_BTk, batch["segments"][:, :-n])
             targets = Targets(token_NBT, weight_NBT)
             return head_loss(model, trunk_BTD, rows, targets, 0.0, cfg.compute)[0]
 

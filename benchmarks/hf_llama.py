@@ -17,7 +17,7 @@ def llama_of(cfg: ModelConfig, params: Any, positions: int) -> Any:
     """
     import torch
 
-    llama = new_llama(cfg.with_heads(1), positions)
+    llama = new_llama(cfg.keep_heads(1), positions)
     weights = llama_weights(params)
     arrays = {k: torch.tensor(np.array(w, np.float32)) for k, w in weights.items()}
     llama.load_state_dict(arrays, strict=True)

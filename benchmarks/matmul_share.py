@@ -29,6 +29,7 @@ from mtp_jax.cli.args import config_from
 from mtp_jax.config import Config
 from mtp_jax.errors import UserError
 from mtp_jax.model import flops
+from mtp_jax.parallel import chips
 
 PAPER = pathlib.Path(__file__).parent.parent / "configs" / "paper.py"
 
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> int:
         matmul=8192,  # rows and columns of the plain product
     )
     device = jax.devices()[0]
-    peak = flops.peak_flops(device)
+    peak = chips.peak_flops(device)
     if peak is None:
         raise UserError(f"there are no peak figures for {device.device_kind!r}.")
     print_environment(args.rounds)

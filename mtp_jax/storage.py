@@ -1,6 +1,11 @@
-"""Where a workdir is: a folder, or gs://bucket/... or s3://bucket/... of a store."""
+"""Workdirs in a folder, or in an object store as gs://bucket/... or s3://bucket/...
 
+Also the writing of small files there, never in part.
+"""
+
+import json
 import os
+from typing import Any
 
 from etils import epath
 
@@ -26,10 +31,25 @@ def workdir_at(text: str) -> epath.Path:
 
 
 def is_remote(path: epath.Path) -> bool:
-    """Whether it lies in an object store."""
+    """True for a path in an object store."""
     return "://" in os.fspath(path)
 
 
 def absolute(path: epath.Path) -> epath.Path:
     """A local path from the root; one of an object store as it is."""
     return path if is_remote(path) else epath.Path(os.path.abspath(path))
+
+
+def write_atomically(path: epath.Path, text: str) -> None:
+    """Writes a file that is either the old one or the new one, never a part."""
+    if is_remote(path):  # where a write is all or nothing
+        path.write_text(text)
+        return
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+    """Writes a value as an indented JSON file, atomically."""
+    write_atomically(path, json.dumps(value, indent=2) + "\n")

@@ -8,10 +8,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from mtp_jax.config import Config, MeshConfig, ModelConfig
-from mtp_jax.model.heads.parallel import Rows, attend_within
-from mtp_jax.model.language_model import run_trunk
+from mtp_jax.model.attention import RowContext, attend_within
+from mtp_jax.model.language_model import model_builder, run_trunk
 from mtp_jax.parallel.sharding import make_mesh, spec
-from mtp_jax.training.train_step import model_builder
 
 TINY = ModelConfig(
     vocab_size=32,
@@ -76,7 +75,7 @@ def placed_batch(rows, accumulation):
 
 def all_logits(model, tokens_BT, segments_BT, positions_BT):
     """Logits of every head by the layers that training uses, [N, B, T, V]."""
-    rows = Rows(model.angles(positions_BT), segments_BT)
+    rows = RowContext(model.angles(positions_BT), segments_BT)
     attend = attend_within(rows, "xla")
     trunk_BTD = run_trunk(model, model.embed(tokens_BT), rows.angles_BTk, attend)
     unembedding_VD = model.unembedding()

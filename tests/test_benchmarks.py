@@ -12,8 +12,8 @@ from benchmarks import timing
 from mtp_jax.checkpoint.restore import Restored
 from mtp_jax.config import DataConfig
 from mtp_jax.data.tokenizer import ByteTokenizer
-from mtp_jax.model import flops
-from mtp_jax.training.train_step import model_builder
+from mtp_jax.model.language_model import model_builder
+from mtp_jax.parallel import chips
 
 SHAPE = ["--rounds=1", "--d_model=16", "--d_ff=24", "--num_heads=2"]
 ROWS = ["--seq_len=16", "--batch_size=2"]
@@ -196,7 +196,7 @@ def test_an_unknown_device_has_no_peak(capsys):
 
 
 def test_the_share_of_a_known_peak(monkeypatch, capsys):
-    monkeypatch.setattr(flops, "peak_flops", lambda device: 1e12)
+    monkeypatch.setattr(chips, "peak_flops", lambda device: 1e12)
 
     argv = ["--rounds=1", "--shapes=1m", "--n=1", "--seq_len=8", "--batch_size=1"]
     assert run("matmul_share", *argv, "--matmul=16") == 0

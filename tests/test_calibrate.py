@@ -16,7 +16,7 @@ from mtp_jax.config import Config, DataConfig
 from mtp_jax.decode import calibrate
 from mtp_jax.decode.decoders.token_tree import read_tree
 from mtp_jax.errors import UserError
-from mtp_jax.training.train_step import model_builder
+from mtp_jax.model.language_model import model_builder
 
 
 def test_ranks_are_those_of_sorted_logits():

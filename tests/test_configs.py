@@ -8,7 +8,7 @@ from runs import ROOT
 
 from mtp_jax.config import freeze
 from mtp_jax.errors import UserError
-from mtp_jax.training.train_step import model_builder
+from mtp_jax.model.language_model import model_builder
 
 # Millions of parameters, embeddings included, recomputed by hand from table S14 of
 # arXiv:2404.19737 with Llama's feed-forward width and 32,000 tokens.

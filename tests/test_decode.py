@@ -13,8 +13,8 @@ from models import all_logits, mesh_of
 from mtp_jax.config import MeshConfig, ModelConfig
 from mtp_jax.decode.generator import Generator
 from mtp_jax.errors import UserError
+from mtp_jax.model.language_model import model_builder
 from mtp_jax.parallel.sharding import make_mesh, spec
-from mtp_jax.training.train_step import model_builder
 
 NEW = 24
 VOCAB = 16
@@ -124,9 +124,9 @@ def case(n, layers):
     with jax.set_mesh(mesh):
         said = reference(cfg, params)
         for _ in range(NEW + n):
-            said_NBT = said(rows)
+            predicted_NBT = said(rows)
             for b, row in enumerate(rows):
-                here_N = said_NBT[:, b, len(row) - 1].tolist()
+                here_N = predicted_NBT[:, b, len(row) - 1].tolist()
                 drafts[b].append(here_N[1:])
                 texts[b].append(here_N[0])
                 row.append(here_N[0])
@@ -150,7 +150,7 @@ def expected(text, eos_id, limit=NEW):
 
 def slow_blockwise(text, drafts, made):
     """Forward passes, and right drafts of each but the first, for `made` tokens."""
-    done, agreed = 1, []
+    done, accepted = 1, []
     while done < made:
         right = 0
         # The heads drafted when the last committed token was not read yet.
@@ -158,9 +158,9 @@ def slow_blockwise(text, drafts, made):
             if draft != token:
                 break
             right += 1
-        agreed.append(right)
+        accepted.append(right)
         done += right + 1
-    return 1 + len(agreed), agreed
+    return 1 + len(accepted), accepted
 
 
 CASES = [(1, 2), (2, 3), (4, 5), (4, 4)]
@@ -192,10 +192,10 @@ def test_counts_are_those_of_a_slow_blockwise_decoder(n, layers):
     results = c.generator.generate(c.prompts, max_new_tokens=NEW)
     for result, text, drafts in zip(results, c.texts, c.drafts, strict=True):
         made = len(result.tokens) + (result.finish == "eos")
-        forwards, agreed = slow_blockwise(text, drafts, made)
+        forwards, accepted = slow_blockwise(text, drafts, made)
         assert result.forwards == forwards
         assert result.tokens_per_forward == made / forwards
-        shares = [np.mean([a > i for a in agreed] or [0]) for i in range(n - 1)]
+        shares = [np.mean([a > i for a in accepted] or [0]) for i in range(n - 1)]
         np.testing.assert_allclose(result.accepted_by_head, shares)
 
 

@@ -13,8 +13,8 @@ from mtp_jax.decode.decoders.beam import Beam
 from mtp_jax.decode.decoders.sampling import Sampling
 from mtp_jax.decode.generator import Generator
 from mtp_jax.errors import UserError
+from mtp_jax.model.language_model import model_builder
 from mtp_jax.parallel.sharding import make_mesh
-from mtp_jax.training.train_step import model_builder
 
 V, NEW = 16, 12
 LENGTHS = (0, 1, 3, 7, 4)
@@ -101,11 +101,11 @@ def check(n, eos_id, limit, lookahead=0.0, mesh=None, **options):
         )
         assert result.tokens == slow[: len(slow) - (slow[-1] == eos_id)]
         assert result.finish == ("eos" if slow[-1] == eos_id else "length")
-        row, departed = (0, *map(int, prompt)), 0
+        row, deviated = (0, *map(int, prompt)), 0
         for token in slow:
-            departed += int(after(row)[0].argmax()) != token
+            deviated += int(after(row)[0].argmax()) != token
             row = (*row, token)
-        assert result.departures == departed
+        assert result.deviations == deviated
     return results
 
 

@@ -28,11 +28,11 @@ from mtp_jax.decode.decoders.ngram_ratios import (
     log_next_ratio,
     tables_of,
 )
-from mtp_jax.decode.decoders.sampling import Chance, Sampling
+from mtp_jax.decode.decoders.sampling import RandomKeys, Sampling
 from mtp_jax.decode.generator import Generator
 from mtp_jax.errors import UserError
+from mtp_jax.model.language_model import model_builder
 from mtp_jax.parallel.sharding import make_mesh
-from mtp_jax.training.train_step import model_builder
 
 N, V, NEW = 3, 16, 18
 LENGTHS = (0, 1, 3, 4, 7)
@@ -321,7 +321,7 @@ def slow_run(probs_NV, seen, threshold, cells, penalty):
 
 def slow_text(c, prompt, threshold, cells, penalty):
     """Runs of tokens, and how many depart, of one text."""
-    row, runs, departed = [0, *map(int, prompt)], [], 0
+    row, runs, deviated = [0, *map(int, prompt)], [], 0
     start = len(row)
 
     def alone(logits_V, text):
@@ -338,10 +338,10 @@ def slow_text(c, prompt, threshold, cells, penalty):
         run = run[: NEW - (len(row) - start)]
         for token in run:
             logits_V = c.logits([row])[0, 0, len(row) - 1]
-            departed += token != alone(logits_V, row)
+            deviated += token != alone(logits_V, row)
             row.append(token)
         runs.append(run)
-    return runs, departed
+    return runs, deviated
 
 
 @pytest.mark.parametrize("threshold,cells,penalty", [(0.3, 729, 1.2), (0.0, 64, 1.0)])
@@ -356,20 +356,20 @@ def test_greedy_texts_are_those_of_the_algorithm(
         decoder=decoder,
         sampling=Sampling(repetition_penalty=penalty),
     )
-    lengths, departures = set(), 0
+    lengths, deviations = set(), 0
     for result, prompt in zip(results, c.prompts, strict=True):
-        runs, departed = slow_text(c, prompt, threshold, cells, penalty)
+        runs, deviated = slow_text(c, prompt, threshold, cells, penalty)
         tokens = [t for run in runs for t in run]
         assert result.tokens == [t for t in tokens if t != EOS]
         assert result.forwards == len(runs)
         heads = [i + 1 for run in runs for i in range(len(run))]
         assert result.heads == heads[: len(result.tokens)]
-        assert result.departures == departed
+        assert result.deviations == deviated
         lengths |= {len(run) for run in runs[:-1]}
-        departures += departed
+        deviations += deviated
     # Threshold 0 always gives n tokens, but for the end of a text.
     assert lengths == {N} if threshold == 0 else {1} < lengths
-    assert departures > 0
+    assert deviations > 0
 
 
 def test_threshold_one_is_plain(counts_file):
@@ -382,7 +382,7 @@ def test_threshold_one_is_plain(counts_file):
     for result, expected in zip(results, plain, strict=True):
         assert result.tokens == expected.tokens
         assert result.tokens_per_forward == 1.0
-        assert result.departures == 0
+        assert result.deviations == 0
 
 
 def test_the_mesh_does_not_change_what_is_drawn(counts_file):
@@ -399,14 +399,14 @@ def test_the_mesh_does_not_change_what_is_drawn(counts_file):
     # Four rows on both: draws are by the place in the batch.
     one, many = (g.generate(c.prompts[:4], **settings) for g in (c.generator, other))
     assert [r.tokens for r in one] == [r.tokens for r in many]
-    assert [r.departures for r in one] == [r.departures for r in many]
+    assert [r.deviations for r in one] == [r.deviations for r in many]
     assert [r.forwards for r in one] == [r.forwards for r in many]
 
 
-def law_of_texts(c, prompt, count, sampling):
+def distribution_of_texts(c, prompt, count, sampling):
     """The law of the next tokens by head 1 alone, an axis a token."""
     vocab = c.cfg.vocab_size
-    law = np.ones(())
+    distribution = np.ones(())
     for length in range(count):
         rows = [[0, *prompt, *text] for text in np.ndindex((vocab,) * length)]
         logits_RV = np.concatenate(
@@ -414,25 +414,30 @@ def law_of_texts(c, prompt, count, sampling):
              range(0, len(rows), 64)]
         )  # fmt: skip
         probs_RV = softmax(logits_RV / sampling.temperature)
-        law = law[..., None] * probs_RV.reshape((vocab,) * (length + 1))
-    return law
+        distribution = distribution[..., None] * probs_RV.reshape(
+            (vocab,) * (length + 1)
+        )
+    return distribution
 
 
-def branched(state, draws):
+def branched(state, sampler):
     """Every row once for each outcome of draws among so many, and these outcomes."""
-    forced = np.array(list(np.ndindex(*draws)), np.int32)
+    forced = np.array(list(np.ndindex(*sampler)), np.int32)
     b = state.length_B.shape[0]
 
     def repeated(x):
         more = np.repeat(np.asarray(x), len(forced), axis=0) if x.ndim else x
         return jax.device_put(more, x.sharding)
 
-    law, state = state.law, dataclasses.replace(state, law=None)
-    state = jax.tree.map(repeated, state)
-    chance = dataclasses.replace(
-        state.chance, forced_BJ=jnp.asarray(np.tile(forced, (b, 1)))
+    distribution, state = (
+        state.sampling,
+        dataclasses.replace(state, sampling=None),
     )
-    return dataclasses.replace(state, law=law, chance=chance)
+    state = jax.tree.map(repeated, state)
+    keys = dataclasses.replace(
+        state.keys, forced_BJ=jnp.asarray(np.tile(forced, (b, 1)))
+    )
+    return dataclasses.replace(state, sampling=distribution, keys=keys)
 
 
 @pytest.mark.parametrize(
@@ -453,8 +458,8 @@ def test_the_exact_variant_has_the_law_of_head_1(tmp_path, n, vocab, tokens, ste
         rows = [np.append(0, prompt).astype(np.int32)] * vocab**n
         prompts = _prompts(rows, tokens, sampling, 0, params)
         forced = jnp.asarray(list(np.ndindex(first)), jnp.int32)
-        chance = Chance(prompts.chance.key_B2, forced, jnp.zeros(len(rows)))
-        prompts = dataclasses.replace(prompts, chance=chance)
+        keys = RandomKeys(prompts.keys.key_B2, forced, jnp.zeros(len(rows)))
+        prompts = dataclasses.replace(prompts, keys=keys)
         begin = decode_programs._begin(c.cfg, decoder, -1, 16, 16, alone=False)
         state, _ = begin(params, prompts)
         step = jax.jit(
@@ -464,13 +469,13 @@ def test_the_exact_variant_has_the_law_of_head_1(tmp_path, n, vocab, tokens, ste
             # Coins, what head 1 says in the end, and the drafts.
             state = step(params, branched(state, (2,) * m + (vocab,) * n))
         texts = np.asarray(state.tokens_BE)[:, len(rows[0]) :][:, :tokens]
-        probs = np.exp(np.asarray(state.chance.log_prob_B, np.float64))
+        probs = np.exp(np.asarray(state.keys.log_prob_B, np.float64))
     assert np.asarray(state.length_B).min() == len(rows[0]) + tokens
-    law = np.zeros((vocab,) * tokens)
-    np.add.at(law, tuple(texts.T), probs)
-    np.testing.assert_allclose(law.sum(), 1, atol=1e-6)
-    expected = law_of_texts(c, prompt.tolist(), tokens, sampling)
-    np.testing.assert_allclose(law, expected, atol=1e-6)
+    distribution = np.zeros((vocab,) * tokens)
+    np.add.at(distribution, tuple(texts.T), probs)
+    np.testing.assert_allclose(distribution.sum(), 1, atol=1e-6)
+    expected = distribution_of_texts(c, prompt.tolist(), tokens, sampling)
+    np.testing.assert_allclose(distribution, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(

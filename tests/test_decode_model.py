@@ -7,14 +7,14 @@ import pytest
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.decode.batch import Batch, put
-from mtp_jax.decode.cache import chain, make_cache, run_head, run_trunk
+from mtp_jax.decode.cache import chain, decode_head, decode_trunk, make_cache
 from mtp_jax.decode.cpu import native
-from mtp_jax.decode.cpu.packed import Panels
+from mtp_jax.decode.cpu.packed import PackedWeight
 from mtp_jax.decode.decode_model import build, unstack
 from mtp_jax.decode.decoders.blockwise import Blockwise
 from mtp_jax.decode.decoders.sampling import Sampling
 from mtp_jax.decode.programs import Programs
-from mtp_jax.training.train_step import model_builder
+from mtp_jax.model.language_model import model_builder
 
 
 def config(**changes):
@@ -52,8 +52,8 @@ def test_scores_are_the_same_in_panels_and_not(one_device, monkeypatch, tied):
     def scores(params, tokens_BW, start_B):
         model, new = build(cfg, params), chain(tokens_BW, start_B)
         cache = make_cache(cfg, 3, 2, 16)
-        trunk_BWD, cache = run_trunk(model, new, cache)
-        heads = [run_head(model, i, trunk_BWD, new, cache)[0] for i in range(2)]
+        trunk_BWD, cache = decode_trunk(model, new, cache)
+        heads = [decode_head(model, i, trunk_BWD, new, cache)[0] for i in range(2)]
         return jnp.stack([model.logits(head_BWD) for head_BWD in heads])
 
     packed = unstack(cfg, stacked)
@@ -61,8 +61,8 @@ def test_scores_are_the_same_in_panels_and_not(one_device, monkeypatch, tied):
     whole = unstack(cfg, stacked)
 
     assert len(matrices(packed)) == 3 * 7 == len(matrices(whole))
-    assert all(isinstance(w, Panels) for w in matrices(packed))
-    assert not any(isinstance(w, Panels) for w in matrices(whole))
+    assert all(isinstance(w, PackedWeight) for w in matrices(packed))
+    assert not any(isinstance(w, PackedWeight) for w in matrices(whole))
     np.testing.assert_allclose(
         scores(packed, tokens_BW, start_B),
         scores(whole, tokens_BW, start_B),
@@ -99,10 +99,10 @@ def test_a_token_gives_the_same_bits_whatever_is_read_with_it(
     @jax.jit(compiler_options={} if is_default else emitters)
     def read(params, tokens_BW, start_B, cache):
         model, new = build(cfg, params), chain(tokens_BW, start_B)
-        trunk_BWD, cache = run_trunk(model, new, cache)
+        trunk_BWD, cache = decode_trunk(model, new, cache)
         found = [trunk_BWD]
         for i in range(cfg.n_future_tokens):
-            head_BWD, cache = run_head(model, i, trunk_BWD, new, cache)
+            head_BWD, cache = decode_head(model, i, trunk_BWD, new, cache)
             found.append(model.logits(head_BWD))
         return found, cache
 

@@ -26,18 +26,18 @@ from test_decode import (
 from mtp_jax.cli.decoder_args import decoder_of, description, fitting
 from mtp_jax.config import MeshConfig
 from mtp_jax.decode.batch import Batch
-from mtp_jax.decode.cache import chain, make_cache, run_heads_at, run_trunk
+from mtp_jax.decode.cache import chain, decode_heads_at, decode_trunk, make_cache
 from mtp_jax.decode.decode_model import build, unstack
 from mtp_jax.decode.decoders import DECODERS
-from mtp_jax.decode.decoders.sampling import Chance, Sampling, law_of
+from mtp_jax.decode.decoders.sampling import RandomKeys, Sampling, sampling_arrays
 from mtp_jax.decode.decoders.token_tree import default_tree, read_tree, tree_of
 from mtp_jax.decode.decoders.tree import Tree
 from mtp_jax.decode.decoders.typical import Typical
 from mtp_jax.decode.generator import Generator
 from mtp_jax.decode.programs import Programs, Prompts
 from mtp_jax.errors import UserError
+from mtp_jax.model.language_model import model_builder
 from mtp_jax.parallel.sharding import make_mesh, spec
-from mtp_jax.training.train_step import model_builder
 
 TREES = {
     "built in": None,
@@ -112,7 +112,7 @@ def slow_tree_decoder(logits_of, prompt, paths, accepted, made):
     Every path of the tree is a row of its own, read from the beginning.
     """
     paths = [(), *map(tuple, paths)]
-    text, counts, departed = [0, *map(int, prompt)], [1], [False]
+    text, counts, deviated = [0, *map(int, prompt)], [1], [False]
     heads_NV = logits_of([text])[:, 0]
     text.append(int(heads_NV[0].argmax()))
     while sum(counts) < made:
@@ -130,11 +130,11 @@ def slow_tree_decoder(logits_of, prompt, paths, accepted, made):
                 best, best_score = p, score
         tokens = drafts[best]
         said = [int(after[best[:i]].argmax()) for i in range(len(best) + 1)]
-        departed += [t != s for t, s in zip(tokens, said, strict=False)] + [False]
+        deviated += [t != s for t, s in zip(tokens, said, strict=False)] + [False]
         text += [*tokens, said[-1]]
         counts.append(len(tokens) + 1)
         heads_NV = logits_of([text[:-1]])[:, 0]
-    return text[1 + len(prompt) :], counts, departed
+    return text[1 + len(prompt) :], counts, deviated
 
 
 def cut_passes(counts, made):
@@ -155,10 +155,10 @@ def test_the_text_is_plains_and_the_passes_are_a_slow_tree_decoders(
     results = c.generator.generate(c.prompts, max_new_tokens=NEW, decoder=decoder)
     paths = TREES[name] or default_tree(n - 1).paths[1:]
     paths = [p for p in paths if len(p) < n]
-    agreed = set()
+    accepted = set()
     for i, (result, text) in enumerate(zip(results, c.texts, strict=True)):
         assert (result.tokens, result.finish) == expected(text, c.eos_id)
-        assert result.departures is None
+        assert result.deviations is None
         made = len(result.tokens) + (result.finish == "eos")
         assert 1 <= result.tokens_per_forward <= n
         if i % 3:  # the slow decoder is slow
@@ -167,12 +167,12 @@ def test_the_text_is_plains_and_the_passes_are_a_slow_tree_decoders(
             logits_of_case(n, layers), c.prompts[i], paths, slow_exact, made
         )
         assert tokens[:made] == text[:made]
-        passes, agreed_F = cut_passes(counts, made)
+        passes, accepted_F = cut_passes(counts, made)
         assert result.forwards == passes
-        shares = [np.mean(agreed_F > d) if passes > 1 else 0.0 for d in range(n - 1)]
+        shares = [np.mean(accepted_F > d) if passes > 1 else 0.0 for d in range(n - 1)]
         np.testing.assert_allclose(result.accepted_by_head, shares)
-        agreed |= set(agreed_F.tolist())
-    assert max(agreed) > 0 and (n == 2 or len(agreed) > 1)
+        accepted |= set(accepted_F.tolist())
+    assert max(accepted) > 0 and (n == 2 or len(accepted) > 1)
 
 
 def test_a_wider_tree_accepts_at_least_what_its_first_candidates_do():
@@ -199,30 +199,30 @@ def test_typical_departs_where_a_slow_typical_decoder_does(temperature):
         sampling=Sampling(temperature=temperature),
     )
     paths = default_tree(3).paths[1:]
-    departures = 0
+    deviations = 0
     for i, result in enumerate(results):
         if i % 2 and temperature == 1.0:  # the slow decoder is slow
             continue
         made = len(result.tokens) + (result.finish == "eos")
-        tokens, counts, departed = slow_tree_decoder(
+        tokens, counts, deviated = slow_tree_decoder(
             logits_of_case(4, 5), c.prompts[i], paths, slow_typical(temperature), made
         )
         assert (result.tokens, result.finish) == expected(tokens, c.eos_id)
-        assert result.departures == sum(departed[:made])
+        assert result.deviations == sum(deviated[:made])
         assert result.forwards == cut_passes(counts, made)[0]
-        departures += result.departures
-    assert departures > 0
+        deviations += result.deviations
+    assert deviations > 0
 
 
 def test_typical_departures_end_with_the_stop_string():
     c, hot = case(4, 5), Sampling(temperature=1.0)
     settings = {"max_new_tokens": NEW, "decoder": "typical", "sampling": hot}
     whole = c.generator.generate(c.prompts, **settings)
-    i = max(range(len(whole)), key=lambda i: whole[i].departures)
+    i = max(range(len(whole)), key=lambda i: whole[i].deviations)
     stop = whole[i].text[:2]
     stopped = c.generator.generate(c.prompts, stop=[stop], **settings)[i]
     assert (stopped.finish, stopped.text) == ("stop", "")
-    assert stopped.departures <= 2 < whole[i].departures
+    assert stopped.deviations <= 2 < whole[i].deviations
 
 
 def test_typical_without_temperature_is_the_exact_tree():
@@ -231,7 +231,7 @@ def test_typical_without_temperature_is_the_exact_tree():
         c.generator.generate(c.prompts, max_new_tokens=NEW, decoder=name)
         for name in ("typical", "tree")
     )
-    assert {r.departures for r in typical} == {0}
+    assert {r.deviations for r in typical} == {0}
     assert [r.tokens for r in typical] == [r.tokens for r in tree]
     assert [r.forwards for r in typical] == [r.forwards for r in tree]
 
@@ -290,8 +290,8 @@ def fresh_cache(cfg, params, tokens_BT, heads):
     cache = make_cache(cfg, len(model.trunk) + heads, b, t)
     start_B = jnp.zeros(b, jnp.int32, out_sharding=spec("batch"))
     new = chain(tokens_BT, start_B)
-    trunk_BTD, cache = run_trunk(model, new, cache)
-    return run_heads_at(model, range(heads), trunk_BTD, new, start_B, cache)[1]
+    trunk_BTD, cache = decode_trunk(model, new, cache)
+    return decode_heads_at(model, range(heads), trunk_BTD, new, start_B, cache)[1]
 
 
 @pytest.mark.parametrize("name", ["speculative", "tree", "typical"])
@@ -300,7 +300,7 @@ def test_caches_are_those_of_reading_the_text_again(name):
     rows = [np.concatenate([[0], p]).astype(np.int32) for p in c.prompts]
     with jax.set_mesh(one_device()):
         params = unstack(c.cfg, init(c.cfg, one_device()))
-        programs, agreed = Programs(c.cfg, eos_id=VOCAB), set()
+        programs, accepted = Programs(c.cfg, eos_id=VOCAB), set()
         batch = Batch(
             programs, params, DECODERS[name](), rows, 40, Sampling(temperature=0.7)
         )
@@ -310,12 +310,12 @@ def test_caches_are_those_of_reading_the_text_again(name):
             state, before_B = batch._state, np.array(batch._state.length_B)
             advance = programs.advance(DECODERS[name](), params, depth, state)
             batch._state = advance(params, state, np.int32(1))
-            agreed |= set((np.array(batch._state.length_B) - before_B - 1).tolist())
+            accepted |= set((np.array(batch._state.length_B) - before_B - 1).tolist())
         state = batch._state
         again = jax.jit(functools.partial(fresh_cache, c.cfg, heads=4))(
             params, state.tokens_BE
         )
-    assert agreed == {0, 1, 2, 3}
+    assert accepted == {0, 1, 2, 3}
     layers = zip(
         [*state.cache.k_BGSK, *state.cache.v_BGSK],
         [*again.k_BGSK, *again.v_BGSK],
@@ -330,33 +330,35 @@ def test_caches_are_those_of_reading_the_text_again(name):
             )
 
 
-def law_by_training(cfg, params, prompt, sampling, length):
+def distribution_by_training(cfg, params, prompt, sampling, length):
     """Probabilities of all continuations by head 1, {tokens: float}."""
     logits_of, vocab = logits_by_training(cfg, params), range(cfg.vocab_size)
-    law = {(): 1.0}
+    distribution = {(): 1.0}
     for _ in range(length):
-        rows = [[0, *prompt, *text] for text in law]
+        rows = [[0, *prompt, *text] for text in distribution]
         logits_BV = logits_of(rows)[0].astype(np.float64)
         longer = {}
-        for (text, p), row, logits_V in zip(law.items(), rows, logits_BV, strict=True):
+        for (text, p), row, logits_V in zip(
+            distribution.items(), rows, logits_BV, strict=True
+        ):
             seen_V = np.isin(vocab, row)
             by_V = np.where(logits_V > 0, 1 / sampling.repetition_penalty,
                             sampling.repetition_penalty)  # fmt: skip
             logits_V = np.where(seen_V, logits_V * by_V, logits_V)
             q_V = softmax(logits_V / sampling.temperature)
             longer |= {(*text, v): p * q_V[v] for v in vocab}
-        law = longer
-    return law
+        distribution = longer
+    return distribution
 
 
-def law_of_decoder(cfg, params, decoder, prompt, sampling, length):
+def distribution_of_decoder(cfg, params, decoder, prompt, sampling, length):
     """The same by running a decoder with every outcome of its draws.
 
     And how many drafts a forward pass found right, the set of all.
     """
     vocab, n, start = cfg.vocab_size, cfg.n_future_tokens, 1 + len(prompt)
-    draws = 1 + (length - 1) * n  # one for the first token, n for each forward pass
-    forced = np.array(list(itertools.product(range(vocab), repeat=draws)), np.int32)
+    sampler = 1 + (length - 1) * n  # one for the first token, n for each forward pass
+    forced = np.array(list(itertools.product(range(vocab), repeat=sampler)), np.int32)
     b = len(forced)
     row = np.array([0, *prompt], np.int32)
     by_row = NamedSharding(one_device(), jax.P(("replica", "fsdp")))
@@ -366,8 +368,8 @@ def law_of_decoder(cfg, params, decoder, prompt, sampling, length):
         length_B=put(np.full(b, start, np.int32)),
         limit_B=put(np.full(b, start + length, np.int32)),
         done_B=put(np.zeros(b, bool)),
-        law=law_of(sampling, vocab),
-        chance=Chance(
+        sampling=sampling_arrays(sampling, vocab),
+        keys=RandomKeys(
             put(np.zeros((b, 2), np.uint32)),
             put(forced[:, :1]),
             put(np.zeros(b, np.float32)),
@@ -379,14 +381,18 @@ def law_of_decoder(cfg, params, decoder, prompt, sampling, length):
     step = jax.jit(functools.partial(decoder.step, model, depth=n))
     for i in range(length - 1):
         now = put(forced[:, 1 + i * n : 1 + (i + 1) * n])
-        chance = dataclasses.replace(state.chance, forced_BJ=now)
-        state = step(dataclasses.replace(state, chance=chance))
+        keys = dataclasses.replace(state.keys, forced_BJ=now)
+        state = step(dataclasses.replace(state, keys=keys))
     assert np.all(state.done_B)
-    law = {}
+    distribution = {}
     texts = np.asarray(state.tokens_BE)[:, start : start + length]
-    for text, log_prob in zip(texts, np.asarray(state.chance.log_prob_B), strict=True):
-        law[tuple(text)] = law.get(tuple(text), 0.0) + np.exp(np.float64(log_prob))
-    return law, set(np.asarray(state.agreed_BE)[:, start : start + length].ravel())
+    for text, log_prob in zip(texts, np.asarray(state.keys.log_prob_B), strict=True):
+        distribution[tuple(text)] = distribution.get(tuple(text), 0.0) + np.exp(
+            np.float64(log_prob)
+        )
+    return distribution, set(
+        np.asarray(state.accepted_BE)[:, start : start + length].ravel()
+    )
 
 
 @pytest.mark.parametrize("paths", [None, [[1], [2], [1, 0], [1, 2], [2, 0]]])
@@ -396,13 +402,15 @@ def test_sampled_trees_have_the_law_of_head_1(paths, tree_file):
     with jax.set_mesh(one_device()):
         given = init(cfg, one_device())
         params = unstack(cfg, given)
-        right = law_by_training(cfg, given, prompt, sampling, length=3)
+        right = distribution_by_training(cfg, given, prompt, sampling, length=3)
         decoder = Tree(tree_file(paths) if paths else "")
-        law, agreed = law_of_decoder(cfg, params, decoder, prompt, sampling, length=3)
-    assert agreed == {0, 1, 2}
-    assert abs(sum(law.values()) - 1) < 1e-5
+        distribution, accepted = distribution_of_decoder(
+            cfg, params, decoder, prompt, sampling, length=3
+        )
+    assert accepted == {0, 1, 2}
+    assert abs(sum(distribution.values()) - 1) < 1e-5
     for text, p in right.items():
-        assert abs(law.get(text, 0.0) - p) < 1e-6
+        assert abs(distribution.get(text, 0.0) - p) < 1e-6
 
 
 def test_the_built_in_tree_has_the_nodes_that_its_assumption_gives():

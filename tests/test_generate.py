@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from models import mesh_of
 
-from mtp_jax.checkpoint.restore import Restored, with_heads
+from mtp_jax.checkpoint.restore import Restored
 from mtp_jax.cli import generate
 from mtp_jax.cli.decoder_args import decoder_of, fitting, options_of
 from mtp_jax.config import Config, DataConfig, ModelConfig
@@ -23,7 +23,7 @@ from mtp_jax.decode.decoders import DECODERS
 from mtp_jax.decode.generation import Generation, totals
 from mtp_jax.decode.generator import Generator
 from mtp_jax.errors import UserError
-from mtp_jax.training.train_step import model_builder
+from mtp_jax.model.language_model import model_builder
 
 FEW = "--max_new_tokens=6"
 
@@ -56,7 +56,7 @@ def restored(monkeypatch):
         asked.append((workdir, step, heads))
         config = Config(model=model, data=DataConfig(sources=("corpus",), seq_len=40))
         if workdir == "one head":
-            config = with_heads(config, 1)
+            config = config.keep_heads(1)
         return Restored(config, params, mesh, 7, ByteTokenizer())
 
     monkeypatch.setattr("mtp_jax.checkpoint.restore.restore_model", restore_model)

@@ -281,4 +281,4 @@ def test_slurm_says_which_process_this_is(monkeypatch):
 
     found = cluster.detected(5)
 
-    assert found == cluster.Place("node003:61447", 2, 1, (0,))
+    assert found == cluster.Cluster("node003:61447", 2, 1, (0,))

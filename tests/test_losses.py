@@ -20,7 +20,11 @@ from models import (
 from mtp_jax.config import ComputeConfig, LossConfig
 from mtp_jax.decode.decoders.state import most_likely
 from mtp_jax.loss import batch_loss
-from mtp_jax.training.train_step import make_gradients, model_builder
+from mtp_jax.loss.metrics import summarize
+from mtp_jax.loss.targets import future_targets, target_counts
+from mtp_jax.loss.weights import head_weights
+from mtp_jax.model.language_model import model_builder
+from mtp_jax.training.train_step import make_gradients
 
 ROWS, T = 32, 16
 MESHES = {
@@ -258,7 +262,7 @@ def test_a_batch_of_padding_has_no_loss_and_no_gradient(one_device):
     assert loss == 0
     np.testing.assert_array_equal(sums.count_N, [0, 0])
     assert all((x == 0).all() for x in jax.tree.leaves(jax.device_get(grads)))
-    assert all(np.isfinite(x).all() for x in batch_loss.summarize(sums).values())
+    assert all(np.isfinite(x).all() for x in summarize(sums).values())
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
@@ -268,10 +272,8 @@ def test_targets_are_the_tokens_ahead_in_the_same_document(n, documents):
         np.random.default_rng(n), 4, T + n, 32, n_documents=documents, padding=4
     )
 
-    targets_NBT, valid_NBT = batch_loss.future_targets(
-        rows["tokens"], rows["segments"], n
-    )
-    count_N = batch_loss.target_counts(rows["segments"], n)
+    targets_NBT, valid_NBT = future_targets(rows["tokens"], rows["segments"], n)
+    count_N = target_counts(rows["segments"], n)
 
     expected_NBT, expected_valid_NBT = naive.targets(
         rows["tokens"], rows["segments"], n
@@ -288,7 +290,7 @@ def test_targets_stop_at_document_ends_and_at_padding():
     tokens_BS = np.array([[10, 11, 12, 20, 21, 22, 0, 0]], np.int32)
     segments_BS = np.array([[1, 1, 1, 2, 2, 2, 0, 0]], np.int32)
 
-    targets_NBT, valid_NBT = batch_loss.future_targets(tokens_BS, segments_BS, 2)
+    targets_NBT, valid_NBT = future_targets(tokens_BS, segments_BS, 2)
 
     np.testing.assert_array_equal(targets_NBT[0, 0], [11, 12, 20, 21, 22, 0])
     np.testing.assert_array_equal(valid_NBT[0, 0], [1, 1, 0, 1, 1, 0])
@@ -299,7 +301,7 @@ def test_a_row_too_short_for_the_last_head_is_refused_with_the_remedy():
     row = np.ones((1, 3), np.int32)
 
     with pytest.raises(ValueError, match="rows must hold seq_len \\+ n tokens"):
-        batch_loss.future_targets(row, row, 3)
+        future_targets(row, row, 3)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +313,7 @@ def test_a_row_too_short_for_the_last_head_is_refused_with_the_remedy():
     ],
 )
 def test_head_weights_are_uniform_decaying_or_listed(fields, weights):
-    weights_N = batch_loss.head_weights(LossConfig(**fields), 3)
+    weights_N = head_weights(LossConfig(**fields), 3)
 
     assert weights_N.dtype == np.float32
     np.testing.assert_allclose(weights_N, weights, rtol=1e-6)
@@ -415,7 +417,7 @@ def test_accuracy_and_acceptance_are_those_of_a_simulation(strides, jumps, axes)
 
 
 def test_heads_that_know_the_text_are_right_and_always_accepted(one_device):
-    means = batch_loss.summarize(sums_of_counting((1, 2, 3), counting_rows(0.0)))
+    means = summarize(sums_of_counting((1, 2, 3), counting_rows(0.0)))
 
     np.testing.assert_array_equal(means["accuracy_N"], [1, 1, 1])
     np.testing.assert_array_equal(means["accepted_N"], [1, 1, 1])
@@ -423,7 +425,7 @@ def test_heads_that_know_the_text_are_right_and_always_accepted(one_device):
 
 
 def test_a_head_that_looks_one_token_too_far_ends_the_acceptance(one_device):
-    means = batch_loss.summarize(sums_of_counting((1, 3, 3), counting_rows(0.0)))
+    means = summarize(sums_of_counting((1, 3, 3), counting_rows(0.0)))
 
     np.testing.assert_array_equal(means["accuracy_N"], [1, 0, 1])
     np.testing.assert_array_equal(means["accepted_N"], [1, 0, 0])
@@ -432,7 +434,7 @@ def test_a_head_that_looks_one_token_too_far_ends_the_acceptance(one_device):
 
 def test_text_that_head_1_did_not_foresee_lowers_acceptance(one_device):
     found = [
-        batch_loss.summarize(sums_of_counting((1, 2, 3), counting_rows(jumps)))
+        summarize(sums_of_counting((1, 2, 3), counting_rows(jumps)))
         for jumps in (0.0, 0.3, 1.0)
     ]
 

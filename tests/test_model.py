@@ -23,8 +23,9 @@ from models import (
 from benchmarks.hf_llama import llama_of
 from mtp_jax.config import ComputeConfig, Remat
 from mtp_jax.model.attention import causal_attention
+from mtp_jax.model.language_model import model_builder
 from mtp_jax.parallel.sharding import spec
-from mtp_jax.training.train_step import make_gradients, model_builder
+from mtp_jax.training.train_step import make_gradients
 
 T = 16
 FOUR = dataclasses.replace(TINY, num_layers=6, n_future_tokens=4)

@@ -20,18 +20,18 @@ from mtp_jax.config import Config, DataConfig, LossConfig, MeshConfig, TrainConf
 from mtp_jax.errors import UserError
 from mtp_jax.model.attention import causal_attention
 from mtp_jax.model.flops import (
-    device_figures,
     executed_flops,
     layer_params,
     train_flops,
     train_flops_per_token,
 )
-from mtp_jax.model.language_model import run_trunk
+from mtp_jax.model.language_model import model_builder, run_trunk
+from mtp_jax.parallel.chips import device_figures
 from mtp_jax.parallel.sharding import make_mesh, spec
 from mtp_jax.planning import aot, plan
 from mtp_jax.planning.aot import Compiled
-from mtp_jax.planning.hlo import Program, Traffic
-from mtp_jax.training.train_step import TrainState, model_builder
+from mtp_jax.planning.hlo import HloProgram, Traffic
+from mtp_jax.training.train_step import TrainState
 
 TINY_FILE = ROOT / "configs" / "tiny.py"
 needs_libtpu = pytest.mark.skipif(
@@ -168,13 +168,13 @@ def test_overhead_compares_what_both_have():
 def test_other_numbers_of_heads_drop_the_weights(cfg):
     cfg = dataclasses.replace(cfg, loss=LossConfig(head_weights=(1.0, 0.5)))
 
-    assert plan.with_heads(cfg, 2) == cfg
-    assert plan.with_heads(cfg, 4).loss.head_weights == ()
-    assert plan.with_heads(cfg, 4).model.num_layers == 5
+    assert plan.same_size_with_heads(cfg, 2) == cfg
+    assert plan.same_size_with_heads(cfg, 4).loss.head_weights == ()
+    assert plan.same_size_with_heads(cfg, 4).model.num_layers == 5
 
 
 FITS = Compiled(
-    100, 10, 5, 7, 15, None, Program({"all-gather": Traffic(2, 8e9)}, (), 1, ())
+    100, 10, 5, 7, 15, None, HloProgram({"all-gather": Traffic(2, 8e9)}, (), 1, ())
 )
 TOO_LARGE = Compiled(100, 10, 50, 50, 60, 40, None)
 
@@ -266,7 +266,7 @@ def test_rows_and_table(four_chips):
     assert first["links_s"] == 8e9 / 200e9
     assert first["bound_by"] == "compute" and first["overhead_vs_n1"] == 0.0
     assert first["tokens_per_s_per_chip"] == positions / first["step_s"] / 4
-    work = executed_flops(plan.with_heads(cfg, 4)).total * positions
+    work = executed_flops(plan.same_size_with_heads(cfg, 4)).total * positions
     assert last["compute_s"] == work / 4 / 197e12
     assert last["hbm_bytes"] == 60 and last["hbm_limit_bytes"] == 40
     text = plan.table(rows, [1, 2, 4])

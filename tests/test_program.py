@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mtp_jax.planning.hlo import Traffic, read_program
+from mtp_jax.planning.hlo import Traffic, read_hlo
 
 # As a TPU program has it, cut down: a loop of three turns that starts at 1 and does not
 # say so, a reduce-scatter as a fusion, a collective in two fusions of one chain, an
@@ -92,7 +92,7 @@ true_computation=%permuting, false_computation=%plain
 
 
 def test_forms_of_tpu_programs():
-    program = read_program(TPU)
+    program = read_hlo(TPU)
 
     assert program.collectives == {
         "reduce-scatter": Traffic(3, 3 * 1024 * 3 / 4),
@@ -114,7 +114,7 @@ def test_forms_of_tpu_programs():
 def test_a_loop_that_does_not_tell_its_turns_is_named():
     endless = TPU.replace("direction=LT", "direction=NE")
 
-    program = read_program(endless)
+    program = read_hlo(endless)
 
     assert program.unknown_loops == ("loop",)
     assert program.collectives["reduce-scatter"].count == 1
@@ -122,7 +122,7 @@ def test_a_loop_that_does_not_tell_its_turns_is_named():
 
 def test_what_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
-        read_program("module @jit_step {}")
+        read_hlo("module @jit_step {}")
 
 
 def compiled_text(local, *shape):
@@ -142,7 +142,7 @@ def test_a_scan_of_five_sums():
 
         return jax.lax.scan(body, x, length=5)[0]
 
-    program = read_program(compiled_text(local, 8 * 100))
+    program = read_hlo(compiled_text(local, 8 * 100))
 
     assert program.collectives == {"all-reduce": Traffic(5, 5 * 2 * 400 * 7 / 8)}
     assert program.sent_bytes == 5 * 2 * 400 * 7 / 8
@@ -160,7 +160,7 @@ def test_nested_scans_multiply():
 
         return jax.lax.scan(outer, x, length=4)[0]
 
-    program = read_program(compiled_text(local, 8 * 16, 10))
+    program = read_hlo(compiled_text(local, 8 * 16, 10))
 
     assert program.collectives == {
         "all-gather": Traffic(12, 12 * 640 * 7),
@@ -177,7 +177,7 @@ def test_the_other_kinds():
         x = jax.lax.ppermute(jnp.sin(x), "x", [(i, (i + 1) % 8) for i in range(8)])
         return jax.lax.all_to_all(jnp.sin(x), "x", 0, 0, tiled=True)
 
-    program = read_program(compiled_text(local, 8 * 64, 16))
+    program = read_hlo(compiled_text(local, 8 * 64, 16))
 
     assert program.collectives == {
         "reduce-scatter": Traffic(1, 64 * 16 * 4 * 7 / 8),

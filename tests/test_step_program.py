@@ -12,7 +12,7 @@ from models import mesh_of
 from mtp_jax.config import ComputeConfig, Config, DataConfig, ModelConfig
 from mtp_jax.parallel.sharding import abstract_tree
 from mtp_jax.planning.aot import abstract_batch
-from mtp_jax.planning.hlo import read_program
+from mtp_jax.planning.hlo import read_hlo
 from mtp_jax.training.train_step import make_gradients, make_init, make_step
 
 ROWS, T, D, V, CHUNK = 8, 64, 64, 8192, 64
@@ -51,7 +51,7 @@ def compiled(cfg, shape=(1, 1, 1), make=make_gradients):
 
 
 def program(cfg, shape=(1, 1, 1)):
-    return read_program(compiled(cfg, shape).as_text())
+    return read_hlo(compiled(cfg, shape).as_text())
 
 
 def temporaries(cfg, make=make_gradients):

@@ -103,7 +103,7 @@ def test_head_one_alone_has_no_colour():
 
 
 def test_the_page_holds_every_token_and_asks_for_nothing():
-    result = generation(departures=3)
+    result = generation(deviations=3)
     text = page([result, generation("zweiter")], BYTES, 'runs/a & "b"')
     reader = Reader(text)
     assert reader.open == []

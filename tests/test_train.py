@@ -159,12 +159,12 @@ def test_kills_leave_no_trace(tmp_path, corpus_dir, kills):
     calm, stormy = tmp_path / "calm", tmp_path / "stormy"
     complete(train_args(calm, corpus_dir, steps, often))
 
-    chance = random.Random(kills)
+    keys = random.Random(kills)
     for _ in range(kills):
         begun = newest_step(stormy)
         process = start(train_args(stormy, corpus_dir, steps, often))
         wait_for_step(process, stormy, max(1, begun - 2))
-        time.sleep(chance.uniform(0, 0.8))
+        time.sleep(keys.uniform(0, 0.8))
         kill(process)
     complete(train_args(stormy, corpus_dir, steps, often))
 

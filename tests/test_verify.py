@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 from models import mesh_of, placed_params, random_params
 
-from mtp_jax.checkpoint.restore import Restored, with_heads
+from mtp_jax.checkpoint.restore import Restored
 from mtp_jax.config import Config, DataConfig, ModelConfig
 from mtp_jax.data.tokenizer import ByteTokenizer
 from mtp_jax.decode.decoders import DECODERS
@@ -40,7 +40,7 @@ def restored(monkeypatch):
     config = Config(model=MODEL, data=DataConfig(sources=("corpus",)))
 
     def restore_model(workdir, *, step=None, heads=None):
-        cfg = config if heads is None else with_heads(config, heads)
+        cfg = config if heads is None else config.keep_heads(heads)
         return Restored(cfg, params, mesh, 7, ByteTokenizer())
 
     def heldout_prompts(sources, count, tokens):
@@ -143,9 +143,9 @@ def test_two_tokens_far_from_the_best_are_no_near_tie():
 
 
 def test_chi_square_is_that_of_scipy():
-    law = {(0,): 0.5, (1,): 0.3, (2,): 0.2}
+    distribution = {(0,): 0.5, (1,): 0.3, (2,): 0.2}
     texts = [(0,)] * 60 + [(1,)] * 25 + [(2,)] * 15
-    test = chi_square(texts, law)
+    test = chi_square(texts, distribution)
     expected = scipy.stats.chisquare([60, 25, 15], [50, 30, 20])
     assert test.statistic == pytest.approx(expected.statistic)
     assert test.p_value == pytest.approx(expected.pvalue, rel=1e-4)
@@ -153,9 +153,9 @@ def test_chi_square_is_that_of_scipy():
 
 
 def test_rare_texts_share_a_cell():
-    law = {(0,): 0.9, **{(i,): 0.01 for i in range(1, 11)}}
+    distribution = {(0,): 0.9, **{(i,): 0.01 for i in range(1, 11)}}
     texts = [(0,)] * 80 + [(i,) for i in range(1, 11)] * 2
-    test = chi_square(texts, law)
+    test = chi_square(texts, distribution)
     expected = scipy.stats.chisquare([80, 20], [90, 10])
     assert (test.freedom, test.statistic) == (1, pytest.approx(expected.statistic))
 
@@ -168,7 +168,9 @@ def test_a_text_that_cannot_be_has_no_chance():
 def test_p_values_of_right_laws_are_spread_evenly():
     rng = np.random.default_rng(0)
     probs = np.array([0.4, 0.3, 0.2, 0.1])
-    law = {(i,): p for i, p in enumerate(probs)}
-    draws = [rng.choice(4, 200, p=probs) for _ in range(200)]
-    p_values = [chi_square([(int(i),) for i in draw], law).p_value for draw in draws]
+    distribution = {(i,): p for i, p in enumerate(probs)}
+    sampler = [rng.choice(4, 200, p=probs) for _ in range(200)]
+    p_values = [
+        chi_square([(int(i),) for i in draw], distribution).p_value for draw in sampler
+    ]
     assert scipy.stats.kstest(p_values, "uniform").pvalue > 1e-3

@@ -23,8 +23,9 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
 from mtp_jax.config import ComputeConfig, Config, MeshConfig, ModelConfig
+from mtp_jax.model.language_model import model_builder
 from mtp_jax.parallel.sharding import make_mesh, spec
-from mtp_jax.training.train_step import make_gradients, model_builder
+from mtp_jax.training.train_step import make_gradients
 
 ROWS, T = 4, 256
 MODEL = ModelConfig(

@@ -13,9 +13,9 @@ from mtp_jax.checkpoint.checkpoints import Checkpoints, restore_newest
 from mtp_jax.config import Config, MeshConfig, freeze
 from mtp_jax.data.tokenizer import Tokenizer, tokenizer_from_dir
 from mtp_jax.errors import UserError
+from mtp_jax.model.language_model import model_builder
 from mtp_jax.parallel.sharding import abstract_tree, make_mesh, slice_count
 from mtp_jax.storage import workdir_at
-from mtp_jax.training.train_step import model_builder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,18 +79,9 @@ def restore_model(
                 **params,
                 "heads": jax.tree.map(lambda x: x[:heads], params["heads"]),
             }
-            config = with_heads(config, heads)
+            config = config.keep_heads(heads)
     checkpoints.close()
     return Restored(config, params, mesh, step, tokenizer)
-
-
-def with_heads(config: Config, heads: int) -> Config:
-    """The config of a model that keeps the trunk and the first heads."""
-    model = config.model.with_heads(heads)
-    loss = dataclasses.replace(
-        config.loss, head_weights=config.loss.head_weights[:heads]
-    )
-    return dataclasses.replace(config, model=model, loss=loss)
 
 
 def _evaluation_mesh(config: Config) -> MeshConfig:

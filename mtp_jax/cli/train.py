@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _start_jax(cfg: Config, where: cluster.Place | None) -> None:
+def _start_jax(cfg: Config, where: cluster.Cluster | None) -> None:
     """The runtime of this process, alone or with the other hosts."""
     if cfg.train.compilation_cache:
         cache = os.path.expanduser(cfg.train.compilation_cache)

@@ -1,4 +1,4 @@
-"""Every field of a run, its default and its check."""
+"""The config of a run: its fields, defaults and checks, and how files edit it."""
 
 from mtp_jax.config.sections import (
     Attention,
@@ -16,9 +16,8 @@ from mtp_jax.config.sections import (
     OptimConfig,
     Remat,
     TrainConfig,
-    default,
-    freeze,
 )
+from mtp_jax.config.tree import default, freeze
 
 __all__ = [
     "Attention",

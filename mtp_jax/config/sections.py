@@ -1,15 +1,7 @@
-"""Every field of a run, its default and its check.
-
-The dataclasses are the one definition. A file in `configs/` edits the tree that
-`default()` returns; `freeze()` checks the tree and turns it into the dataclasses,
-which is all that the rest of the package ever sees.
-"""
+"""Every field of a run, its default and its check: the one definition of a config."""
 
 import dataclasses
-import typing
-from typing import Any, Literal, get_args, get_origin
-
-from ml_collections import ConfigDict
+from typing import Literal
 
 from mtp_jax.errors import UserError
 
@@ -94,7 +86,7 @@ class ModelConfig:
     def num_trunk_layers(self) -> int:
         return self.num_layers - self.n_future_tokens
 
-    def with_heads(self, n: int) -> "ModelConfig":
+    def keep_heads(self, n: int) -> "ModelConfig":
         """The model that keeps the trunk and the first n heads."""
         layers = self.num_trunk_layers + n
         return dataclasses.replace(self, num_layers=layers, n_future_tokens=n)
@@ -330,54 +322,11 @@ class Config:
         """Tokens of a row: every position has a target for every head."""
         return self.data.seq_len + self.model.n_future_tokens
 
-
-def default() -> ConfigDict:
-    """The default run as an editable tree; a misspelt field raises at once."""
-    return ConfigDict(dataclasses.asdict(Config())).lock()
-
-
-def freeze(tree: ConfigDict | dict[str, Any]) -> Config:
-    """Checks an edited tree and turns it into the dataclasses.
-
-    Raises:
-      UserError: an unknown field, a wrong type, a value out of range, or values
-        that contradict each other; the text names the field.
-    """
-    plain = tree.to_dict() if isinstance(tree, ConfigDict) else tree
-    return _build(Config, plain, "config")
-
-
-def _build(cls: type, tree: Any, path: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} is {tree!r}; it must be a section of fields.")
-    for name in tree:
-        _require(name in hints, f"{path}.{name} is not a field. Known: {list(hints)}.")
-    values = {}
-    for name, value in tree.items():
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint):
-            values[name] = _build(typing.cast(type, hint), value, f"{path}.{name}")
-        else:
-            values[name] = _checked(hint, value, f"{path}.{name}")
-    return cls(**values)
-
-
-def _checked(hint: Any, value: Any, path: str) -> Any:
-    """`value` as `hint` says; an int is a float, a list is a tuple."""
-    if get_origin(hint) is Literal:
-        allowed = get_args(hint)
-        _require(value in allowed, f"{path} is {value!r}; it must be one of {allowed}.")
-        return value
-    if get_origin(hint) is tuple:
-        items = list(value) if isinstance(value, (list, tuple)) else None
-        if items is None:
-            raise UserError(f"{path} is {value!r}; it must be a tuple.")
-        of = get_args(hint)[0]
-        return tuple(_checked(of, v, f"{path}[{i}]") for i, v in enumerate(items))
-    if hint is float and type(value) is int:
-        return float(value)
-    _require(
-        type(value) is hint, f"{path} is {value!r}; it must be of type {hint.__name__}."
-    )
-    return value
+    def keep_heads(self, n: int) -> "Config":
+        """The config of a model that keeps the trunk and the first n heads."""
+        weights = self.loss.head_weights[:n]
+        return dataclasses.replace(
+            self,
+            model=self.model.keep_heads(n),
+            loss=dataclasses.replace(self.loss, head_weights=weights),
+        )

@@ -28,7 +28,7 @@ from mtp_jax.data.tokenizer import (
     save_tokenizer,
     train_sentencepiece,
 )
-from mtp_jax.data.tokenizing import Reading, TaskResult, tokenized, training_texts
+from mtp_jax.data.tokenizing import ReadOptions, TaskResult, tokenized, training_texts
 from mtp_jax.errors import UserError
 
 
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     output = pathlib.Path(args.output)
     _check_output(output, args.force)
     files = find_files(args.input, args.exclude)
-    reading = Reading(args.text_field, args.heldout)
+    reading = ReadOptions(args.text_field, args.heldout)
     tokenizer = _make_tokenizer(args, files, reading)
     partial = _make_partial(output)
     try:
@@ -148,7 +148,7 @@ def _put_in_place(partial: pathlib.Path, output: pathlib.Path) -> None:
 
 
 def _make_tokenizer(
-    args: argparse.Namespace, files: list[InputFile], reading: Reading
+    args: argparse.Namespace, files: list[InputFile], reading: ReadOptions
 ) -> Tokenizer:
     if not args.train_tokenizer:
         return load_tokenizer(args.tokenizer)

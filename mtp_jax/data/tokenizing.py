@@ -21,7 +21,7 @@ _TRAINING_BYTES = 200_000_000  # of text that a tokenizer is trained on, about
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
+class ReadOptions:
     """The options that decide what is a document and where it goes."""
 
     text_field: str
@@ -54,7 +54,10 @@ def split_of(text: bytes, heldout: float) -> str:
 
 
 def training_texts(
-    parts: Iterable[Part], reading: Reading, size: int, advance: Callable[[int], None]
+    parts: Iterable[Part],
+    reading: ReadOptions,
+    size: int,
+    advance: Callable[[int], None],
 ) -> Iterator[str]:
     """Texts of the train split; of a large input a share, chosen by content.
 
@@ -86,7 +89,9 @@ def _grouped(parts: Iterable[Part]) -> Iterator[list[Part]]:
         yield task
 
 
-def _tokenize(task: list[Part], tokenizer: Tokenizer, reading: Reading) -> TaskResult:
+def _tokenize(
+    task: list[Part], tokenizer: Tokenizer, reading: ReadOptions
+) -> TaskResult:
     """The documents of a task in order."""
     dtype = token_dtype(tokenizer.vocab_size)
     documents: list[Tokenized] = []
@@ -111,7 +116,7 @@ def _tokenize(task: list[Part], tokenizer: Tokenizer, reading: Reading) -> TaskR
 _worker: dict[str, Any] = {}  # of a worker process: its tokenizer and Reading
 
 
-def _start_worker(model_bytes: bytes | None, reading: Reading) -> None:
+def _start_worker(model_bytes: bytes | None, reading: ReadOptions) -> None:
     _worker["reading"] = reading
     _worker["tokenizer"] = (
         SentencePieceTokenizer(model_bytes, "tokenizer.model")
@@ -125,7 +130,7 @@ def _tokenize_in_worker(task: list[Part]) -> TaskResult:
 
 
 def tokenized(
-    parts: Iterable[Part], tokenizer: Tokenizer, reading: Reading, workers: int
+    parts: Iterable[Part], tokenizer: Tokenizer, reading: ReadOptions, workers: int
 ) -> Iterator[TaskResult]:
     """The documents of all parts, in order, a task at a time.
 

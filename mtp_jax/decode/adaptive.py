@@ -20,10 +20,10 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from mtp_jax.config import ModelConfig
-from mtp_jax.decode.cache import chain, run_heads_at
+from mtp_jax.decode.cache import chain, decode_heads_at
 from mtp_jax.decode.decode_model import DecodeModel, build
 from mtp_jax.decode.decoders.passes import read, write_one
-from mtp_jax.decode.decoders.sampling import Draws
+from mtp_jax.decode.decoders.sampling import Sampler
 from mtp_jax.decode.decoders.state import (
     Alone,
     DecodeState,
@@ -76,9 +76,9 @@ def begin_alone(
       decoder: that goes on; what it carries are drafts of nothing.
     """
     b, _, d = trunk_BED.shape
-    draws = Draws(state.chance, state.length_B)
+    sampler = Sampler(state.keys, state.length_B)
     nothing_BMD = _nothing(b, len(model.heads) - 1, d, trunk_BED.dtype)
-    carry = decoder.draft(model, state, nothing_BMD, draws)
+    carry = decoder.draft(model, state, nothing_BMD, sampler)
     alone = Alone(trunk_BED, jnp.zeros_like(state.length_B), _unknown())
     state = dataclasses.replace(state, carry=carry, alone=alone)
     return write_one(state, next_logits(model, state, head_B1D))
@@ -127,16 +127,18 @@ def catch_up(
         nothing_BW = jnp.zeros(trunk_BWD.shape[:2], jnp.int32, out_sharding=_IDS)
         new = chain(nothing_BW, from_B)
         slot_B = last_B - from_B
-        here_BMD, cache = run_heads_at(model, drafting, trunk_BWD, new, slot_B, cache)
+        here_BMD, cache = decode_heads_at(
+            model, drafting, trunk_BWD, new, slot_B, cache
+        )
         is_here_B11 = ((slot_B >= 0) & (slot_B < CATCH_UP))[:, None, None]
         heads_BMD = jnp.where(is_here_B11, here_BMD, heads_BMD)
         return jnp.minimum(from_B + CATCH_UP, last_B + 1), heads_BMD, cache
 
     start = (alone.since_B, nothing_BMD, state.cache)
     _, heads_BMD, cache = lax.while_loop(behind, piece, start)
-    draws = Draws(state.chance, state.length_B)
-    carry = decoder.draft(build(cfg, params), state, heads_BMD, draws)
-    return dataclasses.replace(state, cache=cache, carry=carry, chance=draws.after())
+    sampler = Sampler(state.keys, state.length_B)
+    carry = decoder.draft(build(cfg, params), state, heads_BMD, sampler)
+    return dataclasses.replace(state, cache=cache, carry=carry, keys=sampler.after())
 
 
 class DepthChooser:
@@ -235,7 +237,7 @@ class DepthChooser:
         return self._best(np.ones_like(self._right_M)) > 1
 
     def saw(
-        self, depth: int, agreed_N: np.ndarray, passes: int, seconds: float
+        self, depth: int, accepted_N: np.ndarray, passes: int, seconds: float
     ) -> None:
         """Tells what a stretch at a depth came to.
 
@@ -258,7 +260,7 @@ class DepthChooser:
             self._alone, self._alone_s, self._entropy = 0, 0.0, None
         fade = 0.5 ** (passes / _MEMORY)
         for i in range(1, depth):
-            right, tried = float(agreed_N[i:].sum()), float(agreed_N.sum())
+            right, tried = float(accepted_N[i:].sum()), float(accepted_N.sum())
             if tried:
                 self._right_M[i - 1] = fade * self._right_M[i - 1] + right * (
                     passes / tried

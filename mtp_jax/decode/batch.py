@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from mtp_jax.decode.adaptive import DepthChooser, leave_heads
 from mtp_jax.decode.cache import grow
 from mtp_jax.decode.decoders.plain import Plain
-from mtp_jax.decode.decoders.sampling import Chance, Sampling, law_of
+from mtp_jax.decode.decoders.sampling import RandomKeys, Sampling, sampling_arrays
 from mtp_jax.decode.decoders.state import Decoder, DecodeState, Drafter, Finishing
 from mtp_jax.decode.programs import REPORTED, Begin, Programs, Prompts, slack
 from mtp_jax.parallel.sharding import batch_shards, spec
@@ -34,8 +34,8 @@ class Texts:
 
     tokens_BE: np.ndarray
     forward_BE: np.ndarray
-    agreed_BE: np.ndarray
-    departed_BE: np.ndarray | None  # None: the decoder is exact
+    accepted_BE: np.ndarray
+    deviated_BE: np.ndarray | None  # None: the decoder is exact
     length_B: np.ndarray
     done_B: np.ndarray
     start_B: np.ndarray  # lengths of the prompts
@@ -137,17 +137,17 @@ class Batch:
     def _stretch(self, chooser: DepthChooser, left: int) -> None:
         """A few forward passes at the depth that promises most, watched."""
         depth = chooser.depth()
-        before_N = self._agreed() if depth > 1 else 0
+        before_N = self._accepted() if depth > 1 else 0
         self._use_heads(depth > 1)
         passes, seconds = self._run(depth, min(left, chooser.passes()))
         after = self._at()
         if passes:
-            agreed_N = self._agreed() - before_N
-            chooser.saw(depth, agreed_N, passes, seconds)
+            accepted_N = self._accepted() - before_N
+            chooser.saw(depth, accepted_N, passes, seconds)
             if after.alone is not None:
                 chooser.saw_entropy(float(after.alone.entropy))
 
-    def _agreed(self) -> np.ndarray:
+    def _accepted(self) -> np.ndarray:
         """How often 0, 1 ... drafts were right so far, in all texts."""
         return np.sum(_host(self._at().passes_BN), axis=0)
 
@@ -272,8 +272,8 @@ def _prompts(
         length_B=put(length_B),
         limit_B=put(length_B + np.int32(max_new_tokens)),
         done_B=put(np.arange(b) >= len(rows)),
-        law=law_of(sampling, params["w_embedding"].shape[0]),
-        chance=Chance(put(np.asarray(jax.random.key_data(keys_B)))),
+        sampling=sampling_arrays(sampling, params["w_embedding"].shape[0]),
+        keys=RandomKeys(put(np.asarray(jax.random.key_data(keys_B)))),
     )
 
 

@@ -81,7 +81,7 @@ def grow(cache: Cache, slots: int) -> Cache:
     return jax.tree.map(lambda x_BGSK: jnp.pad(x_BGSK, more), cache)
 
 
-def run_trunk(
+def decode_trunk(
     model: DecodeModel, new: NewTokens, cache: Cache
 ) -> tuple[jax.Array, Cache]:
     """The trunk's output for the new tokens, [B, W, D], and the cache with them."""
@@ -92,7 +92,7 @@ def run_trunk(
     return x_BWD, cache
 
 
-def run_head(
+def decode_head(
     model: DecodeModel, i: int, trunk_BWD: jax.Array, new: NewTokens, cache: Cache
 ) -> tuple[jax.Array, Cache]:
     """The output of head i (0 is the next token) at every new token, and the cache."""
@@ -100,7 +100,7 @@ def run_head(
     return model.heads[i](trunk_BWD, model.angles(new.positions_BW), attend)
 
 
-def run_heads_at(
+def decode_heads_at(
     model: DecodeModel,
     heads: range,
     trunk_BWD: jax.Array,

@@ -27,12 +27,12 @@ from mtp_jax.cli.args import Parser, output_file, positive_int
 from mtp_jax.config import ModelConfig
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.prompts import heldout_prompts
-from mtp_jax.decode.cache import chain, make_cache, run_head, run_trunk
+from mtp_jax.decode.cache import chain, decode_head, decode_trunk, make_cache
 from mtp_jax.decode.decode_model import build, unstack
 from mtp_jax.decode.decoders.sampling import most_likely
 from mtp_jax.errors import UserError
 from mtp_jax.parallel.sharding import batch_shards, spec
-from mtp_jax.run.run_log import write_json
+from mtp_jax.storage import write_json
 
 _TOKENS = 256  # of a passage
 _BATCH = 8  # passages read at once, of each shard of the batch
@@ -163,17 +163,19 @@ def _ranks(cfg: ModelConfig, params: Any, tokens_BT: jax.Array) -> jax.Array:
     (b, t), n = tokens_BT.shape, len(model.heads)
     cache = make_cache(cfg, len(model.trunk) + n, b, t)
     new = chain(tokens_BT, jnp.zeros(b, jnp.int32, out_sharding=spec("batch")))
-    trunk_BTD, cache = run_trunk(model, new, cache)
+    trunk_BTD, cache = decode_trunk(model, new, cache)
     ids_11V = jnp.arange(cfg.vocab_size)[None, None]
-    head_BTD, cache = run_head(model, 0, trunk_BTD, new, cache)
-    said_BT = most_likely(model.logits(head_BTD))
+    head_BTD, cache = decode_head(model, 0, trunk_BTD, new, cache)
+    predicted_BT = most_likely(model.logits(head_BTD))
     ranks, u = [], t - n + 1
     for i in range(1, n):
-        head_BTD, cache = run_head(model, i, trunk_BTD, new, cache)
+        head_BTD, cache = decode_head(model, i, trunk_BTD, new, cache)
         logits_BUV = model.logits(head_BTD[:, :u])
-        said_BU1 = said_BT[:, i : i + u, None]
-        is_said_BUV = ids_11V == said_BU1
-        own_BU1 = jnp.sum(jnp.where(is_said_BUV, logits_BUV, 0.0), -1, keepdims=True)
+        said_BU1 = predicted_BT[:, i : i + u, None]
+        is_predicted_BUV = ids_11V == said_BU1
+        own_BU1 = jnp.sum(
+            jnp.where(is_predicted_BUV, logits_BUV, 0.0), -1, keepdims=True
+        )
         before_BUV = (logits_BUV > own_BU1) | (
             (logits_BUV == own_BU1) & (ids_11V < said_BU1)
         )

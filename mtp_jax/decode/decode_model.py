@@ -21,8 +21,8 @@ from flax import nnx
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.decode.cpu import native
-from mtp_jax.decode.cpu.packed import Panels, Scale, pack
-from mtp_jax.model.language_model import Block
+from mtp_jax.decode.cpu.packed import PackedScale, PackedWeight, pack
+from mtp_jax.model.block import Block
 from mtp_jax.model.layers import embed, product, rms_norm, rope_angles
 from mtp_jax.parallel.sharding import on_one_cpu, spec
 
@@ -37,9 +37,9 @@ class DecodeModel:
     cfg: ModelConfig
     trunk: tuple[Block, ...]
     heads: tuple[Block, ...]  # as many as are used
-    norm_D: jax.Array | Scale
+    norm_D: jax.Array | PackedScale
     w_embedding_VD: jax.Array
-    w_unembedding: jax.Array | Panels  # [V, D]
+    w_unembedding: jax.Array | PackedWeight  # [V, D]
     tables: Any = None  # what the decoder reads besides; see `state.Reading`
 
     def embed(self, tokens_BW: jax.Array) -> jax.Array:
@@ -54,7 +54,7 @@ class DecodeModel:
         """Scores of the vocabulary from heads' outputs, float32 [B, W, V]."""
         normed_BWD = rms_norm(heads_BWD, self.norm_D, self.cfg.norm_eps)
         out = spec("batch", None, "vocab")
-        if isinstance(self.w_unembedding, Panels):
+        if isinstance(self.w_unembedding, PackedWeight):
             return self.w_unembedding.project(normed_BWD, out)
         w_VD = jax.sharding.reshard(self.w_unembedding, spec("vocab", None))
         return product("bwd,vd->bwv", normed_BWD, w_VD, out, jnp.float32)
@@ -74,7 +74,7 @@ def unstack(cfg: ModelConfig, params: Any) -> Any:
         name = path[-1].key
         w = w.astype(cfg.compute_dtype)
         if not name.startswith("w_"):
-            return Scale(w) if is_native else w
+            return PackedScale(w) if is_native else w
         inputs = range(_INPUT_AXES.get(name, 1))
         w = jnp.moveaxis(w, tuple(inputs), tuple(i - len(inputs) for i in inputs))
         if not is_native:
@@ -95,7 +95,7 @@ def unstack(cfg: ModelConfig, params: Any) -> Any:
         trunk = layers(params["trunk"], cfg.num_trunk_layers)
         heads = layers(params["heads"], cfg.n_future_tokens)
         if is_native:
-            rest["norm"] = Scale(rest["norm"])
+            rest["norm"] = PackedScale(rest["norm"])
             w_VD = rest.get("w_unembedding", rest["w_embedding"])
             rest["w_unembedding"] = pack(w_VD, (cfg.vocab_size,))
         return {**rest, "trunk": trunk, "heads": heads}
@@ -137,4 +137,4 @@ def build(cfg: ModelConfig, params: Any) -> DecodeModel:
 
 
 def _is_native(w: Any) -> bool:
-    return isinstance(w, Panels | Scale)
+    return isinstance(w, PackedWeight | PackedScale)

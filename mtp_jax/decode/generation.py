@@ -33,7 +33,7 @@ class Generation:
     accepted_by_head: list[float]
     tokens_per_s: float  # of the batch: its new tokens / its time, without compilation
     finish: str  # "length", "eos" or "stop"
-    departures: int | None = None  # tokens not the exact choice; None: exact decoder
+    deviations: int | None = None  # tokens not the exact choice; None: exact decoder
 
 
 def generation_of(
@@ -62,13 +62,13 @@ def generation_of(
             kept -= 1
         tokens = tokens[:kept]
     forward_T = texts.forward_BE[b, start : start + made]
-    agreed_T = texts.agreed_BE[b, start : start + made]
+    accepted_T = texts.accepted_BE[b, start : start + made]
     passes, first, nth_T = np.unique(forward_T, return_index=True, return_inverse=True)
     place_T = np.arange(made) - first[nth_T]
-    heads_T = np.where(place_T < agreed_T, place_T + 2, 1)
+    heads_T = np.where(place_T < accepted_T, place_T + 2, 1)
     if texts.unverified:
         heads_T = place_T + 1
-    agreed = agreed_T[first[1:]]  # the first pass read the prompt
+    accepted = accepted_T[first[1:]]  # the first pass read the prompt
     return Generation(
         prompt=tokenizer.decode(texts.tokens_BE[b, :start]),
         text=text,
@@ -78,13 +78,14 @@ def generation_of(
         forwards=len(passes),
         tokens_per_forward=made / len(passes),
         accepted_by_head=[
-            float(np.mean(agreed > i)) if agreed.size else 0.0 for i in range(drafts)
+            float(np.mean(accepted > i)) if accepted.size else 0.0
+            for i in range(drafts)
         ],
         tokens_per_s=0.0,
         finish=finish,
-        departures=None
-        if texts.departed_BE is None
-        else int(texts.departed_BE[b, start : start + made].sum()),
+        deviations=None
+        if texts.deviated_BE is None
+        else int(texts.deviated_BE[b, start : start + made].sum()),
     )
 
 

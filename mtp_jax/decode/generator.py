@@ -20,7 +20,7 @@ from mtp_jax.decode.batch import Batch, Texts, rows_of
 from mtp_jax.decode.decode_model import unstack
 from mtp_jax.decode.decoders import DECODERS
 from mtp_jax.decode.decoders.sampling import Sampling
-from mtp_jax.decode.decoders.state import Decoder, Reading
+from mtp_jax.decode.decoders.state import Decoder, ReadsTables
 from mtp_jax.decode.generation import Generation, generation_of
 from mtp_jax.decode.programs import Programs
 from mtp_jax.decode.text_stream import find_stop, settled
@@ -51,7 +51,7 @@ class Generator:
         self.mesh = mesh
         self.max_prompt_tokens = max_prompt_tokens
         self._programs = Programs(model_cfg, tokenizer.eos_id)
-        self._tables: dict[Reading, Any] = {}
+        self._tables: dict[ReadsTables, Any] = {}
         self.use(params)
 
     @classmethod
@@ -243,7 +243,7 @@ class Generator:
                 assert self._given is not None, "no parameters in use"
                 self._params, self._given = unstack(self.cfg, self._given), None
             params = {**self._params, "heads": self._params["heads"][:heads]}
-            if isinstance(decoder, Reading):
+            if isinstance(decoder, ReadsTables):
                 params["tables"] = self.tables_of(decoder)
             batch = Batch(
                 self._programs,
@@ -259,7 +259,7 @@ class Generator:
             batch.begin()
         return batch
 
-    def tables_of(self, decoder: Reading) -> Any:
+    def tables_of(self, decoder: ReadsTables) -> Any:
         """What a decoder reads besides the model, on every device."""
         if decoder not in self._tables:
             tables = decoder.tables(self.tokenizer.fingerprint, self.cfg.vocab_size)

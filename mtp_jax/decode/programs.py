@@ -20,7 +20,7 @@ from mtp_jax.decode.adaptive import (
     catch_up,
     step_alone,
 )
-from mtp_jax.decode.cache import Cache, chain, make_cache, run_heads_at, run_trunk
+from mtp_jax.decode.cache import Cache, chain, decode_heads_at, decode_trunk, make_cache
 from mtp_jax.decode.decode_model import DecodeModel, build
 from mtp_jax.decode.decoders.state import Decoder, DecodeState, Drafter, Finishing
 from mtp_jax.parallel.sharding import spec
@@ -47,8 +47,8 @@ class Prompts:
     length_B: jax.Array  # int32, at least 1
     limit_B: jax.Array  # of the whole text, int32
     done_B: jax.Array  # true for a row that only fills up the batch
-    law: Any  # sampling.Law
-    chance: Any  # sampling.Chance
+    sampling: Any  # sampling.Law
+    keys: Any  # sampling.Chance
 
 
 class Programs:
@@ -188,8 +188,8 @@ def _begin(
         state = DecodeState(
             tokens_BE=tokens_BE,
             forward_BE=zeros_BE,
-            agreed_BE=zeros_BE,
-            departed_BE=zeros_BE if decoder.lossy else None,
+            accepted_BE=zeros_BE,
+            deviated_BE=zeros_BE if decoder.lossy else None,
             length_B=prompts.length_B,
             limit_B=prompts.limit_B,
             done_B=prompts.done_B,
@@ -197,11 +197,11 @@ def _begin(
             passes_BN=jnp.zeros(
                 (b, len(model.heads)), jnp.int32, out_sharding=spec("batch", None)
             ),
-            seen_BV=_seen(cfg, prompts) if prompts.law.penalized else None,
+            seen_BV=_seen(cfg, prompts) if prompts.sampling.penalized else None,
             cache=cache,
             carry=None,
-            law=prompts.law,
-            chance=prompts.chance,
+            sampling=prompts.sampling,
+            keys=prompts.keys,
             alone=None,
             eos_id=eos_id,
         )
@@ -289,9 +289,9 @@ def _read_prompt(
         start = i * w
         tokens_BW = jax.lax.dynamic_slice_in_dim(prompts.tokens_BP, start, w, axis=1)
         new = chain(tokens_BW, start + jnp.zeros_like(prompts.length_B))
-        trunk_BWD, cache = run_trunk(model, new, cache)
+        trunk_BWD, cache = decode_trunk(model, new, cache)
         slot_B = prompts.length_B - 1 - start
-        here_BND, cache = run_heads_at(model, heads, trunk_BWD, new, slot_B, cache)
+        here_BND, cache = decode_heads_at(model, heads, trunk_BWD, new, slot_B, cache)
         is_here_B11 = ((slot_B >= 0) & (slot_B < w))[:, None, None]
         heads_BND = jnp.where(is_here_B11, here_BND, heads_BND)
         if keep:

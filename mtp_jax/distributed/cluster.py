@@ -8,7 +8,7 @@ from mtp_jax.errors import RunFailed, UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Cluster:
     """Where a process stands among those of a run."""
 
     coordinator: str  # HOST:PORT, where process 0 listens
@@ -30,7 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--process_id", type=int, metavar="I", help="0 to N - 1")
 
 
-def placed(args: argparse.Namespace) -> Place | None:
+def placed(args: argparse.Namespace) -> Cluster | None:
     """What the options say; None if they are not given.
 
     Raises:
@@ -57,10 +57,10 @@ def placed(args: argparse.Namespace) -> Place | None:
             f"--process_id={args.process_id} of --num_processes={args.num_processes}; "
             f"give 0 to {args.num_processes - 1}."
         )
-    return Place(*given)
+    return Cluster(*given)
 
 
-def detected(timeout_s: int) -> Place | None:
+def detected(timeout_s: int) -> Cluster | None:
     """What the surroundings say, by JAX's own rules; None if they say nothing.
 
     Args:
@@ -80,4 +80,4 @@ def detected(timeout_s: int) -> Place | None:
     address, count, index, ids = found
     if count is None or index is None or address is None:
         return None
-    return Place(address, count, index, None if ids is None else tuple(ids))
+    return Cluster(address, count, index, None if ids is None else tuple(ids))

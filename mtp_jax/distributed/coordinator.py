@@ -29,7 +29,7 @@ class _Member:
     gone: bool = False  # it has said goodbye
 
 
-class Hub:
+class Coordinator:
     """The server; all of it runs in one event loop."""
 
     def __init__(self, count: int, join_timeout_s: float, host_timeout_s: float):

@@ -12,14 +12,14 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from mtp_jax.distributed.cluster import Place, detected
-from mtp_jax.distributed.member import Watch, exit_now
+from mtp_jax.distributed.cluster import Cluster, detected
+from mtp_jax.distributed.member import Member, exit_now
 from mtp_jax.distributed.stop import NOTHING_BEGUN, LastStep, on_sigterm
 from mtp_jax.errors import told_as
 
 
 def join(
-    place: Place | None,
+    place: Cluster | None,
     join_timeout_s: int,
     host_timeout_s: int,
     about: dict[str, str] | None = None,
@@ -42,7 +42,7 @@ def join(
     on_sigterm(_stop)
     place = place or detected(join_timeout_s)
     if place is not None and place.num_processes > 1:
-        watch = Watch(place, join_timeout_s, host_timeout_s, about or {})
+        watch = Member(place, join_timeout_s, host_timeout_s, about or {})
         watch.meet()
         _watch, _last_step = watch, watch.last_step
         watch.start_jax()
@@ -137,5 +137,5 @@ def _give_up(error: BaseException) -> None:
     exit_now(code)
 
 
-_watch: Watch | None = None
+_watch: Member | None = None
 _last_step: LastStep | None = None

@@ -9,9 +9,9 @@ import threading
 import time
 from typing import Any, NoReturn
 
-from mtp_jax.distributed.cluster import Place
+from mtp_jax.distributed.cluster import Cluster
 from mtp_jax.distributed.coordinator import (
-    Hub,
+    Coordinator,
     beat_s,
     encode,
     pump,
@@ -25,12 +25,12 @@ from mtp_jax.errors import RunFailed, UserError, told_as
 _VERDICT_S = 5.0  # for the news of a lost host to come after a collective broke
 
 
-class Watch:
+class Member:
     """This process among the others: a thread with an event loop."""
 
     def __init__(
         self,
-        place: Place,
+        place: Cluster,
         join_timeout_s: float,
         host_timeout_s: float,
         about: dict[str, str],
@@ -39,7 +39,7 @@ class Watch:
         self._join_timeout_s = join_timeout_s
         self._host_timeout_s = host_timeout_s
         self._about = about
-        self.hub: Hub | None = None
+        self.hub: Coordinator | None = None
         self.names: list[str] = []
         self.status: dict[str, Any] = {}
         self.last_step = LastStep()
@@ -105,7 +105,7 @@ class Watch:
     async def _meet(self) -> None:
         place, (host, port) = self._place, _address(self._place.coordinator)
         if place.process_id == 0:
-            self.hub = Hub(
+            self.hub = Coordinator(
                 place.num_processes, self._join_timeout_s, self._host_timeout_s
             )
             try:

@@ -20,11 +20,13 @@ from mtp_jax.data.batches import heldout_batches, open_sources
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.tokenizer import Tokenizer
 from mtp_jax.errors import UserError
-from mtp_jax.loss.batch_loss import future_targets, head_sums, summarize
+from mtp_jax.loss.batch_loss import head_sums
+from mtp_jax.loss.metrics import summarize
+from mtp_jax.loss.targets import future_targets
+from mtp_jax.model.language_model import model_builder
 from mtp_jax.parallel.sharding import batch_shards, spec
 from mtp_jax.parallel.to_devices import batch_sharding, place_rows, rows_of_process
-from mtp_jax.run.run_log import write_json
-from mtp_jax.training.train_step import model_builder
+from mtp_jax.storage import write_json
 
 
 def make_evaluator(

@@ -34,7 +34,7 @@ class TokenScores:
 
     nll: jax.Array  # negative log likelihood of the target, nats, float32
     log_z: jax.Array  # log-partition, float32
-    said: jax.Array  # the most likely token, the first of equals, int32
+    predicted: jax.Array  # the most likely token, the first of equals, int32
 
 
 def copy_unembedding(w_VD: jax.Array, dtype: str) -> jax.Array:
@@ -228,7 +228,7 @@ def _scores(logits_Cv: jax.Array, target_C: jax.Array) -> TokenScores:
     )
     log_z_C = top_C1[:, 0] + jnp.log(sum_C)
     last = v * lax.axis_size(axis) - 1  # said where a logit is not a number
-    said_C = lax.pmin(
+    predicted_C = lax.pmin(
         jnp.min(jnp.where(fixed_Cv == top_C1, _ids(v), last), axis=1), axis
     )
-    return TokenScores(nll=log_z_C - picked_C, log_z=log_z_C, said=said_C)
+    return TokenScores(nll=log_z_C - picked_C, log_z=log_z_C, predicted=predicted_C)

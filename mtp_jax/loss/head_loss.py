@@ -25,9 +25,12 @@ from mtp_jax.loss.cross_entropy import (
     score_tokens,
     score_tokens_and_grad,
 )
-from mtp_jax.model.heads.parallel import Rows, run_head
+from mtp_jax.loss.targets import Targets
+from mtp_jax.model.attention import RowContext
+from mtp_jax.model.block import Block
+from mtp_jax.model.heads.parallel import run_head
 from mtp_jax.model.kernels import KEPT
-from mtp_jax.model.language_model import Block, LanguageModel
+from mtp_jax.model.language_model import LanguageModel
 from mtp_jax.parallel.sharding import spec
 
 
@@ -42,19 +45,10 @@ class Parts:
     trunk_BTD: jax.Array
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Targets:
-    """What every head is to say."""
-
-    token_NBT: jax.Array  # int32
-    weight_NBT: jax.Array  # float32; 0 where there is nothing to be said
-
-
 def head_loss(
     model: LanguageModel,
     trunk_BTD: jax.Array,
-    rows: Rows,
+    rows: RowContext,
     targets: Targets,
     z_loss: float,
     compute: ComputeConfig,
@@ -101,7 +95,7 @@ def _naive(parts, rows, targets, z_loss, compute):
     scores = TokenScores(
         nll=log_z_NBT - picked_NBT,
         log_z=log_z_NBT,
-        said=jnp.argmax(logits_NBTV, axis=-1).astype(jnp.int32),
+        predicted=jnp.argmax(logits_NBTV, axis=-1).astype(jnp.int32),
     )
     return _weighted(scores, targets.weight_NBT, z_loss), scores
 

@@ -8,6 +8,8 @@ values of its rows and reads them with its own queries. With grouped queries, ke
 the smaller part by far.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ from mtp_jax.config import Attention, Config
 from mtp_jax.decode.cpu import native
 from mtp_jax.errors import UserError
 from mtp_jax.model import kernels
+from mtp_jax.model.block import Attend
 from mtp_jax.parallel import zigzag
 from mtp_jax.parallel.sharding import (
     axes_of,
@@ -26,6 +29,27 @@ from mtp_jax.parallel.sharding import (
     spec_like,
     time_parts,
 )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowContext:
+    """What a layer must know of packed rows besides their activations."""
+
+    angles_BTk: jax.Array  # rotary angles of the positions, float32
+    # Document of each position, int32; 0 is padding. Not split over devices that share
+    # a row, and in its order.
+    segments_BT: jax.Array
+
+
+def attend_within(rows: RowContext, kernel: Attention) -> Attend:
+    """Causal attention within the documents, which keeps nothing."""
+
+    def attend(q_BTHK, k_BTGK, v_BTGK):
+        read_BTHK = causal_attention(q_BTHK, k_BTGK, v_BTGK, rows.segments_BT, kernel)
+        return read_BTHK, None
+
+    return attend
 
 
 def causal_attention(

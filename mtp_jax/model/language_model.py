@@ -13,58 +13,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.config import ModelConfig, Remat
-from mtp_jax.model.layers import (
-    MLP,
-    apply_rope,
-    embed,
-    project,
-    rms_norm,
-    rope_angles,
-    stack,
-    weight,
-)
+from mtp_jax.model.block import Attend, Block
+from mtp_jax.model.layers import embed, rms_norm, rope_angles, stack, weight
 from mtp_jax.parallel.sharding import spec, spec_like
-
-# Takes queries [B, T, H, K], keys and values [B, T, G, K]; gives what they read
-# [B, T, H, K] and whatever the caller wants to keep of them (a cache, or nothing).
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-
-
-class Block(nnx.Module):
-    """One pre-norm transformer layer, of the trunk or of a head."""
-
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        d, k, dtype = cfg.d_model, cfg.d_head, cfg.param_dtype
-        h, g = cfg.num_query_heads, cfg.num_kv_heads
-        by_head = ("embed", "heads", None)
-        self.norm_eps = cfg.norm_eps
-        self.norm_attention = nnx.Param(jnp.ones(d, dtype))
-        self.w_q = weight(rngs, (d, h, k), by_head, fan_in=d, dtype=dtype)
-        self.w_k = weight(rngs, (d, g, k), by_head, fan_in=d, dtype=dtype)
-        self.w_v = weight(rngs, (d, g, k), by_head, fan_in=d, dtype=dtype)
-        back = ("heads", None, "embed")
-        self.w_o = weight(rngs, (h, k, d), back, fan_in=h * k, dtype=dtype)
-        self.norm_mlp = nnx.Param(jnp.ones(d, dtype))
-        self.mlp = MLP(cfg, rngs=rngs)
-
-    def __call__(
-        self, x_BTD: jax.Array, angles_BTk: jax.Array, attend: Attend
-    ) -> tuple[jax.Array, Any]:
-        """x_BTD after the layer, and what `attend` keeps."""
-        by_head = spec_like(x_BTD, "heads", None)
-        h_BTD = rms_norm(x_BTD, self.norm_attention.get_value(), self.norm_eps)
-        q_BTHK = apply_rope(
-            project("btd,dhk->bthk", h_BTD, self.w_q, by_head), angles_BTk
-        )
-        k_BTGK = apply_rope(
-            project("btd,dgk->btgk", h_BTD, self.w_k, by_head), angles_BTk
-        )
-        v_BTGK = project("btd,dgk->btgk", h_BTD, self.w_v, by_head)
-        read_BTHK, kept = attend(q_BTHK, k_BTGK, v_BTGK)
-        whole = spec_like(x_BTD, None)
-        x_BTD = x_BTD + project("bthk,hkd->btd", read_BTHK, self.w_o, whole)
-        h_BTD = rms_norm(x_BTD, self.norm_mlp.get_value(), self.norm_eps)
-        return x_BTD + self.mlp(h_BTD), kept
 
 
 class LanguageModel(nnx.Module):
@@ -158,3 +109,22 @@ def run_trunk(
     # prevent_cse keeps the compiler from undoing it; inside a scan it cannot anyway.
     layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
     return jax.lax.scan(layer, x_BTD, model.trunk)[0]
+
+
+def model_builder(
+    cfg: ModelConfig,
+) -> tuple[Callable[[jax.Array], Any], Callable[[Any], LanguageModel]]:
+    """`init(key) -> params`, a nested dict, and `build(params) -> model`.
+
+    Needs the mesh to be set.
+    """
+
+    def make(key: jax.Array) -> LanguageModel:
+        return LanguageModel(cfg, rngs=nnx.Rngs(params=key))
+
+    # The key is made while tracing: where devices are not there, no array can be made.
+    graphdef = nnx.graphdef(jax.eval_shape(lambda: make(jax.random.key(0))))
+    return (
+        lambda key: nnx.to_pure_dict(nnx.state(make(key))),
+        lambda params: nnx.merge(graphdef, params),
+    )

@@ -18,7 +18,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from mtp_jax.config import ModelConfig
-from mtp_jax.decode.cpu.packed import Panels, Scale
+from mtp_jax.decode.cpu.packed import PackedScale, PackedWeight
 from mtp_jax.parallel.sharding import axes_of, on_one_cpu, spec, spec_like
 
 M = TypeVar("M", bound=nnx.Module)
@@ -81,12 +81,12 @@ def embed(table_VD: jax.Array, tokens_BT: jax.Array, dtype: str) -> jax.Array:
     )
 
 
-def rms_norm(x: jax.Array, scale: jax.Array | Scale, eps: float) -> jax.Array:
+def rms_norm(x: jax.Array, scale: jax.Array | PackedScale, eps: float) -> jax.Array:
     """Root-mean-square norm over the last axis (arXiv:1910.07467, equation 4).
 
     Normalised in float32, returned in the dtype of x: [..., D] -> [..., D].
     """
-    if isinstance(scale, Scale):
+    if isinstance(scale, PackedScale):
         return scale.norm(x, eps)
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
@@ -145,7 +145,7 @@ def project(
     The weight may be in `Panels`, with the equation's axes.
     """
     value = w.get_value()
-    if isinstance(value, Panels):
+    if isinstance(value, PackedWeight):
         return value.project(x, out)
     return product(equation, x, value.astype(x.dtype), out)
 

@@ -23,7 +23,7 @@ from mtp_jax.config import Config
 from mtp_jax.errors import UserError
 from mtp_jax.parallel.sharding import abstract_tree, check_divisible, make_mesh
 from mtp_jax.parallel.to_devices import batch_sharding
-from mtp_jax.planning.hlo import Program, read_program
+from mtp_jax.planning.hlo import HloProgram, read_hlo
 from mtp_jax.training.train_step import TrainState, make_init, make_step
 
 _EXAMPLES = (
@@ -51,7 +51,7 @@ class Compiled:
     temp_sum_bytes: int  # XLA's temp_size: more than are ever alive at the same time
     hbm_bytes: int  # arguments, temporaries and code
     limit_bytes: int | None  # what a device has, if the compiler said
-    program: Program | None  # None: it does not fit
+    program: HloProgram | None  # None: it does not fit
 
 
 def use_no_devices() -> None:
@@ -146,7 +146,7 @@ def compile_step(cfg: Config, devices: list[jax.Device]) -> Compiled:
         temp_sum_bytes=found.temp_size_in_bytes,
         hbm_bytes=found.peak_memory_in_bytes + found.generated_code_size_in_bytes,
         limit_bytes=None,
-        program=read_program(compiled.as_text()),
+        program=read_hlo(compiled.as_text()),
     )
 
 

@@ -71,7 +71,7 @@ class Buffer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class HloProgram:
     """What one device runs."""
 
     collectives: dict[str, Traffic]  # by kind; those of `KINDS` that occur
@@ -119,7 +119,7 @@ class _Instruction:
 _Computation = dict[str, _Instruction]
 
 
-def read_program(text: str) -> Program:
+def read_hlo(text: str) -> HloProgram:
     """Reads the text of an optimized module, as `compiled.as_text()` gives it.
 
     Raises:
@@ -147,7 +147,7 @@ def read_program(text: str) -> Program:
     if not entry:
         raise ValueError("the text is not an HLO module: it has no ENTRY.")
     counting = _Counting(computations, math.prod(map(int, counts)))
-    return Program(
+    return HloProgram(
         counting.traffic(entry),
         _buffers(computations, entry),
         sum(map(len, computations.values())),

@@ -41,6 +41,7 @@ from mtp_jax.config import Config, ModelConfig
 from mtp_jax.errors import UserError
 from mtp_jax.model import flops
 from mtp_jax.model.attention import check_attention
+from mtp_jax.parallel import chips
 from mtp_jax.parallel.sharding import (
     batch_shards,
     check_divisible,
@@ -132,7 +133,7 @@ def _compile(cfg: Config, topology: str) -> Compiled:
     return compiled
 
 
-def with_heads(cfg: Config, n: int) -> Config:
+def same_size_with_heads(cfg: Config, n: int) -> Config:
     """The config with n heads on as many layers; other weights than n are dropped.
 
     Weights of heads decide no size, so the plan does not depend on them.
@@ -151,7 +152,7 @@ def plan_topology(
     """The objects of the JSON for one topology: of n = 1, and of `heads`."""
     rows: list[Row] = []
     for n in sorted({1, *heads}):
-        of_n = with_heads(cfg, n)
+        of_n = same_size_with_heads(cfg, n)
         compiled = compile_(of_n, topology)
         row = describe(of_n, topology, compiled, topology_devices(topology))
         row["overhead_vs_n1"] = overhead(row, rows[0] if rows else row)
@@ -167,7 +168,7 @@ def describe(
 ) -> Row:
     """What one compiled step comes to, but for what needs a comparison."""
     chip = _figures(topology, devices)
-    chips = round(len(devices) * flops.chip_share(devices[0]))
+    chip_count = round(len(devices) * chips.chip_share(devices[0]))
     positions = cfg.data.batch_size * cfg.data.seq_len
     useful = flops.train_flops(cfg) * positions
     executed = flops.executed_flops(cfg) * positions
@@ -184,7 +185,7 @@ def describe(
     bound_by = max(times, key=lambda name: times[name])
     return {
         "topology": topology,
-        "chips": chips,
+        "chips": chip_count,
         "devices": len(devices),
         "heads": cfg.model.n_future_tokens,
         "params": compiled.params,
@@ -208,13 +209,13 @@ def describe(
         "dcn_s": times.get("dcn"),
         "step_s": times[bound_by],
         "bound_by": bound_by,
-        "tokens_per_s_per_chip": positions / times[bound_by] / chips,
+        "tokens_per_s_per_chip": positions / times[bound_by] / chip_count,
         "breakeven_accept_length": breakeven(cfg.model),
     }
 
 
-def _figures(topology: str, devices: list[jax.Device]) -> flops.Chip:
-    chip = flops.device_figures(devices[0])
+def _figures(topology: str, devices: list[jax.Device]) -> chips.Chip:
+    chip = chips.device_figures(devices[0])
     if chip is None:
         kind = devices[0].device_kind
         raise UserError(f"--topology={topology}: there are no figures of a {kind}.")
@@ -374,14 +375,14 @@ def _count(params: int) -> str:
 
 
 def _gib(size: int) -> str:
-    return f"{size / flops.GIB:.2f}"
+    return f"{size / chips.GIB:.2f}"
 
 
 def _sent(collectives: Row | None, kind: str) -> str:
     if collectives is None:
         return "?"
     return (
-        f"{collectives[kind]['bytes'] / flops.GB:.3g}" if kind in collectives else "-"
+        f"{collectives[kind]['bytes'] / chips.GB:.3g}" if kind in collectives else "-"
     )
 
 

@@ -105,7 +105,7 @@ def _stop(storm: Storm, *which: int) -> Outcome:
 
 def stop_one(storm: Storm) -> Outcome:
     """As the notice that one host of a pod is about to be taken away."""
-    return _stop(storm, storm.chance.randrange(storm.hosts))
+    return _stop(storm, storm.rng.randrange(storm.hosts))
 
 
 def stop_all(storm: Storm) -> Outcome:
@@ -122,7 +122,7 @@ def _kill(storm: Storm, which: int) -> Outcome:
 def kill_one(storm: Storm) -> Outcome:
     """As a host that crashes, at a random moment."""
     storm.pause()
-    return _kill(storm, storm.chance.randrange(1, storm.hosts))
+    return _kill(storm, storm.rng.randrange(1, storm.hosts))
 
 
 def kill_first(storm: Storm) -> Outcome:
@@ -147,8 +147,8 @@ def kill_while_saving(storm: Storm) -> Outcome:
         if time.monotonic() > end or not storm.group.running():
             raise Broken("no save began")
     storm.pause(0.05)
-    if storm.chance.random() < 0.5:
-        return _kill(storm, storm.chance.randrange(storm.hosts))
+    if storm.rng.random() < 0.5:
+        return _kill(storm, storm.rng.randrange(storm.hosts))
     storm.group.send(signal.SIGKILL)
     return _ended(storm, _LOAD_S, lost=range(storm.hosts))
 
@@ -160,8 +160,8 @@ def damage_newest(storm: Storm) -> Outcome:
     saved = storm.steps_saved()
     victim = _largest(storm.checkpoints / str(saved[-1]) / "params")
     content = bytearray(victim.read_bytes())
-    if storm.chance.random() < 0.5:
-        content[storm.chance.randrange(len(content) // 4, len(content) // 2)] ^= 0x55
+    if storm.rng.random() < 0.5:
+        content[storm.rng.randrange(len(content) // 4, len(content) // 2)] ^= 0x55
     else:
         del content[len(content) // 2 :]
     victim.write_bytes(content)
@@ -191,7 +191,7 @@ def half_written(storm: Storm) -> Outcome:
 def full_disk(storm: Storm) -> Outcome:
     """A host can write no file of more than a few bytes, as if its disk were full."""
     assert storm.group is not None
-    which = storm.chance.randrange(1, storm.hosts)
+    which = storm.rng.randrange(1, storm.hosts)
     resource.prlimit(storm.group.pid(which), resource.RLIMIT_FSIZE, (64, 64))
     says = ["no room on the disk", "what is the disk of each host like?"]
     return _ended(storm, _limit_s(storm) + storm.cfg.checkpoint.timeout_s, names=says)
@@ -240,7 +240,7 @@ def second_run(storm: Storm) -> Outcome:
 def missing_host(storm: Storm) -> Outcome:
     """A host that never comes."""
     stopped = stop_all(storm)
-    which, resume_at = storm.chance.randrange(1, storm.hosts), storm.resume_at
+    which, resume_at = storm.rng.randrange(1, storm.hosts), storm.resume_at
     timeout_s = 20
     short = [f"--config.train.join_timeout_s={timeout_s}"]
     storm.group = storm.start(overrides=short, missing=[which])
@@ -269,7 +269,7 @@ def other_hosts(storm: Storm) -> Outcome:
     """Stopped, continued on another number of hosts, and stopped there."""
     stopped = stop_all(storm)
     counts = [n for n in host_counts(storm.hosts) if n != storm.hosts]
-    count = storm.chance.choice(counts)
+    count = storm.rng.choice(counts)
     group = storm.up(count)
     group.send(signal.SIGTERM)
     outcome = _ended(storm, _SAVE_S, well=True, names=["told to stop"])
@@ -291,8 +291,8 @@ def _largest(folder: pathlib.Path) -> pathlib.Path:
 def _corpus_file(storm: Storm) -> pathlib.Path:
     """A file of training tokens."""
     sources = sorted(storm.cfg.data.sources)
-    folder = pathlib.Path(storm.chance.choice(sources))
-    return storm.chance.choice(sorted(folder.glob("train-*.tokens")))
+    folder = pathlib.Path(storm.rng.choice(sources))
+    return storm.rng.choice(sorted(folder.glob("train-*.tokens")))
 
 
 _CODE = "all end within the time limit, with a code that is not 0"

@@ -132,9 +132,9 @@ def _script(only: list[str] | None, count: int | None, seed: int) -> list[Fault]
     if only and count is None:
         return [known[name] for name in only]
     chosen = [known[name] for name in only] if only else list(FAULTS)
-    chance, script = random.Random(seed), list[Fault]()
+    rng, script = random.Random(seed), list[Fault]()
     while len(script) < (count or len(chosen)):
-        chance.shuffle(chosen)
+        rng.shuffle(chosen)
         script += chosen
     return script[: count or len(chosen)]
 

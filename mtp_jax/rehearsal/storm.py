@@ -48,7 +48,7 @@ class Storm:
         self.cfg = cfg
         self.hosts = hosts
         self.devices = devices
-        self.chance = random.Random(seed)
+        self.rng = random.Random(seed)
         self.workdir = folder / "run"
         self.checkpoints = self.workdir / "checkpoints"
         self._config_file = config_file
@@ -156,7 +156,7 @@ class Storm:
 
     def pause(self, longest_s: float = 1.5) -> None:
         """A random while."""
-        time.sleep(self.chance.uniform(0, longest_s))
+        time.sleep(self.rng.uniform(0, longest_s))
 
     def copy_of(self, path: pathlib.Path) -> pathlib.Path:
         """A copy beside the run, to be put back."""

@@ -74,5 +74,5 @@ def _kind(decoder: Decoder, results: Sequence[Generation], figures: Totals) -> s
     """Exact, or the share of tokens that are not the exact choice."""
     if not decoder.lossy:
         return "exact"
-    departures = sum(r.departures or 0 for r in results)
-    return f"-{100 * departures / figures.tokens:.1f}%"
+    deviations = sum(r.deviations or 0 for r in results)
+    return f"-{100 * deviations / figures.tokens:.1f}%"

@@ -128,9 +128,9 @@ def _figures(results: Sequence[Generation]) -> str:
         ("drafts right, from head 2 on", accepted or "none were made"),
         ("tokens a second", f"{of_all.tokens_per_s:.0f}"),
     ]
-    departures = [r.departures for r in results if r.departures is not None]
-    if departures:
-        figures.append(("not the exact choice", f"{sum(departures)} tokens"))
+    deviations = [r.deviations for r in results if r.deviations is not None]
+    if deviations:
+        figures.append(("not the exact choice", f"{sum(deviations)} tokens"))
     return "\n".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in figures)
 
 

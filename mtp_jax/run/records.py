@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 
 from mtp_jax.config import Config
 from mtp_jax.data.packing import format_hash
-from mtp_jax.model.flops import mfu
+from mtp_jax.model.flops import train_flops_per_token
+from mtp_jax.parallel.chips import peak_flops
 from mtp_jax.run.run_log import Window
 
 
@@ -95,3 +97,13 @@ def straggler_line(host: str, window: dict[str, Any]) -> str:
         f"slowest: {host}, {window['own_s']:.3f} s a step of its own, "
         f"{window['data_s']:.3f} s of it waiting for data"
     )
+
+
+def mfu(cfg: Config, step_s: float) -> float | None:
+    """Model FLOPs utilization of a step of `step_s` seconds, None on unknown chips."""
+    peak = peak_flops(jax.devices()[0])
+    if peak is None:
+        return None
+    positions = cfg.data.batch_size * cfg.data.seq_len
+    flops = train_flops_per_token(cfg) * positions
+    return flops / (step_s * peak * jax.device_count())

@@ -17,8 +17,8 @@ from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.tokenizer import tokenizer_identity
 from mtp_jax.errors import UserError
 from mtp_jax.run.goodput import Goodput
-from mtp_jax.run.run_log import environment, write_atomically, write_json
-from mtp_jax.storage import is_remote
+from mtp_jax.run.run_log import environment
+from mtp_jax.storage import is_remote, write_atomically, write_json
 
 _WRITE_EVERY_S = 30.0  # a workdir may be far away
 # What decides on the batches; `audit` reads them for each start.

@@ -7,7 +7,6 @@
 import dataclasses
 import json
 import math
-import os
 import platform
 import sys
 import time
@@ -17,7 +16,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from mtp_jax.storage import is_remote
+from mtp_jax.storage import is_remote, write_atomically
 
 _REMOTE_EVERY_S = 30.0
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -166,21 +165,6 @@ def keep_until(path: epath.Path, step: int) -> None:
         except json.JSONDecodeError:
             continue
     write_atomically(path, "".join(kept))
-
-
-def write_atomically(path: epath.Path, text: str) -> None:
-    """Writes a file that is either the old one or the new one, never a part."""
-    if is_remote(path):  # where a write is all or nothing
-        path.write_text(text)
-        return
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
-def write_json(path: epath.Path, value: Any) -> None:
-    """Writes a value as an indented JSON file, atomically."""
-    write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
 def environment(mesh: jax.sharding.Mesh) -> dict[str, Any]:

@@ -10,18 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
-from mtp_jax.config import Config, ModelConfig
-from mtp_jax.loss.batch_loss import (
-    HeadSums,
-    batch_loss,
-    head_weights,
-    no_sums,
-    summarize,
-    target_counts,
-)
-from mtp_jax.model.language_model import LanguageModel
+from mtp_jax.config import Config
+from mtp_jax.loss.batch_loss import batch_loss
+from mtp_jax.loss.metrics import HeadSums, no_sums, summarize
+from mtp_jax.loss.targets import target_counts
+from mtp_jax.loss.weights import head_weights
+from mtp_jax.model.language_model import model_builder
 from mtp_jax.training.optim import learning_rate, make_optimizer
 
 Batch = dict[str, jax.Array]
@@ -39,25 +34,6 @@ class TrainState:
     key: jax.Array
     params: Any
     opt_state: optax.OptState
-
-
-def model_builder(
-    cfg: ModelConfig,
-) -> tuple[Callable[[jax.Array], Any], Callable[[Any], LanguageModel]]:
-    """`init(key) -> params`, a nested dict, and `build(params) -> model`.
-
-    Needs the mesh to be set.
-    """
-
-    def make(key: jax.Array) -> LanguageModel:
-        return LanguageModel(cfg, rngs=nnx.Rngs(params=key))
-
-    # The key is made while tracing: where devices are not there, no array can be made.
-    graphdef = nnx.graphdef(jax.eval_shape(lambda: make(jax.random.key(0))))
-    return (
-        lambda key: nnx.to_pure_dict(nnx.state(make(key))),
-        lambda params: nnx.merge(graphdef, params),
-    )
 
 
 def make_init(cfg: Config) -> Callable[[jax.Array], TrainState]:

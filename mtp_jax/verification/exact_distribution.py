@@ -19,15 +19,16 @@ import numpy as np
 from mtp_jax.config import ModelConfig
 from mtp_jax.decode.batch import ladder, put
 from mtp_jax.decode.cache import at_slot
-from mtp_jax.decode.decoders.sampling import Chance, Sampling, law_of
+from mtp_jax.decode.decoders.sampling import RandomKeys, Sampling, sampling_arrays
 from mtp_jax.decode.decoders.state import Decoder
 from mtp_jax.decode.programs import Programs, Prompts, slack
-from mtp_jax.model.heads.parallel import Rows, attend_within
-from mtp_jax.model.language_model import run_trunk
+from mtp_jax.model.attention import RowContext, attend_within
+from mtp_jax.model.language_model import model_builder, run_trunk
 from mtp_jax.parallel.sharding import batch_shards, spec
-from mtp_jax.training.train_step import model_builder
 
-Law = dict[tuple[int, ...], float]  # texts, end of text included, to probabilities
+Distribution = dict[
+    tuple[int, ...], float
+]  # texts, end of text included, to probabilities
 NextLogits = Callable[[Sequence[Sequence[int]]], np.ndarray]
 
 _ROWS = 32  # of a call, where nothing else is said
@@ -44,7 +45,7 @@ def head_one(cfg: ModelConfig, params: Any) -> NextLogits:
     Float32; rows are token ids from begin of text on. Takes parameters as
     `model_builder` makes them. Needs the mesh to be set.
     """
-    cfg = cfg.with_heads(1)
+    cfg = cfg.keep_heads(1)
     params = {**params, "heads": jax.tree.map(lambda w: w[:1], params["heads"])}
     _, build = model_builder(cfg)
 
@@ -52,7 +53,7 @@ def head_one(cfg: ModelConfig, params: Any) -> NextLogits:
     def after(params, tokens_BT, length_B):
         model = build(params)
         positions_BT = jnp.arange(tokens_BT.shape[1])[None] + 0 * tokens_BT
-        rows = Rows(model.angles(positions_BT), 0 * tokens_BT)
+        rows = RowContext(model.angles(positions_BT), 0 * tokens_BT)
         attend = attend_within(rows, "xla")
         x_BTD = model.embed(tokens_BT)
         x_BTD = run_trunk(model, x_BTD, rows.angles_BTk, attend)
@@ -77,14 +78,14 @@ def head_one(cfg: ModelConfig, params: Any) -> NextLogits:
             for b, row in enumerate(now):
                 tokens_BT[b, : len(row)] = row
                 length_B[b] = len(row)
-            said_BV = after(params, put(tokens_BT), put(length_B))
-            logits.append(np.asarray(said_BV)[: len(now)])
+            predicted_BV = after(params, put(tokens_BT), put(length_B))
+            logits.append(np.asarray(predicted_BV)[: len(now)])
         return np.concatenate(logits)
 
     return call
 
 
-def next_law(logits_V: np.ndarray, text: Sequence[int], sampling: Sampling):
+def next_distribution(logits_V: np.ndarray, text: Sequence[int], sampling: Sampling):
     """The law of the next token, float64 [V], of the logits after a text."""
     logits_V = np.asarray(logits_V, np.float64)
     seen = np.unique(np.asarray(text, np.int64))
@@ -99,18 +100,18 @@ def next_law(logits_V: np.ndarray, text: Sequence[int], sampling: Sampling):
     prob /= prob.sum()
     before = np.cumsum(prob) - prob
     few = (before < np.float32(sampling.top_p)) | (np.arange(len(kept)) == 0)
-    law_V = np.zeros(len(logits_V))
-    law_V[kept[few]] = prob[few] / prob[few].sum()
-    return law_V
+    target_V = np.zeros(len(logits_V))
+    target_V[kept[few]] = prob[few] / prob[few].sum()
+    return target_V
 
 
-def head_one_law(
+def head_one_distribution(
     next_logits: NextLogits,
     prompt: Sequence[int],
     tokens: int,
     sampling: Sampling,
     eos_id: int,
-) -> Law:
+) -> Distribution:
     """The law of the first `tokens` new tokens, one token after another.
 
     Args:
@@ -120,28 +121,30 @@ def head_one_law(
       sampling: its top_k, or the vocabulary, should be small.
       eos_id: end of text.
     """
-    law: Law = {(): 1.0}
+    distribution: Distribution = {(): 1.0}
     for _ in range(tokens):
-        ended = {text: p for text, p in law.items() if text[-1:] == (eos_id,)}
-        going = [text for text in law if text not in ended]
+        ended = {text: p for text, p in distribution.items() if text[-1:] == (eos_id,)}
+        going = [text for text in distribution if text not in ended]
         if not going:
             break
         rows = [[*prompt, *text] for text in going]
-        longer: Law = {}
+        longer: Distribution = {}
         for text, row, logits_V in zip(going, rows, next_logits(rows), strict=True):
-            law_V = next_law(logits_V, row, sampling)
-            for token in np.flatnonzero(law_V):
-                longer[(*text, int(token))] = law[text] * float(law_V[token])
-        law = ended | longer
-    return law
+            target_V = next_distribution(logits_V, row, sampling)
+            for token in np.flatnonzero(target_V):
+                longer[(*text, int(token))] = distribution[text] * float(
+                    target_V[token]
+                )
+        distribution = ended | longer
+    return distribution
 
 
-def distance(a: Law, b: Law) -> float:
+def distance(a: Distribution, b: Distribution) -> float:
     """Sum of all differences of two laws: 0 for equal ones, 2 at most."""
     return sum(abs(a.get(text, 0.0) - b.get(text, 0.0)) for text in a.keys() | b.keys())
 
 
-def decoder_law(
+def decoder_distribution(
     programs: Programs,
     params: Any,
     decoder: Decoder,
@@ -151,7 +154,7 @@ def decoder_law(
     *,
     most_rows: int = 20_000,
     rows: int = _ROWS,
-) -> Law:
+) -> Distribution:
     """The law of the first `tokens` new tokens that a decoder gives to a prompt.
 
     Runs `begin` and `step` of the decoder, compiled as for any other use. States that
@@ -176,18 +179,20 @@ def decoder_law(
     ranks = sampling.top_k or params["w_embedding"].shape[0]
     ranks = max(ranks, 2)
     run = _Run(programs, params, decoder, prompt, tokens, sampling, ranks, rows)
-    law: Law = {}
+    distribution: Distribution = {}
     frontier = run.begin(most_rows)
     used = run.rows
     while True:
         going: list[_State] = []
         for state in frontier:
             if state.done:
-                law[state.text] = law.get(state.text, 0.0) + state.prob
+                distribution[state.text] = (
+                    distribution.get(state.text, 0.0) + state.prob
+                )
             else:
                 going.append(state)
         if not going:
-            return law
+            return distribution
         frontier = run.step(going, most_rows - used)
         used = run.rows
 
@@ -226,8 +231,8 @@ class _Run:
             length_B=put(length_C),
             limit_B=put(length_C + np.int32(tokens)),
             done_B=put(np.zeros(self._c, bool)),
-            law=law_of(sampling, params["w_embedding"].shape[0]),
-            chance=Chance(
+            sampling=sampling_arrays(sampling, params["w_embedding"].shape[0]),
+            keys=RandomKeys(
                 put(np.zeros((self._c, 2), np.uint32)),
                 put(zeros_CJ),
                 put(np.zeros(self._c, np.float32)),
@@ -239,14 +244,14 @@ class _Run:
         self._advance = programs.advance(decoder, params, len(params["heads"]), shapes)
         leaves, self._structure = jax.tree.flatten(shapes)
         self._shardings = [leaf.sharding for leaf in leaves]
-        self._zeros_C = np.zeros(self._c, np.float32), shapes.chance.log_prob_B.sharding
+        self._zeros_C = np.zeros(self._c, np.float32), shapes.keys.log_prob_B.sharding
         self._last: list[np.ndarray] = []
         self._step_draws: list[int] | None = None
 
     def begin(self, most_rows: int) -> list[_State]:
         def call(_, forced_CJ):
-            chance = dataclasses.replace(self._prompts.chance, forced_BJ=forced_CJ)
-            prompts = dataclasses.replace(self._prompts, chance=chance)
+            keys = dataclasses.replace(self._prompts.keys, forced_BJ=forced_CJ)
+            prompts = dataclasses.replace(self._prompts, keys=keys)
             return self._begin(self._params, prompts)[0]
 
         start = [_State([], (), False, 1.0)]
@@ -255,12 +260,12 @@ class _Run:
     def step(self, states: list[_State], most_rows: int) -> list[_State]:
         def call(now, forced_CJ):
             state = self._state(now)
-            chance = dataclasses.replace(
-                state.chance,
+            keys = dataclasses.replace(
+                state.keys,
                 forced_BJ=forced_CJ,
                 log_prob_B=jax.device_put(*self._zeros_C),
             )
-            state = dataclasses.replace(state, chance=chance)
+            state = dataclasses.replace(state, keys=keys)
             return self._advance(self._params, state, np.int32(1))
 
         if self._step_draws is None:
@@ -282,7 +287,7 @@ class _Run:
         for start in range(0, len(asked), self._c):
             now = asked[start : start + self._c]
             state_out = self._call(call, [state] * len(now), forced[start:][: len(now)])
-            log_prob_C = np.asarray(state_out.chance.log_prob_B)[: len(now)]
+            log_prob_C = np.asarray(state_out.keys.log_prob_B)[: len(now)]
             spoiled |= {x for x, p in zip(now, log_prob_C, strict=True) if np.isnan(p)}
         return [
             1 + sum((j, v) not in spoiled for v in values[:-1])
@@ -297,14 +302,14 @@ class _Run:
         forced_CJ = np.pad(forced, ((0, spare), (0, 0)))
         return call([*states, *[states[0]] * spare], put(forced_CJ))
 
-    def _expand(self, call, states, draws: list[int], most_rows: int) -> list[_State]:
+    def _expand(self, call, states, sampler: list[int], most_rows: int) -> list[_State]:
         """What a forward pass makes of the states, with every value of every draw."""
-        count = len(states) * int(np.prod(draws, dtype=np.float64))
+        count = len(states) * int(np.prod(sampler, dtype=np.float64))
         if count > most_rows:
             raise TooManyDraws(f"{count} rows")
         self.rows += count
         merged: dict[Any, _State] = {}
-        work = itertools.product(states, itertools.product(*map(range, draws)))
+        work = itertools.product(states, itertools.product(*map(range, sampler)))
         while batch := list(itertools.islice(work, self._c)):
             forced = np.array([ranks for _, ranks in batch], np.int32)
             out = self._call(call, [state for state, _ in batch], forced)
@@ -314,7 +319,7 @@ class _Run:
     def _merge(self, merged: dict[Any, _State], out, before: list[float]) -> None:
         p = len(self._prompt)
         tokens_CE, length_C = np.asarray(out.tokens_BE), np.asarray(out.length_B)
-        done_C, log_prob_C = np.asarray(out.done_B), np.asarray(out.chance.log_prob_B)
+        done_C, log_prob_C = np.asarray(out.done_B), np.asarray(out.keys.log_prob_B)
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(out)]
         carry = [np.asarray(x) for x in jax.tree.leaves(out.carry)]
         self._last = leaves  # for what is the same in all rows

@@ -13,9 +13,9 @@ from jax.scipy.special import gammaincc
 
 from mtp_jax.decode.cache import at_slot
 from mtp_jax.decode.decoders.blockwise import Blockwise
-from mtp_jax.decode.decoders.sampling import Draws
+from mtp_jax.decode.decoders.sampling import Sampler
 from mtp_jax.decode.decoders.speculative import Speculative, accept
-from mtp_jax.verification.exact_distribution import Law
+from mtp_jax.verification.exact_distribution import Distribution
 
 _LEAST_EXPECTED = 5.0  # of a cell; rarer texts share one (Cochran's rule)
 
@@ -29,16 +29,16 @@ class ChiSquare:
     p_value: float
 
 
-def chi_square(texts: Iterable[Sequence[int]], law: Law) -> ChiSquare:
+def chi_square(texts: Iterable[Sequence[int]], distribution: Distribution) -> ChiSquare:
     """Tests that texts were drawn independently from a law.
 
     A text that the law does not have gives a p-value of 0.
     """
     counts = Counter(map(tuple, texts))
     total = counts.total()
-    if not counts.keys() <= law.keys():
+    if not counts.keys() <= distribution.keys():
         return ChiSquare(float("inf"), 0, 0.0)
-    cells = [(counts[text], p * total) for text, p in law.items()]
+    cells = [(counts[text], p * total) for text, p in distribution.items()]
     rare = [cell for cell in cells if cell[1] < _LEAST_EXPECTED]
     cells = [cell for cell in cells if cell[1] >= _LEAST_EXPECTED]
     if rare:
@@ -59,9 +59,9 @@ def chi_square(texts: Iterable[Sequence[int]], law: Law) -> ChiSquare:
 class Trusting(Blockwise):
     """Wrong on purpose: every draft passes, so head 1 goes on from wrong ones."""
 
-    def agreed(self, drafts_BM: jax.Array, said_BN: jax.Array) -> jax.Array:
+    def accepted(self, drafts_BM: jax.Array, predicted_BN: jax.Array) -> jax.Array:
         """All of them."""
-        del said_BN
+        del predicted_BN
         return jnp.full_like(drafts_BM[:, 0], drafts_BM.shape[1])
 
 
@@ -73,10 +73,12 @@ class WithoutRest(Speculative):
     """
 
     def accept(
-        self, p_BNV: jax.Array, q_BMV: jax.Array, drafts_BM: jax.Array, draws: Draws
+        self, p_BNV: jax.Array, q_BMV: jax.Array, drafts_BM: jax.Array, sampler: Sampler
     ) -> tuple[jax.Array, jax.Array]:
         """The rule of the paper but for what follows a rejection."""
-        said_BN, agreed_B = accept(p_BNV, q_BMV, drafts_BM, draws)
-        last_B1 = draws.pick(at_slot(p_BNV, agreed_B)[:, None])
-        order_1N = jnp.arange(said_BN.shape[1])[None]
-        return jnp.where(order_1N == agreed_B[:, None], last_B1, said_BN), agreed_B
+        predicted_BN, accepted_B = accept(p_BNV, q_BMV, drafts_BM, sampler)
+        last_B1 = sampler.pick(at_slot(p_BNV, accepted_B)[:, None])
+        order_1N = jnp.arange(predicted_BN.shape[1])[None]
+        return jnp.where(
+            order_1N == accepted_B[:, None], last_B1, predicted_BN
+        ), accepted_B

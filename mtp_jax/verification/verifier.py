@@ -18,17 +18,17 @@ from mtp_jax.data.prompts import heldout_prompts
 from mtp_jax.decode.decode_model import unstack
 from mtp_jax.decode.decoders.plain import Plain
 from mtp_jax.decode.decoders.sampling import Sampling
-from mtp_jax.decode.decoders.state import Decoder, Reading
+from mtp_jax.decode.decoders.state import Decoder, ReadsTables
 from mtp_jax.decode.generation import Generation
 from mtp_jax.decode.generator import Generator
 from mtp_jax.decode.programs import Programs
 from mtp_jax.errors import UserError
 from mtp_jax.verification.exact_distribution import (
     TooManyDraws,
-    decoder_law,
+    decoder_distribution,
     distance,
     head_one,
-    head_one_law,
+    head_one_distribution,
 )
 from mtp_jax.verification.greedy import Difference, first_difference, written
 from mtp_jax.verification.sampling_tests import Trusting, WithoutRest, chi_square
@@ -179,7 +179,7 @@ class _Verifier:
     def checks(self) -> Iterator[Check]:
         """All of them, one by one."""
         yield from self._greedy()
-        yield from self._laws()
+        yield from self._distributions()
         yield from self._samples()
 
     def _greedy(self) -> Iterator[Check]:
@@ -236,30 +236,30 @@ class _Verifier:
         text = f"{wrong} differ, {ties} at near-ties"
         return Check(what, name, setting, len(self.prompts), text, ok, tuple(found))
 
-    def _laws(self) -> Iterator[Check]:
+    def _distributions(self) -> Iterator[Check]:
         args, cfg = self.args, self.exact_cfg
         count = min(args.law_prompts, len(self.prompts))
         with jax.set_mesh(self.restored.mesh):
             programs = Programs(cfg, self.tokenizer.eos_id)
             params = unstack(cfg, self.restored.params)
-            right = [self._right_law(number) for number in range(count)]
+            right = [self._right_distribution(number) for number in range(count)]
 
             def furthest(decoder: Decoder, heads: int, count: int) -> float:
                 kept = {**params, "heads": params["heads"][: decoder.heads(heads)]}
-                if isinstance(decoder, Reading):
+                if isinstance(decoder, ReadsTables):
                     kept["tables"] = self.generator.tables_of(decoder)
-                laws = [
-                    decoder_law(
+                distributions = [
+                    decoder_distribution(
                         programs, kept, decoder,
                         self.ids(number), args.law_tokens, self.sampling,
                         rows=_rows_at_a_time(cfg, max(args.prompt_tokens)),
                     )
                     for number in range(count)
                 ]  # fmt: skip
-                return max(map(distance, laws, right))
+                return max(map(distance, distributions, right))
 
             for name, decoder in self.decoders.items():
-                yield self._law_check(name, decoder, furthest, count)
+                yield self._distribution_check(name, decoder, furthest, count)
             far = furthest(WithoutRest(), 2, 1)
             caught = far > args.law_tolerance
             yield Check(
@@ -267,7 +267,9 @@ class _Verifier:
                 f"sum |p - q| {far:.1e}" if caught else "not caught", caught,
             )  # fmt: skip
 
-    def _law_check(self, name: str, decoder: Decoder, furthest, count: int) -> Check:
+    def _distribution_check(
+        self, name: str, decoder: Decoder, furthest, count: int
+    ) -> Check:
         """With as many heads as can be enumerated."""
         n = self.exact_cfg.n_future_tokens
         for heads in range(n, 1, -1):
@@ -283,8 +285,8 @@ class _Verifier:
             "law", name, "enumerated", 0, "too many draws; see chi-square", True
         )
 
-    def _right_law(self, number: int):
-        return head_one_law(
+    def _right_distribution(self, number: int):
+        return head_one_distribution(
             self.next_logits, self.ids(number), self.args.law_tokens, self.sampling,
             self.tokenizer.eos_id,
         )  # fmt: skip
@@ -292,7 +294,7 @@ class _Verifier:
     def _samples(self) -> Iterator[Check]:
         args = self.args
         with jax.set_mesh(self.restored.mesh):
-            law = self._right_law(0)
+            distribution = self._right_distribution(0)
         controls: dict[str, Any] = {"all drafts pass": Trusting()}
         for name, decoder in {**self.decoders, **controls}.items():
             results = self.generator.generate(
@@ -301,7 +303,7 @@ class _Verifier:
                 sampling=self.sampling, batch_size=min(_SAMPLE_BATCH, args.samples),
             )  # fmt: skip
             texts = [written(r, self.tokenizer.eos_id) for r in results]
-            test = chi_square(texts, law)
+            test = chi_square(texts, distribution)
             agrees = test.p_value >= args.least_p
             setting = f"chi-square, {test.freedom} degrees"
             found = f"{test.statistic:.1f}, p = {test.p_value:.2g}"

@@ -20,7 +20,7 @@ from mtp_jax.decode.cpu import native
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Panels:
+class PackedWeight:
     """A matrix; the outputs that are missing in the last panel are zeros."""
 
     w_PIJ: jax.Array  # float32
@@ -39,7 +39,7 @@ class Panels:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Scale:
+class PackedScale:
     """The scale of a norm."""
 
     scale_D: jax.Array  # float32
@@ -55,13 +55,13 @@ class Scale:
         return _on_the_device(local, x_BTD, self.scale_D, rows)
 
 
-def pack(w_OI: jax.Array, outputs: tuple[int, ...]) -> Panels:
+def pack(w_OI: jax.Array, outputs: tuple[int, ...]) -> PackedWeight:
     """A matrix [O, I] in panels; O are the `outputs`, as one axis."""
     width = native.width()
     panels = -(-w_OI.shape[0] // width)
     whole_OI = jnp.pad(w_OI, ((0, panels * width - w_OI.shape[0]), (0, 0)))
     w_PJI = whole_OI.reshape(panels, width, w_OI.shape[1])
-    return Panels(jnp.swapaxes(w_PJI, 1, 2), outputs)
+    return PackedWeight(jnp.swapaxes(w_PJI, 1, 2), outputs)
 
 
 def _on_the_device(

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mtp_jax.decode.cache import Cache, chain, keep_path, run_head, run_heads_at
+from mtp_jax.decode.cache import Cache, chain, decode_head, decode_heads_at, keep_path
 from mtp_jax.decode.decode_model import DecodeModel
 from mtp_jax.decode.decoders.beam_search import KEPT, Search, advance
 from mtp_jax.decode.decoders.ngram_ratios import option
@@ -89,7 +89,7 @@ class Beam:
         self, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
     ) -> DecodeState:
         """The first token of each beam, from what the heads say at the prompt's end."""
-        if not state.law.greedy:
+        if not state.sampling.greedy:
             raise UserError("beam search draws nothing; leave temperature at 0.")
         start_R = state.length_B
         none_R = jnp.where(start_R < 0, 0.0, -jnp.inf)
@@ -105,7 +105,7 @@ class Beam:
         state = dataclasses.replace(state, carry=carry)
         logits_R1V = next_logits(model, state, heads_BND[:, :1])
         others = [heads_BND[:, i : i + 1] for i in range(1, len(model.heads))]
-        ahead_R1 = self._ahead(model, others, start_R[:, None])
+        ahead_R1 = self._lookahead(model, others, start_R[:, None])
         root_R1 = start_R[:, None]  # whatever: it has no children
         return self._advance(state, logits_R1V, ahead_R1, default_tree(0), root_R1)[0]
 
@@ -117,10 +117,10 @@ class Beam:
         others, cache = [], read.cache
         if self.lookahead:
             for i in range(1, len(model.heads)):
-                head_RWD, cache = run_head(model, i, read.trunk_BWD, read.new, cache)
+                head_RWD, cache = decode_head(model, i, read.trunk_BWD, read.new, cache)
                 others.append(head_RWD)
         tokens_RW = read.new.tokens_BW
-        ahead_RW = self._ahead(model, others, tokens_RW)
+        ahead_RW = self._lookahead(model, others, tokens_RW)
         state = dataclasses.replace(state, cache=cache)
         after, row_R, last_R = self._advance(
             state, read.logits_BWV, ahead_RW, tree, tokens_RW
@@ -132,7 +132,7 @@ class Beam:
             tokens_KP = tokens_KW[row_K[:, None], path_KP]
             return path_KP, jnp.asarray(tree.depth_W)[last_K], trunk_KPD, tokens_KP
 
-        path_RP, agreed_R, trunk_RPD, tokens_RP = self._by_prompt(
+        path_RP, accepted_R, trunk_RPD, tokens_RP = self._by_prompt(
             follow, row_R, last_R, read.trunk_BWD, tokens_RW
         )
         used = len(model.trunk) + 1  # layers whose entries are those of the tree
@@ -140,8 +140,8 @@ class Beam:
         kept = keep_path(Cache(k[:used], v[:used]), start_R, path_RP)
         cache = Cache(kept.k_BGSK + k[used:], kept.v_BGSK + v[used:])
         drafting, path = range(1, len(model.heads)), chain(tokens_RP, start_R)
-        others_RMD, cache = run_heads_at(
-            model, drafting, trunk_RPD, path, agreed_R, cache
+        others_RMD, cache = decode_heads_at(
+            model, drafting, trunk_RPD, path, accepted_R, cache
         )
         drafts_RMI = self._drafts(model, others_RMD)
         carry = dataclasses.replace(after.carry, drafts_RMI=drafts_RMI)
@@ -180,7 +180,7 @@ class Beam:
         logits_RMV = jax.sharding.reshard(model.logits(heads_RMD), whole)
         return jax.sharding.reshard(lax.top_k(logits_RMV, ranks)[1], whole)
 
-    def _ahead(
+    def _lookahead(
         self, model: DecodeModel, others: list[jax.Array], like_RW: jax.Array
     ) -> jax.Array:
         """What the other heads add to the choice after each token, float32 [R, W]."""

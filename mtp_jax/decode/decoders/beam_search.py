@@ -82,9 +82,9 @@ def _level(old, tree, length_penalty, nodes, bounds, marks):
     score_X = score_KC.reshape(-1)[which_X]
     token_X = ids_KWC[here].reshape(-1)[which_X]
     from_X = which_X // c
-    departs_X = (which_X % c > 0).astype(jnp.int32)
+    deviates_X = (which_X % c > 0).astype(jnp.int32)
     level_X, forward_X = jnp.full_like(token_X, level), jnp.zeros_like(token_X)
-    new_XF = [token_X, forward_X + forward, level_X, departs_X]
+    new_XF = [token_X, forward_X + forward, level_X, deviates_X]
     place_1E = jnp.arange(e)[None]
     is_new_FE = (place_1E == old.length) & np.ones((len(KEPT), 1), bool)
     # How far the pass came is a mark of all that it wrote.

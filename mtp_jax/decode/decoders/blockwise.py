@@ -19,8 +19,8 @@ import jax.numpy as jnp
 
 from mtp_jax.decode.decode_model import DecodeModel
 from mtp_jax.decode.decoders import passes
-from mtp_jax.decode.decoders.sampling import Draws
-from mtp_jax.decode.decoders.state import DecodeState, choose, say
+from mtp_jax.decode.decoders.sampling import Sampler
+from mtp_jax.decode.decoders.state import DecodeState, choose, predict
 from mtp_jax.parallel.sharding import spec
 
 
@@ -48,9 +48,9 @@ class Blockwise:
         """Verifies drafts, commits the right ones and one more, and drafts again."""
         drafts_BM = state.carry[:, : depth - 1]
 
-        def verify(logits_BNV, draws):
-            said_BN = choose(state, logits_BNV, draws)
-            return said_BN, self.agreed(drafts_BM, said_BN)
+        def verify(logits_BNV, sampler):
+            predicted_BN = choose(state, logits_BNV, sampler)
+            return predicted_BN, self.accepted(drafts_BM, predicted_BN)
 
         return passes.step(self, model, state, drafts_BM, verify)
 
@@ -59,14 +59,14 @@ class Blockwise:
         model: DecodeModel,
         state: DecodeState,
         heads_BMD: jax.Array,
-        draws: Draws,
+        sampler: Sampler,
     ) -> jax.Array:
         """The most likely token of each drafting head, int32 [B, M]."""
-        del state, draws
+        del state, sampler
         # Indexing a batch of one row may forget that it is split like any other.
-        return jax.sharding.reshard(say(model, heads_BMD), spec("batch", None))
+        return jax.sharding.reshard(predict(model, heads_BMD), spec("batch", None))
 
-    def agreed(self, drafts_BM: jax.Array, said_BN: jax.Array) -> jax.Array:
+    def accepted(self, drafts_BM: jax.Array, predicted_BN: jax.Array) -> jax.Array:
         """How many drafts are right: those before the first that head 1 did not say."""
-        right_BM = (drafts_BM == said_BN[:, :-1]).astype(jnp.int32)
+        right_BM = (drafts_BM == predicted_BN[:, :-1]).astype(jnp.int32)
         return jnp.sum(jnp.cumprod(right_BM, axis=1), axis=1)

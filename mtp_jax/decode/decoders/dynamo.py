@@ -42,7 +42,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mtp_jax.decode.cache import at_slot, chain, run_head, run_heads_at, run_trunk
+from mtp_jax.decode.cache import (
+    at_slot,
+    chain,
+    decode_head,
+    decode_heads_at,
+    decode_trunk,
+)
 from mtp_jax.decode.decode_model import DecodeModel
 from mtp_jax.decode.decoders.ngram_ratios import (
     Tables,
@@ -51,13 +57,13 @@ from mtp_jax.decode.decoders.ngram_ratios import (
     option,
     read_tables,
 )
-from mtp_jax.decode.decoders.sampling import Draws
+from mtp_jax.decode.decoders.sampling import Sampler
 from mtp_jax.decode.decoders.state import (
     DecodeState,
     commit,
     head_probs,
-    law_probs,
     next_logits,
+    target_probs,
 )
 from mtp_jax.errors import UserError
 from mtp_jax.parallel.sharding import spec
@@ -110,44 +116,46 @@ class Dynamo:
         self, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
     ) -> DecodeState:
         """Commits the first run, from what the heads say at the prompt's end."""
-        draws = Draws(state.chance, state.length_B)
-        law_B1V = law_probs(state, next_logits(model, state, heads_BND[:, :1]))
-        return self._write(model, state, law_B1V[:, 0], heads_BND, draws)
+        sampler = Sampler(state.keys, state.length_B)
+        law_B1V = target_probs(state, next_logits(model, state, heads_BND[:, :1]))
+        return self._write(model, state, law_B1V[:, 0], heads_BND, sampler)
 
     def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
         """Reads what is new, and commits a run of up to `depth` tokens."""
-        draws = Draws(state.chance, state.length_B)
-        state, law_BNV, heads_BND = _read(model, state, draws)
-        law_BV = at_slot(law_BNV, state.carry.count_B - 1)
-        return self._write(model, state, law_BV, heads_BND[:, :depth], draws)
+        sampler = Sampler(state.keys, state.length_B)
+        state, target_BNV, heads_BND = _read(model, state, sampler)
+        target_BV = at_slot(target_BNV, state.carry.count_B - 1)
+        return self._write(model, state, target_BV, heads_BND[:, :depth], sampler)
 
     def finish(self, model: DecodeModel, state: DecodeState) -> DecodeState:
         """The state with the departures of the last run, too."""
-        return _read(model, state, Draws(state.chance, state.length_B))[0]
+        return _read(model, state, Sampler(state.keys, state.length_B))[0]
 
     def _write(
         self,
         model: DecodeModel,
         state: DecodeState,
-        law_BV: jax.Array,
+        target_BV: jax.Array,
         heads_BND: jax.Array,
-        draws: Draws,
+        sampler: Sampler,
     ) -> DecodeState:
         probs_BNV = head_probs(model, state, heads_BND)
-        weight_BX, level_B, ids_BNK = self._weigh(model, state, law_BV, probs_BNV)
-        if state.law.greedy:
+        weight_BX, level_B, ids_BNK = self._weigh(model, state, target_BV, probs_BNV)
+        if state.sampling.greedy:
             index_B = jnp.argmax(weight_BX, axis=-1).astype(jnp.int32)
         else:
-            index_B = draws.pick(weight_BX[:, None])[:, 0]
+            index_B = sampler.pick(weight_BX[:, None])[:, 0]
         n = len(model.heads)
-        counts = self._counts(law_BV.shape[-1], heads_BND.shape[1])
+        counts = self._counts(target_BV.shape[-1], heads_BND.shape[1])
         tokens_BN, q_BN = _tokens(n, counts, weight_BX, level_B, ids_BNK, index_B)
-        if state.law.greedy:
+        if state.sampling.greedy:
             q_BN = jnp.ones_like(q_BN)
 
-        departs_B1 = _departs(law_BV[:, None], tokens_BN[:, :1], q_BN[:, :1], draws)
-        departed_BN = jnp.pad(departs_B1, ((0, 0), (0, n - 1)))
-        after = commit(state, tokens_BN, level_B, level_B - 1, departed_BN)
+        departs_B1 = _deviates(
+            target_BV[:, None], tokens_BN[:, :1], q_BN[:, :1], sampler
+        )
+        deviated_BN = jnp.pad(departs_B1, ((0, 0), (0, n - 1)))
+        after = commit(state, tokens_BN, level_B, level_B - 1, deviated_BN)
         new_B = after.length_B - state.length_B
         carry = _Unread(new_B, q_BN, state.seen_BV)
         if state.carry is not None:  # a text that has ended is read again as it is
@@ -158,7 +166,7 @@ class Dynamo:
             )
         else:
             carry = dataclasses.replace(carry, count_B=jnp.maximum(new_B, 1))
-        return dataclasses.replace(after, carry=carry, chance=draws.after())
+        return dataclasses.replace(after, carry=carry, keys=sampler.after())
 
     def _counts(self, vocab: int, n: int) -> dict[int, int]:
         """Candidates of each head, by the length of a run."""
@@ -169,7 +177,7 @@ class Dynamo:
         self,
         model: DecodeModel,
         state: DecodeState,
-        law_BV: jax.Array,
+        target_BV: jax.Array,
         probs_BNV: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The weights to draw from, how many tokens that gives, and the candidates."""
@@ -178,10 +186,10 @@ class Dynamo:
         most = max(counts.values(), default=1)
         places = max([vocab, *(k**m for m, k in counts.items())])
 
-        def one(tables, penalty, law_V, probs_NV, seen_V):
+        def one(tables, penalty, target_V, probs_NV, seen_V):
             probs_NK, ids_NK = lax.top_k(probs_NV, most)
             seen_NK = None if seen_V is None else seen_V[ids_NK]
-            weight_X, level = jnp.pad(law_V, (0, places - vocab)), jnp.int32(1)
+            weight_X, level = jnp.pad(target_V, (0, places - vocab)), jnp.int32(1)
             for m, k in counts.items():
                 ids = list(ids_NK[:m, :k])
                 log_joint = self._left(tables, jnp.log(probs_NK[:m, :k]), ids)
@@ -201,8 +209,10 @@ class Dynamo:
             in_specs=(jax.P(), jax.P(), row, whole, seen_spec),
             out_specs=(row, spec("batch"), whole),
         )
-        law_BV = jax.sharding.reshard(law_BV, row)
-        return rows(model.tables, state.law.penalty, law_BV, probs_BNV, state.seen_BV)
+        target_BV = jax.sharding.reshard(target_BV, row)
+        return rows(
+            model.tables, state.sampling.penalty, target_BV, probs_BNV, state.seen_BV
+        )
 
     def _left(self, tables, log_probs_NK, ids):
         """The log of a joint law after its thresholds, an axis a head."""
@@ -258,7 +268,7 @@ def otsu(x: jax.Array) -> jax.Array:
 
 
 def _read(
-    model: DecodeModel, state: DecodeState, draws: Draws
+    model: DecodeModel, state: DecodeState, sampler: Sampler
 ) -> tuple[DecodeState, jax.Array, jax.Array]:
     """Reads the unread tokens and marks which of them depart.
 
@@ -268,24 +278,28 @@ def _read(
     start_B = state.length_B - unread.count_B
     tokens_BN = jnp.stack([at_slot(state.tokens_BE, start_B + i) for i in range(n)], 1)
     new = chain(tokens_BN, start_B)
-    trunk_BND, cache = run_trunk(model, new, state.cache)
-    head_BND, cache = run_head(model, 0, trunk_BND, new, cache)
+    trunk_BND, cache = decode_trunk(model, new, state.cache)
+    head_BND, cache = decode_head(model, 0, trunk_BND, new, cache)
     last_B = unread.count_B - 1
-    others_BMD, cache = run_heads_at(model, range(1, n), trunk_BND, new, last_B, cache)
+    others_BMD, cache = decode_heads_at(
+        model, range(1, n), trunk_BND, new, last_B, cache
+    )
     before = dataclasses.replace(state, seen_BV=unread.seen_BV)
-    law_BNV = law_probs(state, next_logits(model, before, head_BND, new))
+    target_BNV = target_probs(state, next_logits(model, before, head_BND, new))
 
-    departs_BM = _departs(law_BNV[:, :-1], tokens_BN[:, 1:], unread.q_BN[:, 1:], draws)
+    deviates_BM = _deviates(
+        target_BNV[:, :-1], tokens_BN[:, 1:], unread.q_BN[:, 1:], sampler
+    )
     # Of a text that has ended this is done again, with the same draws.
     offset_BE = jnp.arange(state.tokens_BE.shape[1])[None] - start_B[:, None]
     here_BEM = offset_BE[:, :, None] == jnp.arange(1, n)[None, None]
     here_BEM &= (jnp.arange(1, n)[None] < unread.count_B[:, None])[:, None]
-    mark_BE = jnp.any(here_BEM & departs_BM[:, None], axis=2).astype(jnp.int32)
-    assert state.departed_BE is not None, "the decoder is lossy"
-    departed_BE = jnp.maximum(state.departed_BE, mark_BE)
+    mark_BE = jnp.any(here_BEM & deviates_BM[:, None], axis=2).astype(jnp.int32)
+    assert state.deviated_BE is not None, "the decoder is lossy"
+    deviated_BE = jnp.maximum(state.deviated_BE, mark_BE)
     heads_BND = jnp.concatenate([at_slot(head_BND, last_B)[:, None], others_BMD], 1)
-    state = dataclasses.replace(state, cache=cache, departed_BE=departed_BE)
-    return state, law_BNV, heads_BND
+    state = dataclasses.replace(state, cache=cache, deviated_BE=deviated_BE)
+    return state, target_BNV, heads_BND
 
 
 def _tokens(n, counts, weight_BX, level_B, ids_BNK, index_B):
@@ -319,16 +333,16 @@ def _tokens(n, counts, weight_BX, level_B, ids_BNK, index_B):
     return rows(weight_BX, level_B, ids_BNK, index_B)
 
 
-def _departs(
-    law_BWV: jax.Array, tokens_BW: jax.Array, q_BW: jax.Array, draws: Draws
+def _deviates(
+    target_BWV: jax.Array, tokens_BW: jax.Array, q_BW: jax.Array, sampler: Sampler
 ) -> jax.Array:
     """Whether exact rejection refuses tokens that were drawn with probability q."""
     if not tokens_BW.shape[1]:
         return tokens_BW > 0
-    is_token_BWV = tokens_BW[:, :, None] == jnp.arange(law_BWV.shape[-1])[None, None]
-    p_BW = jnp.sum(jnp.where(is_token_BWV, law_BWV, 0.0), axis=-1)
+    is_token_BWV = tokens_BW[:, :, None] == jnp.arange(target_BWV.shape[-1])[None, None]
+    p_BW = jnp.sum(jnp.where(is_token_BWV, target_BWV, 0.0), axis=-1)
     yes_BW = jnp.minimum(p_BW / q_BW, 1.0)
-    return draws.pick(jnp.stack([yes_BW, 1.0 - yes_BW], axis=-1)) == 1
+    return sampler.pick(jnp.stack([yes_BW, 1.0 - yes_BW], axis=-1)) == 1
 
 
 def _along(x_K: jax.Array, axis: int, m: int) -> jax.Array:

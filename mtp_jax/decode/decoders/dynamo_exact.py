@@ -25,7 +25,7 @@ from mtp_jax.decode.decoders.ngram_ratios import (
     option,
     read_tables,
 )
-from mtp_jax.decode.decoders.sampling import Draws
+from mtp_jax.decode.decoders.sampling import Sampler
 from mtp_jax.decode.decoders.speculative import Drafts, choose_from
 from mtp_jax.decode.decoders.state import DecodeState, head_probs
 from mtp_jax.parallel.sharding import spec
@@ -71,31 +71,31 @@ class DynamoExact:
         model: DecodeModel,
         state: DecodeState,
         heads_BMD: jax.Array,
-        draws: Draws,
+        sampler: Sampler,
     ) -> Drafts:
         """A draw of each drafting head, given those before it."""
         probs_BMV = head_probs(model, state, heads_BMD)
         before_B, last_B = (
             at_slot(state.tokens_BE, state.length_B - i) for i in (2, 1)
         )
-        tokens, laws = [], []
+        tokens, distributions = [], []
         for i in range(probs_BMV.shape[1]):
             q_BV = self._corrected(model.tables, before_B, last_B, probs_BMV[:, i])
-            if state.law.greedy:
+            if state.sampling.greedy:
                 q_BV = jax.nn.one_hot(jnp.argmax(q_BV, axis=-1), q_BV.shape[-1])
-            before_B, last_B = last_B, choose_from(q_BV[:, None], state, draws)[:, 0]
+            before_B, last_B = last_B, choose_from(q_BV[:, None], state, sampler)[:, 0]
             tokens.append(last_B)
-            laws.append(q_BV)
+            distributions.append(q_BV)
         if not tokens:
             return Drafts(state.tokens_BE[:, :0], probs_BMV)
         token_BM = jax.sharding.reshard(jnp.stack(tokens, 1), spec("batch", None))
-        return Drafts(token_BM, jnp.stack(laws, axis=1))
+        return Drafts(token_BM, jnp.stack(distributions, axis=1))
 
     def accept(
-        self, p_BNV: jax.Array, q_BMV: jax.Array, drafts_BM: jax.Array, draws: Draws
+        self, p_BNV: jax.Array, q_BMV: jax.Array, drafts_BM: jax.Array, sampler: Sampler
     ) -> tuple[jax.Array, jax.Array]:
         """`speculative.accept`."""
-        return speculative.accept(p_BNV, q_BMV, drafts_BM, draws)
+        return speculative.accept(p_BNV, q_BMV, drafts_BM, sampler)
 
     def _corrected(self, tables, before_B, last_B, probs_BV):
         """The law of a draft after two tokens, [B, V]."""

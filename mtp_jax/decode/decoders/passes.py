@@ -14,12 +14,12 @@ from mtp_jax.decode.cache import (
     Cache,
     NewTokens,
     chain,
-    run_head,
-    run_heads_at,
-    run_trunk,
+    decode_head,
+    decode_heads_at,
+    decode_trunk,
 )
 from mtp_jax.decode.decode_model import DecodeModel
-from mtp_jax.decode.decoders.sampling import Draws
+from mtp_jax.decode.decoders.sampling import Sampler
 from mtp_jax.decode.decoders.state import (
     DecodeState,
     Drafter,
@@ -31,7 +31,7 @@ from mtp_jax.decode.decoders.state import (
 
 # From head 1's penalized logits after each token that was read, [B, N, V]: the tokens
 # to commit, [B, N], and how many drafts are among them, [B].
-Verify = Callable[[jax.Array, Draws], tuple[jax.Array, jax.Array]]
+Verify = Callable[[jax.Array, Sampler], tuple[jax.Array, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,16 +51,16 @@ def read(model: DecodeModel, state: DecodeState, tokens_BW: jax.Array) -> Read:
 
 def read_new(model: DecodeModel, state: DecodeState, new: NewTokens) -> Read:
     """Runs the trunk and head 1 over new tokens, a chain or a tree."""
-    trunk_BWD, cache = run_trunk(model, new, state.cache)
-    head_BWD, cache = run_head(model, 0, trunk_BWD, new, cache)
+    trunk_BWD, cache = decode_trunk(model, new, state.cache)
+    head_BWD, cache = decode_head(model, 0, trunk_BWD, new, cache)
     return Read(new, trunk_BWD, next_logits(model, state, head_BWD, new), cache)
 
 
 def write_one(state: DecodeState, logits_B1V: jax.Array) -> DecodeState:
     """Commits one token by head 1's law."""
-    draws = Draws(state.chance, state.length_B)
-    token_B1 = choose(state, logits_B1V, draws)
-    state = dataclasses.replace(state, chance=draws.after())
+    sampler = Sampler(state.keys, state.length_B)
+    token_B1 = choose(state, logits_B1V, sampler)
+    state = dataclasses.replace(state, keys=sampler.after())
     return _commit_one(state, token_B1)
 
 
@@ -68,11 +68,11 @@ def begin(
     decoder: Drafter, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
 ) -> DecodeState:
     """Commits what head 1 says at the prompt's end, and has the others draft on."""
-    draws = Draws(state.chance, state.length_B)
-    said_B1 = choose(state, next_logits(model, state, heads_BND[:, :1]), draws)
+    sampler = Sampler(state.keys, state.length_B)
+    said_B1 = choose(state, next_logits(model, state, heads_BND[:, :1]), sampler)
     state = _commit_one(state, said_B1)
-    drafts = decoder.draft(model, state, heads_BND[:, 1:], draws)
-    return dataclasses.replace(state, carry=drafts, chance=draws.after())
+    drafts = decoder.draft(model, state, heads_BND[:, 1:], sampler)
+    return dataclasses.replace(state, carry=drafts, keys=sampler.after())
 
 
 def step(
@@ -85,16 +85,16 @@ def step(
     """Verifies drafts, commits the right ones and one more, and has it draft again."""
     tokens_BN = jnp.concatenate([last_token(state), drafts_BM], axis=1)
     seen = read(model, state, tokens_BN)
-    draws = Draws(state.chance, state.length_B)
-    said_BN, agreed_B = verify(seen.logits_BWV, draws)
+    sampler = Sampler(state.keys, state.length_B)
+    predicted_BN, accepted_B = verify(seen.logits_BWV, sampler)
 
     drafting = range(1, len(model.heads))
-    heads_BMD, cache = run_heads_at(
-        model, drafting, seen.trunk_BWD, seen.new, agreed_B, seen.cache
+    heads_BMD, cache = decode_heads_at(
+        model, drafting, seen.trunk_BWD, seen.new, accepted_B, seen.cache
     )
-    state = commit(state, said_BN, agreed_B + 1, agreed_B)
-    drafts = decoder.draft(model, state, heads_BMD, draws)
-    return dataclasses.replace(state, cache=cache, carry=drafts, chance=draws.after())
+    state = commit(state, predicted_BN, accepted_B + 1, accepted_B)
+    drafts = decoder.draft(model, state, heads_BMD, sampler)
+    return dataclasses.replace(state, cache=cache, carry=drafts, keys=sampler.after())
 
 
 def _commit_one(state: DecodeState, token_B1: jax.Array) -> DecodeState:

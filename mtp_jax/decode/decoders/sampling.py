@@ -41,7 +41,7 @@ def _require(ok: bool, name: str, value: float, right: str) -> None:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Law:
+class SamplingArrays:
     """The same in a compiled program: numbers are arguments of it, kinds are not."""
 
     penalty: jax.Array  # float32
@@ -53,9 +53,9 @@ class Law:
     penalized: bool = dataclasses.field(metadata={"static": True})
 
 
-def law_of(sampling: Sampling, vocab_size: int) -> Law:
+def sampling_arrays(sampling: Sampling, vocab_size: int) -> SamplingArrays:
     """The numbers as arrays of one value."""
-    return Law(
+    return SamplingArrays(
         penalty=jnp.float32(sampling.repetition_penalty),
         temperature=jnp.float32(sampling.temperature or 1.0),
         top_k=jnp.int32(sampling.top_k or vocab_size),
@@ -67,30 +67,32 @@ def law_of(sampling: Sampling, vocab_size: int) -> Law:
     )
 
 
-def penalize(law: Law, logits_BWV: jax.Array, seen_BWV: jax.Array | None) -> jax.Array:
+def penalize(
+    sampling: SamplingArrays, logits_BWV: jax.Array, seen_BWV: jax.Array | None
+) -> jax.Array:
     """Logits with tokens that were there before made less likely (CTRL)."""
-    if not law.penalized or seen_BWV is None:
+    if not sampling.penalized or seen_BWV is None:
         return logits_BWV
     less_BWV = jnp.where(
-        logits_BWV > 0, logits_BWV / law.penalty, logits_BWV * law.penalty
+        logits_BWV > 0, logits_BWV / sampling.penalty, logits_BWV * sampling.penalty
     )
     return jnp.where(seen_BWV, less_BWV, logits_BWV)
 
 
-def probabilities(law: Law, logits_BWV: jax.Array) -> jax.Array:
+def probabilities(sampling: SamplingArrays, logits_BWV: jax.Array) -> jax.Array:
     """What the next token is drawn from, float32 [B, W, V], of penalized logits.
 
     Greedy laws have all their mass on the most likely token, the first of equals.
     """
-    if law.greedy:
+    if sampling.greedy:
         return jax.nn.one_hot(most_likely(logits_BWV), logits_BWV.shape[-1])
-    scaled_BWV = logits_BWV / law.temperature
-    if law.filtered:
-        scaled_BWV = _filter(law, scaled_BWV)
+    scaled_BWV = logits_BWV / sampling.temperature
+    if sampling.filtered:
+        scaled_BWV = _filter(sampling, scaled_BWV)
     return jax.nn.softmax(scaled_BWV, axis=-1)
 
 
-def _filter(law: Law, logits_BWV: jax.Array) -> jax.Array:
+def _filter(sampling: SamplingArrays, logits_BWV: jax.Array) -> jax.Array:
     """-inf outside of the top k and, of what these leave, of the top p.
 
     Tokens as likely as the last one that is kept are kept too.
@@ -99,18 +101,20 @@ def _filter(law: Law, logits_BWV: jax.Array) -> jax.Array:
     vocab = logits_BWV.shape[-1]
     sorted_BWV = jnp.sort(logits_BWV, axis=-1, descending=True)
     rank_11V = jnp.arange(vocab)[None, None]
-    within_BWV = jnp.where(rank_11V < law.top_k, sorted_BWV, lowest)
+    within_BWV = jnp.where(rank_11V < sampling.top_k, sorted_BWV, lowest)
     share_BWV = jax.nn.softmax(within_BWV, axis=-1)
     # A token stays if those before it do not have the share yet; the first always.
     before_BWV = jnp.cumsum(share_BWV, axis=-1) - share_BWV
-    kept_BWV = (rank_11V < law.top_k) & ((before_BWV < law.top_p) | (rank_11V == 0))
+    kept_BWV = (rank_11V < sampling.top_k) & (
+        (before_BWV < sampling.top_p) | (rank_11V == 0)
+    )
     last_BW1 = jnp.min(jnp.where(kept_BWV, sorted_BWV, jnp.inf), -1, keepdims=True)
     return jnp.where(logits_BWV >= last_BW1, logits_BWV, -jnp.inf)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Chance:
+class RandomKeys:
     """Where the draws of a text come from.
 
     Ordinarily from its key and the place in the text, so that they do not depend on the
@@ -124,11 +128,11 @@ class Chance:
     log_prob_B: jax.Array | None = None  # float32
 
 
-class Draws:
+class Sampler:
     """The draws of one forward pass, in the order in which they are asked for."""
 
-    def __init__(self, chance: Chance, length_B: jax.Array):
-        self._chance = chance
+    def __init__(self, keys: RandomKeys, length_B: jax.Array):
+        self._keys = keys
         self._length_B = length_B
         self._asked = 0  # known while tracing: every pass asks for the same
 
@@ -138,7 +142,7 @@ class Draws:
         The distributions need not be normalised.
         """
         width = probs_BWV.shape[1]
-        if self._chance.forced_BJ is not None:
+        if self._keys.forced_BJ is not None:
             return self._forced(probs_BWV, width)
         self._asked += 1
 
@@ -148,24 +152,24 @@ class Draws:
             noise_WV = jax.random.gumbel(key, probs_WV.shape)
             return jnp.argmax(jnp.log(probs_WV) + noise_WV, axis=-1).astype(jnp.int32)
 
-        return jax.vmap(one)(self._chance.key_B2, self._length_B, probs_BWV)
+        return jax.vmap(one)(self._keys.key_B2, self._length_B, probs_BWV)
 
     def _forced(self, probs_BWV: jax.Array, width: int) -> jax.Array:
-        chance = self._chance
-        assert chance.forced_BJ is not None and chance.log_prob_B is not None
-        rank_BW = chance.forced_BJ[:, self._asked : self._asked + width]
+        keys = self._keys
+        assert keys.forced_BJ is not None and keys.log_prob_B is not None
+        rank_BW = keys.forced_BJ[:, self._asked : self._asked + width]
         self._asked += width
         order_BWV = jnp.argsort(-probs_BWV, axis=-1)
         index_BW1 = jnp.take_along_axis(order_BWV, rank_BW[..., None], axis=-1)
         total_BW = jnp.sum(probs_BWV, axis=-1)
         prob_BW = jnp.take_along_axis(probs_BWV, index_BW1, axis=-1)[..., 0] / total_BW
-        log_prob_B = chance.log_prob_B + jnp.sum(jnp.log(prob_BW), axis=1)
-        self._chance = dataclasses.replace(chance, log_prob_B=log_prob_B)
+        log_prob_B = keys.log_prob_B + jnp.sum(jnp.log(prob_BW), axis=1)
+        self._keys = dataclasses.replace(keys, log_prob_B=log_prob_B)
         return index_BW1[..., 0].astype(jnp.int32)
 
-    def after(self) -> Chance:
+    def after(self) -> RandomKeys:
         """For the next forward pass."""
-        return self._chance
+        return self._keys
 
 
 def most_likely(logits_BTV: jax.Array) -> jax.Array:

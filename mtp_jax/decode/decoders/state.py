@@ -14,9 +14,9 @@ import numpy as np
 from mtp_jax.decode.cache import Cache, NewTokens, at_slot
 from mtp_jax.decode.decode_model import DecodeModel
 from mtp_jax.decode.decoders.sampling import (
-    Chance,
-    Draws,
-    Law,
+    RandomKeys,
+    Sampler,
+    SamplingArrays,
     most_likely,
     penalize,
     probabilities,
@@ -45,9 +45,9 @@ class DecodeState:
 
     tokens_BE: jax.Array  # prompt, then the committed tokens, int32
     forward_BE: jax.Array  # which forward pass committed each of them; 0: the prompt
-    agreed_BE: jax.Array  # how many drafts that forward pass found to be right
+    accepted_BE: jax.Array  # how many drafts that forward pass found to be right
     # 1 where a lossy decoder departed from the exact choice, int32; None: exact ones
-    departed_BE: jax.Array | None
+    deviated_BE: jax.Array | None
     length_B: jax.Array  # prompt and committed tokens
     limit_B: jax.Array  # the length that ends a text
     done_B: jax.Array  # a text that no longer changes
@@ -56,8 +56,8 @@ class DecodeState:
     seen_BV: jax.Array | None  # tokens of the text, where repetition is penalized
     cache: Cache
     carry: Any  # whatever else the decoder wants to keep
-    law: Law
-    chance: Chance
+    sampling: SamplingArrays
+    keys: RandomKeys
     alone: Alone | None  # None: the drafting heads have read what head 1 has
     eos_id: int = dataclasses.field(metadata={"static": True})
 
@@ -97,14 +97,14 @@ class Drafter(Decoder, Protocol):
         model: DecodeModel,
         state: DecodeState,
         heads_BMD: jax.Array,
-        draws: Draws,
+        sampler: Sampler,
     ) -> Any:
         """What it carries to the next pass, from what the drafting heads say."""
         ...
 
 
 @runtime_checkable
-class Reading(Protocol):
+class ReadsTables(Protocol):
     """A decoder that reads more than the model: a file of its own."""
 
     def tables(self, fingerprint: str, vocab_size: int) -> Any:
@@ -133,8 +133,8 @@ def commit(
     state: DecodeState,
     tokens_BW: jax.Array,
     count_B: jax.Array,
-    agreed_B: jax.Array,
-    departed_BW: jax.Array | None = None,
+    accepted_B: jax.Array,
+    deviated_BW: jax.Array | None = None,
 ) -> DecodeState:
     """Appends tokens to the unfinished texts, up to end of text or the limit.
 
@@ -164,7 +164,7 @@ def commit(
 
     forward = state.forward + 1
     counts_N = jnp.arange(state.passes_BN.shape[1])[None]
-    passed_BN = (agreed_B[:, None] == counts_N) & ~state.done_B[:, None]
+    passed_BN = (accepted_B[:, None] == counts_N) & ~state.done_B[:, None]
     seen_BV = state.seen_BV
     if seen_BV is not None:
         kept = jnp.where(kept_BW, tokens_BW, -1)
@@ -173,10 +173,10 @@ def commit(
         state,
         tokens_BE=placed(tokens_BW, state.tokens_BE),
         forward_BE=jnp.where(new_BE, forward, state.forward_BE),
-        agreed_BE=jnp.where(new_BE, agreed_B[:, None], state.agreed_BE),
-        departed_BE=state.departed_BE
-        if departed_BW is None
-        else placed(departed_BW, state.departed_BE),
+        accepted_BE=jnp.where(new_BE, accepted_B[:, None], state.accepted_BE),
+        deviated_BE=state.deviated_BE
+        if deviated_BW is None
+        else placed(deviated_BW, state.deviated_BE),
         length_B=length_B,
         done_B=state.done_B
         | (length_B >= state.limit_B)
@@ -192,7 +192,7 @@ def last_token(state: DecodeState) -> jax.Array:
     return at_slot(state.tokens_BE, state.length_B - 1)[:, None]
 
 
-def say(model: DecodeModel, heads_BWD: jax.Array) -> jax.Array:
+def predict(model: DecodeModel, heads_BWD: jax.Array) -> jax.Array:
     """The most likely token of each output of a head, int32 [B, W]."""
     return most_likely(model.logits(heads_BWD))
 
@@ -223,20 +223,20 @@ def next_logits(
         own_BWV = jnp.any(own_WW[None, :, :, None] & is_BUV[:, None], axis=2)
         seen_BWV = seen_BWV | own_BWV
     seen_BWV = jax.sharding.reshard(seen_BWV, spec("batch", None, "vocab"))
-    return penalize(state.law, logits_BWV, seen_BWV)
+    return penalize(state.sampling, logits_BWV, seen_BWV)
 
 
-def choose(state: DecodeState, logits_BWV: jax.Array, draws: Draws) -> jax.Array:
+def choose(state: DecodeState, logits_BWV: jax.Array, sampler: Sampler) -> jax.Array:
     """A next token from each of the logits by the law of the state, int32 [B, W]."""
-    if state.law.greedy:
+    if state.sampling.greedy:
         return most_likely(logits_BWV)
-    return draws.pick(law_probs(state, logits_BWV))
+    return sampler.pick(target_probs(state, logits_BWV))
 
 
-def law_probs(state: DecodeState, logits_BWV: jax.Array) -> jax.Array:
+def target_probs(state: DecodeState, logits_BWV: jax.Array) -> jax.Array:
     """The law of the next token, float32 [B, W, V], whole on every device."""
     whole = spec("batch", None, None)
-    return probabilities(state.law, jax.sharding.reshard(logits_BWV, whole))
+    return probabilities(state.sampling, jax.sharding.reshard(logits_BWV, whole))
 
 
 def head_probs(
@@ -247,8 +247,8 @@ def head_probs(
     The law of the state without its penalty; for a greedy one, that of temperature 1.
     """
     logits_BWV = model.logits(heads_BWD)
-    if not state.law.greedy:
-        return law_probs(state, logits_BWV)
+    if not state.sampling.greedy:
+        return target_probs(state, logits_BWV)
     whole = spec("batch", None, None)
     return jax.nn.softmax(jax.sharding.reshard(logits_BWV, whole), axis=-1)
 

@@ -28,14 +28,14 @@ from mtp_jax.decode.cache import (
     NewTokens,
     at_slot,
     chain,
+    decode_heads_at,
     keep_path,
-    run_heads_at,
 )
 from mtp_jax.decode.decode_model import DecodeModel
 from mtp_jax.decode.decoders import passes
 from mtp_jax.decode.decoders.passes import Read
-from mtp_jax.decode.decoders.sampling import Draws, most_likely
-from mtp_jax.decode.decoders.state import DecodeState, commit, last_token, law_probs
+from mtp_jax.decode.decoders.sampling import Sampler, most_likely
+from mtp_jax.decode.decoders.state import DecodeState, commit, last_token, target_probs
 from mtp_jax.decode.decoders.token_tree import TokenTree, default_tree, read_tree
 from mtp_jax.parallel.sharding import spec
 
@@ -80,9 +80,9 @@ class Tree:
         """Reads the tree, commits its longest right path and one token more."""
         tree = self.used(depth, model.cfg.vocab_size)
         read = read_nodes(model, state, tree)
-        draws = Draws(state.chance, state.length_B)
-        end_B, said_B1 = exact_path(state, tree, read, draws)
-        state = dataclasses.replace(state, chance=draws.after())
+        sampler = Sampler(state.keys, state.length_B)
+        end_B, said_B1 = exact_path(state, tree, read, sampler)
+        state = dataclasses.replace(state, keys=sampler.after())
         return commit_path(model, state, tree, read, end_B, said_B1)
 
     def draft(
@@ -90,10 +90,10 @@ class Tree:
         model: DecodeModel,
         state: DecodeState,
         heads_BMD: jax.Array,
-        draws: Draws,
+        sampler: Sampler,
     ) -> jax.Array:
         """The most likely tokens of each drafting head, best first, int32 [B, M, K]."""
-        del state, draws
+        del state, sampler
         ranks = self.used(len(model.heads), model.cfg.vocab_size).ranks
         return _candidates(model, heads_BMD, ranks)
 
@@ -119,24 +119,24 @@ def read_nodes(model: DecodeModel, state: DecodeState, tree: TokenTree) -> Read:
 
 
 def exact_path(
-    state: DecodeState, tree: TokenTree, read: Read, draws: Draws
+    state: DecodeState, tree: TokenTree, read: Read, sampler: Sampler
 ) -> tuple[jax.Array, jax.Array]:
     """The node where the longest right path ends, [B], and what comes next, [B, 1]."""
-    if state.law.greedy:
-        said_BW = most_likely(read.logits_BWV)
+    if state.sampling.greedy:
+        predicted_BW = most_likely(read.logits_BWV)
     node_B = jnp.zeros_like(state.length_B)
     ended_B = jnp.zeros_like(state.done_B)
     next_B = node_B
     for _ in range(tree.depth + 1):
         # Draws after the end of a path are for nothing: the shapes are static.
-        if state.law.greedy:
-            said_B = at_slot(said_BW, node_B)
+        if state.sampling.greedy:
+            predicted_B = at_slot(predicted_BW, node_B)
         else:
             logits_B1V = at_slot(read.logits_BWV, node_B)[:, None]
-            said_B = draws.pick(law_probs(state, logits_B1V))[:, 0]
-        next_B = jnp.where(ended_B, next_B, said_B)
+            predicted_B = sampler.pick(target_probs(state, logits_B1V))[:, 0]
+        next_B = jnp.where(ended_B, next_B, predicted_B)
         is_child_BW = tree.parent_W[None] == node_B[:, None]
-        goes_on_BW = is_child_BW & (read.new.tokens_BW == said_B[:, None])
+        goes_on_BW = is_child_BW & (read.new.tokens_BW == predicted_B[:, None])
         goes_on_BW &= ~ended_B[:, None]
         ended_B = ~jnp.any(goes_on_BW, axis=1)
         # Siblings are different tokens, so there is one child at most.
@@ -152,7 +152,7 @@ def commit_path(
     read: Read,
     end_B: jax.Array,
     next_B1: jax.Array,
-    departed_BW: jax.Array | None = None,
+    deviated_BW: jax.Array | None = None,
 ) -> DecodeState:
     """Commits the path to a node and the token after it; drafts at its end.
 
@@ -166,7 +166,7 @@ def commit_path(
       departed_BW: which nodes are not the exact choice after their parents.
     """
     path_BP = _of_node(tree.path_WP, end_B)
-    agreed_B = _of_node(tree.depth_W, end_B)
+    accepted_B = _of_node(tree.depth_W, end_B)
 
     def along(x_BWX):
         nodes = range(tree.depth + 1)
@@ -177,29 +177,29 @@ def commit_path(
     kept = keep_path(Cache(k[:used], v[:used]), read.new.start_B, path_BP)
     cache = Cache(kept.k_BGSK + k[used:], kept.v_BGSK + v[used:])
     tokens_BP = along(read.new.tokens_BW)
-    heads_BMD, cache = run_heads_at(
+    heads_BMD, cache = decode_heads_at(
         model,
         range(1, len(model.heads)),
         along(read.trunk_BWD),
         chain(tokens_BP, read.new.start_B),
-        agreed_B,
+        accepted_B,
         cache,
     )
     carry_BMK = _candidates(model, heads_BMD, state.carry.shape[2])
     state = dataclasses.replace(state, cache=cache, carry=carry_BMK)
-    in_path_BP = np.arange(tree.depth + 1)[None] < agreed_B[:, None]
+    in_path_BP = np.arange(tree.depth + 1)[None] < accepted_B[:, None]
 
     def shifted(x_BP):  # the root is committed already
         return jnp.concatenate([x_BP[:, 1:], jnp.zeros_like(x_BP[:, :1])], axis=1)
 
-    if departed_BW is not None:
-        departed_BW = shifted(along(departed_BW)) & in_path_BP
+    if deviated_BW is not None:
+        deviated_BW = shifted(along(deviated_BW)) & in_path_BP
     return commit(
         state,
         jnp.where(in_path_BP, shifted(tokens_BP), next_B1),
-        agreed_B + 1,
-        agreed_B,
-        departed_BW,
+        accepted_B + 1,
+        accepted_B,
+        deviated_BW,
     )
 
 

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from mtp_jax.decode.cache import at_slot
 from mtp_jax.decode.decode_model import DecodeModel
 from mtp_jax.decode.decoders.passes import Read
-from mtp_jax.decode.decoders.sampling import Draws, most_likely
-from mtp_jax.decode.decoders.state import DecodeState, commit, law_probs, next_logits
+from mtp_jax.decode.decoders.sampling import Sampler, most_likely
+from mtp_jax.decode.decoders.state import DecodeState, commit, next_logits, target_probs
 from mtp_jax.decode.decoders.token_tree import TokenTree
 from mtp_jax.decode.decoders.tree import Tree, commit_path, read_nodes
 from mtp_jax.errors import UserError
@@ -64,22 +64,22 @@ class Typical:
     ) -> DecodeState:
         """Commits what head 1 finds most likely at the prompt's end."""
         said_B1 = most_likely(next_logits(model, state, heads_BND[:, :1]))
-        draws = Draws(state.chance, state.length_B)
-        carry_BMK = self.exact.draft(model, state, heads_BND[:, 1:], draws)
+        sampler = Sampler(state.keys, state.length_B)
+        carry_BMK = self.exact.draft(model, state, heads_BND[:, 1:], sampler)
         state = dataclasses.replace(state, carry=carry_BMK)
         none_B = jnp.zeros_like(state.length_B)
         return commit(state, said_B1, none_B + 1, none_B)
 
     def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
         """Reads the tree, commits its longest accepted path and one token more."""
-        if state.law.greedy:
+        if state.sampling.greedy:
             return self.exact.step(model, state, depth)
         tree = self.exact.used(depth, model.cfg.vocab_size)
         read = read_nodes(model, state, tree)
-        law_BWV = law_probs(state, read.logits_BWV)
-        prob_BW = _of_drafts(tree, read, law_BWV)
-        accepted_BW = prob_BW > _after_parent(tree, self._least(law_BWV))
-        said_BW = most_likely(read.logits_BWV)
+        target_BWV = target_probs(state, read.logits_BWV)
+        prob_BW = _of_drafts(tree, read, target_BWV)
+        accepted_BW = prob_BW > _after_parent(tree, self._least(target_BWV))
+        predicted_BW = most_likely(read.logits_BWV)
         end_B = _longest(tree, accepted_BW, prob_BW)
         return commit_path(
             model,
@@ -87,13 +87,13 @@ class Typical:
             tree,
             read,
             end_B,
-            at_slot(said_BW, end_B)[:, None],
-            read.new.tokens_BW != _after_parent(tree, said_BW),
+            at_slot(predicted_BW, end_B)[:, None],
+            read.new.tokens_BW != _after_parent(tree, predicted_BW),
         )
 
-    def _least(self, law_BWV: jax.Array) -> jax.Array:
+    def _least(self, target_BWV: jax.Array) -> jax.Array:
         """What a draft must be more likely than, after each node, [B, W]."""
-        entropy_BW = -jnp.sum(jax.scipy.special.xlogy(law_BWV, law_BWV), axis=-1)
+        entropy_BW = -jnp.sum(jax.scipy.special.xlogy(target_BWV, target_BWV), axis=-1)
         return jnp.minimum(self.epsilon, self.delta * jnp.exp(-entropy_BW))
 
 
@@ -103,11 +103,13 @@ def _after_parent(tree: TokenTree, x_BWX: jax.Array) -> jax.Array:
     return x_BWX.at[:, tree.parent_W].get(out_sharding=out)
 
 
-def _of_drafts(tree: TokenTree, read: Read, law_BWV: jax.Array) -> jax.Array:
+def _of_drafts(tree: TokenTree, read: Read, target_BWV: jax.Array) -> jax.Array:
     """How likely head 1 finds each node after its parent, [B, W]."""
-    ids_11V = jnp.arange(law_BWV.shape[-1])[None, None]
+    ids_11V = jnp.arange(target_BWV.shape[-1])[None, None]
     is_draft_BWV = read.new.tokens_BW[:, :, None] == ids_11V
-    return jnp.sum(jnp.where(is_draft_BWV, _after_parent(tree, law_BWV), 0.0), axis=-1)
+    return jnp.sum(
+        jnp.where(is_draft_BWV, _after_parent(tree, target_BWV), 0.0), axis=-1
+    )
 
 
 def _longest(tree: TokenTree, accepted_BW: jax.Array, prob_BW: jax.Array) -> jax.Array:

@@ -6,39 +6,20 @@ The losses ask only for "the output of one head"; another kind of head that read
 trunk alone is another function of the signature of `run_head`.
 """
 
-import dataclasses
-
 import jax
 
 from mtp_jax.config import Attention
-from mtp_jax.model.attention import causal_attention
-from mtp_jax.model.language_model import Attend, Block
+from mtp_jax.model.attention import RowContext, attend_within
+from mtp_jax.model.block import Block
 from mtp_jax.model.layers import rms_norm
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """What a layer must know of packed rows besides their activations."""
-
-    angles_BTk: jax.Array  # rotary angles of the positions, float32
-    # Document of each position, int32; 0 is padding. Not split over devices that share
-    # a row, and in its order.
-    segments_BT: jax.Array
-
-
-def attend_within(rows: Rows, kernel: Attention) -> Attend:
-    """Causal attention within the documents, which keeps nothing."""
-
-    def attend(q_BTHK, k_BTGK, v_BTGK):
-        read_BTHK = causal_attention(q_BTHK, k_BTGK, v_BTGK, rows.segments_BT, kernel)
-        return read_BTHK, None
-
-    return attend
-
-
 def run_head(
-    head: Block, norm_D: jax.Array, trunk_BTD: jax.Array, rows: Rows, kernel: Attention
+    head: Block,
+    norm_D: jax.Array,
+    trunk_BTD: jax.Array,
+    rows: RowContext,
+    kernel: Attention,
 ) -> jax.Array:
     """Normed output of a head, ready for the unembedding, [B, T, D].
 

@@ -17,11 +17,11 @@ from mtp_jax.decode.decoders.sampling import Sampling
 from mtp_jax.decode.programs import Programs
 from mtp_jax.verification.exact_distribution import (
     TooManyDraws,
-    decoder_law,
+    decoder_distribution,
     distance,
     head_one,
-    head_one_law,
-    next_law,
+    head_one_distribution,
+    next_distribution,
 )
 from mtp_jax.verification.sampling_tests import Trusting, WithoutRest
 
@@ -49,11 +49,11 @@ def model():
         return mesh, params, unstack(TINY, placed), Programs(TINY, EOS)
 
 
-def law_of_decoder(decoder, sampling=TWO, **options):
+def distribution_of_decoder(decoder, sampling=TWO, **options):
     mesh, _, unstacked, programs = model()
     heads = unstacked["heads"][: decoder.heads(TINY.n_future_tokens)]
     with jax.set_mesh(mesh):
-        return decoder_law(
+        return decoder_distribution(
             programs,
             {**unstacked, "heads": heads},
             decoder,
@@ -64,18 +64,18 @@ def law_of_decoder(decoder, sampling=TWO, **options):
         )
 
 
-def law_of_head_one(sampling=TWO):
+def distribution_of_head_one(sampling=TWO):
     mesh, params, _, _ = model()
     with jax.set_mesh(mesh):
         next_logits = head_one(TINY, placed_params(TINY, params))
-        return head_one_law(next_logits, PROMPT, 3, sampling, EOS)
+        return head_one_distribution(next_logits, PROMPT, 3, sampling, EOS)
 
 
 @functools.cache
-def slow_law(sampling):
+def slow_distribution(sampling):
     """Head 1's law from the naive model, one text at a time."""
     _, params, _, _ = model()
-    law = {}
+    distribution = {}
     for text in itertools.product(range(TINY.vocab_size), repeat=3):
         text = text[: text.index(EOS) + 1] if EOS in text else text
         prob = 1.0
@@ -85,8 +85,8 @@ def slow_law(sampling):
             logits = naive_logits(TINY, params, row, 0 * row, positions)[0, 0, -1]
             prob *= slow_next(logits, row[0], sampling)[text[t]]
         if prob:
-            law[text] = prob
-    return law
+            distribution[text] = prob
+    return distribution
 
 
 def slow_next(logits, text, sampling):
@@ -107,10 +107,10 @@ def slow_next(logits, text, sampling):
         kept.append(token)
         share += np.exp(scores[token]) / total
     total = sum(np.exp(scores[token]) for token in kept)
-    law = np.zeros(len(logits))
+    distribution = np.zeros(len(logits))
     for token in kept:
-        law[token] = np.exp(scores[token]) / total
-    return law
+        distribution[token] = np.exp(scores[token]) / total
+    return distribution
 
 
 LAWS = [
@@ -122,14 +122,16 @@ LAWS = [
 
 @pytest.mark.parametrize("sampling", LAWS, ids=["top_k", "top_p", "penalty"])
 def test_head_one_law_is_that_of_the_naive_model(sampling):
-    assert distance(law_of_head_one(sampling), slow_law(sampling)) < 1e-5
+    assert (
+        distance(distribution_of_head_one(sampling), slow_distribution(sampling)) < 1e-5
+    )
 
 
 def test_the_next_law_is_that_of_one_token_at_a_time():
     rng = np.random.default_rng(0)
     for sampling in [*LAWS, Sampling(temperature=0.5, top_p=0.6, top_k=0)]:
         logits = rng.normal(size=40) * 3
-        got = next_law(logits.copy(), [1, 5, 5], sampling)
+        got = next_distribution(logits.copy(), [1, 5, 5], sampling)
         np.testing.assert_allclose(got, slow_next(logits, [1, 5], sampling), atol=1e-6)
 
 
@@ -138,26 +140,31 @@ def test_the_next_law_is_that_of_one_token_at_a_time():
 def test_exact_decoders_have_the_law_of_head_one(name, sampling):
     if name == "speculative" and sampling is not TWO:
         pytest.skip("many draws; the law of drafts does not depend on how p was made")
-    law = law_of_decoder(DECODERS[name](), sampling)
-    assert abs(sum(law.values()) - 1) < 1e-5
-    assert any(len(text) < 3 for text in law), "no text ends before the limit"
-    assert distance(law, law_of_head_one(sampling)) < 1e-6
+    distribution = distribution_of_decoder(DECODERS[name](), sampling)
+    assert abs(sum(distribution.values()) - 1) < 1e-5
+    assert any(len(text) < 3 for text in distribution), "no text ends before the limit"
+    assert distance(distribution, distribution_of_head_one(sampling)) < 1e-6
 
 
 @pytest.mark.parametrize("broken", [Trusting(), WithoutRest()])
 def test_a_broken_rule_has_another_law(broken):
-    law = law_of_decoder(broken)
-    assert abs(sum(law.values()) - 1) < 1e-5, "it is a law, but not the right one"
-    assert distance(law, law_of_head_one()) > 1e-3
+    distribution = distribution_of_decoder(broken)
+    assert abs(sum(distribution.values()) - 1) < 1e-5, (
+        "it is a law, but not the right one"
+    )
+    assert distance(distribution, distribution_of_head_one()) > 1e-3
 
 
 def test_greedy_laws_are_one_text():
-    law = law_of_decoder(DECODERS["blockwise"](), Sampling(top_k=2))
-    assert len(law) == 1
-    assert distance(law, law_of_head_one(Sampling())) == 0
+    distribution = distribution_of_decoder(DECODERS["blockwise"](), Sampling(top_k=2))
+    assert len(distribution) == 1
+    assert distance(distribution, distribution_of_head_one(Sampling())) == 0
 
 
 def test_what_would_take_too_long_is_not_begun():
     with pytest.raises(TooManyDraws):
-        law_of_decoder(DECODERS["speculative"](), dataclasses.replace(TWO, top_k=0),
-                       most_rows=100)  # fmt: skip
+        distribution_of_decoder(
+            DECODERS["speculative"](),
+            dataclasses.replace(TWO, top_k=0),
+            most_rows=100,
+        )

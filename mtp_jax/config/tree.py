@@ -1,0 +1,72 @@
+"""A config as an editable tree, and the checked dataclasses made of it.
+
+A file in `configs/` edits the tree that `default()` returns; `freeze()` checks the tree
+and turns it into the dataclasses of `sections`, which is all that the rest of the
+package ever sees.
+"""
+
+import dataclasses
+import typing
+from typing import Any, Literal, get_args, get_origin
+
+from ml_collections import ConfigDict
+
+from mtp_jax.config.sections import Config
+from mtp_jax.errors import UserError
+
+
+def default() -> ConfigDict:
+    """The default run as an editable tree; a misspelt field raises at once."""
+    return ConfigDict(dataclasses.asdict(Config())).lock()
+
+
+def freeze(tree: ConfigDict | dict[str, Any]) -> Config:
+    """Checks an edited tree and turns it into the dataclasses.
+
+    Raises:
+      UserError: an unknown field, a wrong type, a value out of range, or values
+        that contradict each other; the text names the field.
+    """
+    plain = tree.to_dict() if isinstance(tree, ConfigDict) else tree
+    return _build(Config, plain, "config")
+
+
+def _build(cls: type, tree: Any, path: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} is {tree!r}; it must be a section of fields.")
+    for name in tree:
+        _require(name in hints, f"{path}.{name} is not a field. Known: {list(hints)}.")
+    values = {}
+    for name, value in tree.items():
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            values[name] = _build(typing.cast(type, hint), value, f"{path}.{name}")
+        else:
+            values[name] = _checked(hint, value, f"{path}.{name}")
+    return cls(**values)
+
+
+def _checked(hint: Any, value: Any, path: str) -> Any:
+    """`value` as `hint` says; an int is a float, a list is a tuple."""
+    if get_origin(hint) is Literal:
+        allowed = get_args(hint)
+        _require(value in allowed, f"{path} is {value!r}; it must be one of {allowed}.")
+        return value
+    if get_origin(hint) is tuple:
+        items = list(value) if isinstance(value, (list, tuple)) else None
+        if items is None:
+            raise UserError(f"{path} is {value!r}; it must be a tuple.")
+        of = get_args(hint)[0]
+        return tuple(_checked(of, v, f"{path}[{i}]") for i, v in enumerate(items))
+    if hint is float and type(value) is int:
+        return float(value)
+    _require(
+        type(value) is hint, f"{path} is {value!r}; it must be of type {hint.__name__}."
+    )
+    return value
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise UserError(message)

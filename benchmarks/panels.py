@@ -24,8 +24,8 @@ from benchmarks.timing import (
     show_ratio,
 )
 from mtp_jax.decode.cpu.native import product, serves
-from mtp_jax.decode.cpu.packed import pack
-from mtp_jax.model.layers import product_by_xla
+from mtp_jax.decode.cpu.packed_weights import pack
+from mtp_jax.decode.cpu.row_weights import product_by_xla
 
 
 @script

@@ -9,7 +9,7 @@ from mtp_jax.config import ModelConfig
 from mtp_jax.decode.batch import Batch, put
 from mtp_jax.decode.cache import chain, decode_head, decode_trunk, make_cache
 from mtp_jax.decode.cpu import native
-from mtp_jax.decode.cpu.packed import PackedWeight
+from mtp_jax.decode.cpu.packed_weights import PackedWeight
 from mtp_jax.decode.decode_model import build, unstack
 from mtp_jax.decode.decoders.blockwise import Blockwise
 from mtp_jax.decode.decoders.sampling import Sampling

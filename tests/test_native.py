@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from mtp_jax.decode.cpu import native, packed
+from mtp_jax.decode.cpu import native, packed_weights
 from mtp_jax.model import layers
 
 
@@ -35,7 +35,7 @@ def drawn(m, o, i):
 
 @jax.jit
 def multiplied(x_MI, w_OI):
-    matrix = packed.pack(w_OI, w_OI.shape[:1])
+    matrix = packed_weights.pack(w_OI, w_OI.shape[:1])
     return native.product(x_MI, matrix.w_PIJ)[:, : w_OI.shape[0]]
 
 
@@ -77,7 +77,7 @@ def test_what_is_not_a_number_stays_so_and_stays_where_it_is(served):
 
 def test_stacks_of_tokens_are_taken_one_by_one(served):
     x_MI, w_OI = drawn(4, 96, 64)
-    matrix = packed.pack(jnp.asarray(w_OI), (96,))
+    matrix = packed_weights.pack(jnp.asarray(w_OI), (96,))
 
     y_SMO = jax.vmap(native.product, (0, None))(np.stack([x_MI, -x_MI]), matrix.w_PIJ)
 
@@ -114,7 +114,7 @@ def test_layers_get_the_einsum(served, equation, x_shape, w_shape, inputs):
     w = rng.normal(size=w_shape).astype(np.float32)
     outputs = w_shape[inputs:]
     w_OI = np.moveaxis(w.reshape(-1, *outputs), 0, -1).reshape(np.prod(outputs), -1)
-    matrix = packed.pack(jnp.asarray(w_OI), outputs)
+    matrix = packed_weights.pack(jnp.asarray(w_OI), outputs)
 
     y = layers.project(equation, jnp.asarray(x), nnx.Param(matrix), PartitionSpec())
 

@@ -1,10 +1,10 @@
-"""Keys and values of what was read so far, and the forward pass that uses them.
+"""The KV cache, and the decoding forward pass over it.
 
 Axes: B batch, S slots, W new tokens of each sequence, N heads, D model width, H query
 heads, G key-value heads, K head width, P tokens of a path.
 
-A forward pass is `run_trunk`, then each head by one of the two other functions: head 1
-at every new token if drafts are to be verified, a drafting head at one token only.
+A forward pass is `decode_trunk`, then each head by one of the two other functions:
+head 1 at every new token if drafts are to be verified, a drafting head at one only.
 Slot s holds the token at position s. A rejected draft leaves its slot behind, and the
 token that is committed there instead overwrites it before anything reads it.
 """
@@ -17,8 +17,8 @@ import numpy as np
 from jax import lax
 
 from mtp_jax.config import ModelConfig
+from mtp_jax.decode.cached_attention import cached_attention
 from mtp_jax.decode.decode_model import DecodeModel
-from mtp_jax.model.attention import cached_attention
 from mtp_jax.parallel.sharding import spec
 
 _STORE = spec("batch", "heads", None, None)
@@ -43,7 +43,7 @@ class Cache:
 
 @dataclasses.dataclass(frozen=True)
 class NewTokens:
-    """What a forward pass reads: a chain, or a tree whose nodes follow their parents.
+    """Tokens of a forward pass: a chain, or a tree whose nodes follow their parents.
 
     The w-th goes into slot start + w. It sees what is in the slots before `start`, and
     of its own kind itself and its ancestors.
@@ -76,7 +76,7 @@ def make_cache(cfg: ModelConfig, layers: int, batch: int, slots: int) -> Cache:
 
 
 def grow(cache: Cache, slots: int) -> Cache:
-    """The same cache with more slots."""
+    """The cache with its entries and more slots."""
     more = [(0, 0), (0, 0), (0, slots - cache.slots), (0, 0)]
     return jax.tree.map(lambda x_BGSK: jnp.pad(x_BGSK, more), cache)
 
@@ -118,7 +118,7 @@ def decode_heads_at(
       trunk_BWD: the trunk's output for the new tokens.
       new: the new tokens, a chain.
       slot_B: which of them is asked for, 0 to W - 1; anything else gives nonsense.
-      cache: as `run_trunk` left it.
+      cache: as `decode_trunk` left it.
 
     Returns:
       [B, N, D], N being the number of `heads`, and the cache.

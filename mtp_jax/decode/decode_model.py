@@ -3,16 +3,14 @@
 A forward pass of decoding has few tokens, so what it costs is reading the weights. A
 scan over stacked layers would copy each layer's weights before it reads them; here the
 layers are a list, cast to the compute dtype once, and every matrix has its inputs last,
-so that what makes one output lies together. Where the kernels of `native` serve, it is
-in `panels` instead.
+so that what makes one output lies together. On one CPU it is stored as the `backend`
+there reads it.
 
 Axes: B batch, W new tokens of each sequence, D model width, V vocabulary, k half of the
 width of an attention head.
 """
 
 import dataclasses
-import functools
-import math
 from typing import Any
 
 import jax
@@ -20,11 +18,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtp_jax.config import ModelConfig
-from mtp_jax.decode.cpu import native
-from mtp_jax.decode.cpu.packed import PackedScale, PackedWeight, pack
+from mtp_jax.decode.cpu.backend import backend_for
 from mtp_jax.model.block import Block
-from mtp_jax.model.layers import embed, product, rms_norm, rope_angles
-from mtp_jax.parallel.sharding import on_one_cpu, spec
+from mtp_jax.model.layers import Norms, Projects, embed, rms_norm, rope_angles, unembed
+from mtp_jax.parallel.sharding import spec
 
 # Axes of a matrix that are summed over, the first ones in `model`; 1 where not named.
 _INPUT_AXES = {"w_o": 2}
@@ -37,10 +34,10 @@ class DecodeModel:
     cfg: ModelConfig
     trunk: tuple[Block, ...]
     heads: tuple[Block, ...]  # as many as are used
-    norm_D: jax.Array | PackedScale
+    norm_D: jax.Array | Norms
     w_embedding_VD: jax.Array
-    w_unembedding: jax.Array | PackedWeight  # [V, D]
-    tables: Any = None  # what the decoder reads besides; see `state.Reading`
+    w_unembedding_VD: jax.Array | Projects
+    tables: Any = None  # of a decoder that reads a file, see `state.ReadsTables`
 
     def embed(self, tokens_BW: jax.Array) -> jax.Array:
         """Token embeddings, [B, W, D]."""
@@ -53,34 +50,31 @@ class DecodeModel:
     def logits(self, heads_BWD: jax.Array) -> jax.Array:
         """Scores of the vocabulary from heads' outputs, float32 [B, W, V]."""
         normed_BWD = rms_norm(heads_BWD, self.norm_D, self.cfg.norm_eps)
-        out = spec("batch", None, "vocab")
-        if isinstance(self.w_unembedding, PackedWeight):
-            return self.w_unembedding.project(normed_BWD, out)
-        w_VD = jax.sharding.reshard(self.w_unembedding, spec("vocab", None))
-        return product("bwd,vd->bwv", normed_BWD, w_VD, out, jnp.float32)
+        w_VD = self.w_unembedding_VD
+        if isinstance(w_VD, jax.Array):
+            w_VD = jax.sharding.reshard(w_VD, spec("vocab", None))
+        return unembed(normed_BWD, w_VD, spec("batch", None, "vocab"))
 
 
 def unstack(cfg: ModelConfig, params: Any) -> Any:
-    """Parameters as `build` takes them, of those that `model_builder` makes.
+    """Parameters in the form that `build` takes, of those that `model_builder` makes.
 
     `trunk` and `heads` become lists of layers, so that the model with fewer heads has a
-    shorter list. Where `native` serves, all of them but the embedding are as its
-    kernels take them, and the unembedding is there even if it is tied. Needs the mesh
-    to be set.
+    shorter list. On one CPU all of them but the embedding are stored as the backend
+    reads them, and the unembedding is there even if it is tied, unless that would only
+    be a copy of the embedding. Needs the mesh to be set.
     """
-    is_native = on_one_cpu() and native.serves(cfg.compute_dtype)
+    backend = backend_for(cfg.compute_dtype)
 
     def relaid(path, w):
         name = path[-1].key
         w = w.astype(cfg.compute_dtype)
         if not name.startswith("w_"):
-            return PackedScale(w) if is_native else w
-        inputs = range(_INPUT_AXES.get(name, 1))
-        w = jnp.moveaxis(w, tuple(inputs), tuple(i - len(inputs) for i in inputs))
-        if not is_native:
-            return w
-        outputs = w.shape[: w.ndim - len(inputs)]
-        return pack(w.reshape(math.prod(outputs), -1), outputs)
+            return w if backend is None else backend.scale(w)
+        inputs = _INPUT_AXES.get(name, 1)
+        first, last = tuple(range(inputs)), tuple(range(-inputs, 0))
+        w = jnp.moveaxis(w, first, last)
+        return w if backend is None else backend.matrix(w, inputs)
 
     def layers(stacked, count):
         def layer(i):
@@ -94,10 +88,11 @@ def unstack(cfg: ModelConfig, params: Any) -> Any:
                 if name not in ("trunk", "heads")}  # fmt: skip
         trunk = layers(params["trunk"], cfg.num_trunk_layers)
         heads = layers(params["heads"], cfg.n_future_tokens)
-        if is_native:
-            rest["norm"] = PackedScale(rest["norm"])
-            w_VD = rest.get("w_unembedding", rest["w_embedding"])
-            rest["w_unembedding"] = pack(w_VD, (cfg.vocab_size,))
+        if backend is not None:
+            rest["norm"] = backend.scale(rest["norm"])
+            if backend.copies or "w_unembedding" in rest:
+                w_VD = rest.get("w_unembedding", rest["w_embedding"])
+                rest["w_unembedding"] = backend.matrix(w_VD, 1)
         return {**rest, "trunk": trunk, "heads": heads}
 
     return whole(params)
@@ -109,32 +104,37 @@ def build(cfg: ModelConfig, params: Any) -> DecodeModel:
     A loop that reads it builds it within: what enters the loop are then the weights as
     they are stored, and not copies of them with their axes moved back.
     """
+    backend = backend_for(cfg.compute_dtype)
     graphdef = nnx.graphdef(
         jax.eval_shape(lambda: Block(cfg, rngs=nnx.Rngs(jax.random.key(0))))
     )
 
     def original(path, w):
         name = path[-1].key
-        if not name.startswith("w_") or _is_native(w):
+        if not name.startswith("w_") or not isinstance(w, jax.Array):
             return w
-        inputs = range(_INPUT_AXES.get(name, 1))
-        return jnp.moveaxis(w, tuple(i - len(inputs) for i in inputs), tuple(inputs))
+        inputs = _INPUT_AXES.get(name, 1)
+        return jnp.moveaxis(w, tuple(range(-inputs, 0)), tuple(range(inputs)))
 
-    def blocks(layers):
+    def is_stored(w):
+        return not isinstance(w, dict)
+
+    def block(layer):
         # Moving axes back is no work: it only undoes `unstack` for the reader.
-        back = functools.partial(jax.tree.map_with_path, original, is_leaf=_is_native)
-        return tuple(nnx.merge(graphdef, back(layer)) for layer in layers)
+        whole = jax.tree.map_with_path(original, layer, is_leaf=is_stored)
+        return nnx.merge(graphdef, whole)
 
+    w_unembedding = params.get("w_unembedding")
+    if w_unembedding is None:
+        w_unembedding = params["w_embedding"]
+        if backend is not None:
+            w_unembedding = backend.matrix(w_unembedding, 1)
     return DecodeModel(
         cfg=cfg,
-        trunk=blocks(params["trunk"]),
-        heads=blocks(params["heads"]),
+        trunk=tuple(block(layer) for layer in params["trunk"]),
+        heads=tuple(block(layer) for layer in params["heads"]),
         norm_D=params["norm"],
         w_embedding_VD=params["w_embedding"],
-        w_unembedding=params.get("w_unembedding", params["w_embedding"]),
+        w_unembedding_VD=w_unembedding,
         tables=params.get("tables"),
     )
-
-
-def _is_native(w: Any) -> bool:
-    return isinstance(w, PackedWeight | PackedScale)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mtp_jax.model.layers import unembed
 from mtp_jax.parallel.sharding import axes_of, spec
 
 # float32 logits of a chunk on a device if the config leaves it open: 512 MiB. Chunks
@@ -185,7 +186,7 @@ def _scan_chunks(
 @jax.custom_jvp
 def _logits(hidden_CD: jax.Array, w_vD: jax.Array) -> jax.Array:
     """Scores of the device's share of the vocabulary, float32 [C, v]."""
-    return _dot("cd,vd->cv", hidden_CD, w_vD)
+    return unembed(hidden_CD, w_vD)
 
 
 @_logits.defjvp

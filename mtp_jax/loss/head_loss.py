@@ -31,6 +31,7 @@ from mtp_jax.model.block import Block
 from mtp_jax.model.heads.parallel import run_head
 from mtp_jax.model.kernels import KEPT
 from mtp_jax.model.language_model import LanguageModel
+from mtp_jax.model.layers import unembed
 from mtp_jax.parallel.sharding import spec
 
 
@@ -79,15 +80,10 @@ def _naive(parts, rows, targets, z_loss, compute):
         return None, hidden_BTD
 
     hidden_NBTD = lax.scan(one_head, None, parts.heads)[1]
-    logits_NBTV = jnp.einsum(
-        "nbtd,vd->nbtv",
-        hidden_NBTD,
-        jax.sharding.reshard(
-            parts.unembedding_VD.astype(hidden_NBTD.dtype), spec("vocab", None)
-        ),
-        out_sharding=spec(None, "batch", "time", "vocab"),
-        preferred_element_type=jnp.float32,
-    )
+    w_VD = parts.unembedding_VD.astype(hidden_NBTD.dtype)
+    w_VD = jax.sharding.reshard(w_VD, spec("vocab", None))
+    out = spec(None, "batch", "time", "vocab")
+    logits_NBTV = unembed(hidden_NBTD, w_VD, out)
     log_z_NBT = jax.nn.logsumexp(logits_NBTV, axis=-1)
     ids_V = jnp.arange(logits_NBTV.shape[-1])[None, None, None]
     is_target_NBTV = ids_V == targets.token_NBT[..., None]

@@ -1,7 +1,6 @@
 """Attention, and the choice of the kernel that carries it out on every device.
 
-Axes: B batch, T queries, S keys or slots of a cache, W new tokens, H query heads,
-G key-value heads, K head width.
+Axes: B batch, T queries, S keys, H query heads, G key-value heads, K head width.
 
 Where rows are split over devices (context parallel), every device gathers the keys and
 values of its rows and reads them with its own queries. With grouped queries, keys are
@@ -11,19 +10,15 @@ the smaller part by far.
 import dataclasses
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from mtp_jax.config import Attention, Config
-from mtp_jax.decode.cpu import native
 from mtp_jax.errors import UserError
 from mtp_jax.model import kernels
 from mtp_jax.model.block import Attend
 from mtp_jax.parallel import zigzag
 from mtp_jax.parallel.sharding import (
     axes_of,
-    on_one_cpu,
     shards_of,
     spec,
     spec_like,
@@ -95,54 +90,6 @@ def causal_attention(
         # over all that split rows, heads and time, as the specs say.
         check_vma=kernel != "splash",
     )(q_BTHK, k_BTGK, v_BTGK, segments_BT)
-
-
-def cached_attention(
-    q_BWHK: jax.Array,
-    k_BGSK: jax.Array,
-    v_BGSK: jax.Array,
-    start_B: jax.Array,
-    ancestors_WW: np.ndarray | None,
-) -> jax.Array:
-    """New tokens read the cache: what was there before them, and their ancestors.
-
-    Args:
-      q_BWHK: queries of the new tokens, the w-th of which is in slot start + w.
-      k_BGSK, v_BGSK: the cache with them; slots after heads.
-      start_B: slot of the first new token.
-      ancestors_WW: [w, u] is true if w is u or descends from it; None: a chain.
-
-    Returns:
-      [B, W, H, K], in the dtype of the queries.
-    """
-
-    is_native = on_one_cpu() and native.serves(q_BWHK.dtype)
-
-    def local(q_BWHK, k_BGSK, v_BGSK, start_B):
-        if is_native:
-            return native.attention(q_BWHK, k_BGSK, v_BGSK, start_B, ancestors_WW)
-        offset_BS = jnp.arange(k_BGSK.shape[2])[None] - start_B[:, None]
-        if ancestors_WW is None:
-            w_W = jnp.arange(q_BWHK.shape[1])
-            mask_BWS = offset_BS[:, None, :] <= w_W[None, :, None]
-        else:
-            w = ancestors_WW.shape[0]
-            inside_BS = (offset_BS >= 0) & (offset_BS < w)
-            seen_WBS = jnp.asarray(ancestors_WW)[:, jnp.clip(offset_BS, 0, w - 1)]
-            own_BWS = jnp.swapaxes(seen_WBS, 0, 1) & inside_BS[:, None]
-            mask_BWS = own_BWS | (offset_BS < 0)[:, None]
-        # The kernel has slots before heads; swapping them twice costs nothing.
-        k_BSGK, v_BSGK = (jnp.swapaxes(x, 1, 2) for x in (k_BGSK, v_BGSK))
-        return kernels.xla(q_BWHK, k_BSGK, v_BSGK, mask_BWS)
-
-    by_head = spec("batch", None, "heads", None)
-    store = spec("batch", "heads", None, None)
-    return jax.shard_map(
-        local,
-        in_specs=(by_head, store, store, spec("batch")),
-        out_specs=by_head,
-        check_vma=not is_native,  # of a kernel of ours nothing is known
-    )(q_BWHK, k_BGSK, v_BGSK, start_B)
 
 
 def check_attention(cfg: Config, mesh: jax.sharding.Mesh) -> None:

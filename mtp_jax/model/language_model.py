@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.config import ModelConfig, Remat
 from mtp_jax.model.block import Attend, Block
-from mtp_jax.model.layers import embed, rms_norm, rope_angles, stack, weight
+from mtp_jax.model.layers import embed, rms_norm, rope_angles, stack, unembed, weight
 from mtp_jax.parallel.sharding import spec, spec_like
 
 
@@ -64,13 +64,8 @@ class LanguageModel(nnx.Module):
 
     def logits(self, x_BTD: jax.Array, unembedding_VD: jax.Array) -> jax.Array:
         """Scores of the vocabulary from a head's output, float32 [B, T, V]."""
-        return jnp.einsum(
-            "btd,vd->btv",
-            rms_norm(x_BTD, self.norm[...], self.cfg.norm_eps),
-            unembedding_VD,
-            out_sharding=spec_like(x_BTD, "vocab"),
-            preferred_element_type=jnp.float32,
-        )
+        normed_BTD = rms_norm(x_BTD, self.norm[...], self.cfg.norm_eps)
+        return unembed(normed_BTD, unembedding_VD, spec_like(x_BTD, "vocab"))
 
 
 def run_trunk(

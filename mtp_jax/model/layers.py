@@ -7,24 +7,38 @@ Weights carry no shape suffix, because a stack adds an axis to them. Matrices ar
 `w_*`, which is also what decides weight decay.
 """
 
-import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from mtp_jax.config import ModelConfig
-from mtp_jax.decode.cpu.packed import PackedScale, PackedWeight
-from mtp_jax.parallel.sharding import axes_of, on_one_cpu, spec, spec_like
+from mtp_jax.parallel.sharding import axes_of, spec, spec_like
 
 M = TypeVar("M", bound=nnx.Module)
 
-_FEW_TOKENS = 256  # of a product that is written for a CPU
-_WHOLE = (1, 2, 3, 4, 8, 16)  # tokens that such a product takes; then multiples of 8
+
+class Projects(Protocol):
+    """A matrix that is stored in a form of its own and brings its own product."""
+
+    def project(
+        self, x: jax.Array, out: PartitionSpec, dtype: DTypeLike = ...
+    ) -> jax.Array:
+        """x [B, T, *inputs] times the matrix, [B, T, *outputs], laid out as `out`."""
+        ...
+
+
+class Norms(Protocol):
+    """The scale of a norm that brings its own arithmetic."""
+
+    def norm(self, x_BTD: jax.Array, eps: float) -> jax.Array:
+        """Root-mean-square norm of x, [B, T, D]."""
+        ...
 
 
 def weight(
@@ -81,12 +95,12 @@ def embed(table_VD: jax.Array, tokens_BT: jax.Array, dtype: str) -> jax.Array:
     )
 
 
-def rms_norm(x: jax.Array, scale: jax.Array | PackedScale, eps: float) -> jax.Array:
+def rms_norm(x: jax.Array, scale: jax.Array | Norms, eps: float) -> jax.Array:
     """Root-mean-square norm over the last axis (arXiv:1910.07467, equation 4).
 
     Normalised in float32, returned in the dtype of x: [..., D] -> [..., D].
     """
-    if isinstance(scale, PackedScale):
+    if not isinstance(scale, jax.Array):
         return scale.norm(x, eps)
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
@@ -137,64 +151,24 @@ class MLP(nnx.Module):
         )
 
 
-def project(
-    equation: str, x: jax.Array, w: nnx.Param, out: jax.sharding.PartitionSpec
-) -> jax.Array:
-    """einsum of activations with a weight cast to their dtype, laid out as `out`.
-
-    The weight may be in `Panels`, with the equation's axes.
-    """
-    value = w.get_value()
-    if isinstance(value, PackedWeight):
+def project(equation: str, x: jax.Array, w: nnx.Param, out: PartitionSpec) -> jax.Array:
+    """einsum of activations with a weight cast to their dtype, laid out as `out`."""
+    value: jax.Array | Projects = w.get_value()
+    if not isinstance(value, jax.Array):
         return value.project(x, out)
-    return product(equation, x, value.astype(x.dtype), out)
+    return jnp.einsum(equation, x, value.astype(x.dtype), out_sharding=out)
 
 
-def product(
-    equation: str,
-    x: jax.Array,
-    w: jax.Array,
-    out: jax.sharding.PartitionSpec,
-    dtype: DTypeLike | None = None,
+def unembed(
+    x: jax.Array, w_VD: jax.Array | Projects, out: PartitionSpec | None = None
 ) -> jax.Array:
-    """einsum of x [B, T, ...] with a matrix, laid out as `out`, in `dtype` or theirs.
+    """Logits of normed hidden states x [..., D], float32 [..., V], laid out as `out`.
 
-    On a CPU the product of few tokens is in the one form in which XLA reads the weights
-    where they lie; in the others it copies them first. There tokens are filled up to a
-    number that makes whole vectors: 5 would take longer than 8, 12 than 16.
+    The one definition of logits: training, evaluation and decoding call it.
     """
-    tokens = math.prod(x.shape[:2])
-    if tokens > _FEW_TOKENS or not on_one_cpu():
-        return jnp.einsum(
-            equation, x, w, out_sharding=out, preferred_element_type=dtype
-        )
-    (of_x, of_w), of_y = equation.split("->")[0].split(","), equation.split("->")[1]
-    inputs, outputs = of_x[2:], of_y[2:]
-    order = [of_w.index(axis) for axis in outputs + inputs]
-    width = math.prod(x.shape[2:])
-
-    def local(x, w):
-        w = jnp.transpose(w, order)
-        x_MI, w_OI = x.reshape(tokens, width), w.reshape(-1, width)
-        y_MO = product_by_xla(x_MI, w_OI, dtype)
-        return y_MO.reshape(x.shape[:2] + w.shape[: len(outputs)])
-
-    # With one device every layout is the same; the specs only name it as the types do.
-    in_specs = (jax.typeof(x).sharding.spec, jax.typeof(w).sharding.spec)
-    return jax.shard_map(local, in_specs=in_specs, out_specs=out, check_vma=False)(x, w)
-
-
-def product_by_xla(
-    x_MI: jax.Array, w_OI: jax.Array, dtype: DTypeLike | None = None
-) -> jax.Array:
-    """x times w transposed, [M, O] in `dtype` or theirs, for M tokens on one CPU."""
-    tokens = x_MI.shape[0]
-    whole = next((m for m in _WHOLE if tokens <= m), -(-tokens // 8) * 8)
-    y_OM = lax.dot_general(
-        w_OI,
-        jnp.pad(x_MI, ((0, whole - tokens), (0, 0))),
-        (((1,), (1,)), ((), ())),
-        preferred_element_type=dtype,
+    if not isinstance(w_VD, jax.Array):
+        assert out is not None
+        return w_VD.project(x, out, jnp.float32)
+    return jnp.einsum(
+        "...d,vd->...v", x, w_VD, out_sharding=out, preferred_element_type=jnp.float32
     )
-    # Without the barrier XLA would turn the product round again.
-    return lax.optimization_barrier(y_OM)[:, :tokens].T

@@ -272,7 +272,7 @@ def test_the_mesh_does_not_change_the_text(decoder):
     # Five prompts: rows have to be added for the batch to fill the mesh.
     results = generator.generate(c.prompts[:5], **settings)
     one = c.generator.generate(c.prompts[:5], **settings)
-    for name in ("tokens", "forwards", "departures"):
+    for name in ("tokens", "forwards", "deviations"):
         assert [getattr(r, name) for r in results] == [getattr(r, name) for r in one]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from mtp_jax.checkpoint.checkpoints import Checkpoints, restore_newest
-from mtp_jax.config import Config, MeshConfig, freeze
+from mtp_jax.config import Config, MeshConfig, config_from_json
 from mtp_jax.data.tokenizer import Tokenizer, tokenizer_from_dir
 from mtp_jax.errors import UserError
 from mtp_jax.model.language_model import model_builder
@@ -59,7 +59,7 @@ def restore_model(
             f"{checkpoints.steps()}."
         )
     metadata = checkpoints.saved_metadata(step)
-    config = freeze(metadata["config"])
+    config = config_from_json(metadata["config"], f"the checkpoint in {workdir}")
     n = config.model.n_future_tokens
     if heads is not None and not 1 <= heads <= n:
         raise UserError(
@@ -85,7 +85,7 @@ def restore_model(
 
 
 def _evaluation_mesh(config: Config) -> MeshConfig:
-    """As many fsdp shards as the width divides into; copies on the other devices.
+    """The mesh with as many fsdp shards as the width divides into, and copies else.
 
     There are copies on every slice.
     """

@@ -1,5 +1,6 @@
 """The config of a run: its fields, defaults and checks, and how files edit it."""
 
+from mtp_jax.config.formats import config_from_json, config_to_json
 from mtp_jax.config.sections import (
     Attention,
     CheckpointConfig,
@@ -35,6 +36,8 @@ __all__ = [
     "OptimConfig",
     "Remat",
     "TrainConfig",
+    "config_from_json",
+    "config_to_json",
     "default",
     "freeze",
 ]

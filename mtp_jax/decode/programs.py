@@ -28,7 +28,14 @@ from mtp_jax.parallel.sharding import spec
 _PIECE = 256  # tokens of a prompt read at once: bounds the memory of long prompts
 
 # Of a state, what leaves the devices.
-REPORTED = ("tokens_BE", "forward_BE", "agreed_BE", "departed_BE", "length_B", "done_B")
+REPORTED = (
+    "tokens_BE",
+    "forward_BE",
+    "accepted_BE",
+    "deviated_BE",
+    "length_B",
+    "done_B",
+)
 
 # begin(params, prompts) -> (state, confidence_M): how likely the first drafts are by
 # their own heads, a mean over the texts; None where the heads are left alone.

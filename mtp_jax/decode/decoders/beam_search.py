@@ -16,7 +16,7 @@ from jax import lax
 from mtp_jax.decode.decoders.token_tree import TokenTree
 
 # Of a `DecodeState`, what goes where a beam goes.
-KEPT = ("tokens_BE", "forward_BE", "agreed_BE", "departed_BE")
+KEPT = ("tokens_BE", "forward_BE", "accepted_BE", "deviated_BE")
 
 
 @jax.tree_util.register_dataclass
@@ -88,8 +88,8 @@ def _level(old, tree, length_penalty, nodes, bounds, marks):
     place_1E = jnp.arange(e)[None]
     is_new_FE = (place_1E == old.length) & np.ones((len(KEPT), 1), bool)
     # How far the pass came is a mark of all that it wrote.
-    is_agreed_F1 = np.array([name == "agreed_BE" for name in KEPT])[:, None]
-    is_new_FE |= is_agreed_F1 & (place_1E >= first) & (place_1E <= old.length)
+    is_accepted_F1 = np.array([name == "accepted_BE" for name in KEPT])[:, None]
+    is_new_FE |= is_accepted_F1 & (place_1E >= first) & (place_1E <= old.length)
     text_XFE = jnp.where(
         is_new_FE[None],
         jnp.stack(new_XF, axis=1)[:, :, None],

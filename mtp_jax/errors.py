@@ -1,4 +1,4 @@
-"""What means "the input is wrong", not "the program is wrong", and how it is told."""
+"""Errors of the input and of a run, told apart from bugs, and their exit codes."""
 
 import traceback
 
@@ -22,7 +22,7 @@ class RunFailed(Exception):
 
 
 def told_as(error: BaseException) -> tuple[int, str, str]:
-    """Exit code, what is printed of an error, and what the others are told."""
+    """Exit code of an error, the text to print, and a line for the other processes."""
     code = 2 if isinstance(error, UserError) else 1
     if isinstance(error, UserError | RunFailed):
         before = "mtp-jax: error: " if code == 2 else "mtp-jax: "

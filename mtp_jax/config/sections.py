@@ -94,7 +94,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """How the heads' losses become one number."""
+    """The weights by which the heads' losses add up to one number."""
 
     head_weights: tuple[float, ...] = ()  # one a head; empty: head_decay decides
     head_decay: float = 1.0  # head i weighs head_decay^(i-1); 1 is the paper's sum
@@ -115,7 +115,7 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """How the arithmetic is carried out: it decides speed and memory, not values.
+    """Settings of the arithmetic that decide speed and memory, not values.
 
     attention: splash is the kernel of TPUs, cudnn that of NVIDIA GPUs, xla runs
     anywhere; auto takes the first of them that can. What each takes: `kernels`.
@@ -136,7 +136,7 @@ class ComputeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which prepared corpora, and how they become batches."""
+    """The prepared corpora of a run, and how they become batches."""
 
     sources: tuple[str, ...] = ("data/stdlib",)  # directories made by `prepare`
     weights: tuple[float, ...] = ()  # share of rows of each source; empty: equal
@@ -277,7 +277,7 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """What a run writes about itself."""
+    """The log of a run: how often, and what beside it."""
 
     every: int = 10  # steps
     tensorboard: bool = True

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from mtp_jax.config import ComputeConfig
 from mtp_jax.loss.head_loss import head_loss
-from mtp_jax.loss.metrics import HeadSums, sums_of
+from mtp_jax.loss.metrics import HeadSums, sums_over_targets
 from mtp_jax.loss.targets import Targets, future_targets
 from mtp_jax.model.attention import RowContext, attend_within
 from mtp_jax.model.language_model import LanguageModel, run_trunk
@@ -51,7 +51,7 @@ def batch_loss(
     )
     targets = Targets(token_NBT, jnp.where(valid_NBT, weight_N[:, None, None], 0.0))
     loss, scores = head_loss(model, trunk_BTD, rows, targets, z_loss, compute)
-    return loss, sums_of(scores, token_NBT, valid_NBT)
+    return loss, sums_over_targets(scores, token_NBT, valid_NBT)
 
 
 def head_sums(

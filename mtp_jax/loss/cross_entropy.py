@@ -31,7 +31,7 @@ _COPIES = spec("copies", "vocab", None)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenScores:
-    """What the logits of each token say; they themselves are gone. Any leading axes."""
+    """Figures of each token's logits, which are gone themselves. Any leading axes."""
 
     nll: jax.Array  # negative log likelihood of the target, nats, float32
     log_z: jax.Array  # log-partition, float32
@@ -228,7 +228,7 @@ def _scores(logits_Cv: jax.Array, target_C: jax.Array) -> TokenScores:
         axis,
     )
     log_z_C = top_C1[:, 0] + jnp.log(sum_C)
-    last = v * lax.axis_size(axis) - 1  # said where a logit is not a number
+    last = v * lax.axis_size(axis) - 1  # predicted where a logit is not a number
     predicted_C = lax.pmin(
         jnp.min(jnp.where(fixed_Cv == top_C1, _ids(v), last), axis=1), axis
     )

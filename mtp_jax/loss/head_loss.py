@@ -38,7 +38,7 @@ from mtp_jax.parallel.sharding import spec
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What the heads' losses have gradients for."""
+    """The arrays that the heads' losses have gradients for."""
 
     heads: Block  # a stack, [N, ...] in every parameter
     norm_D: jax.Array
@@ -117,7 +117,7 @@ def _remat(parts, rows, targets, z_loss, compute):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _fused(parts, rows, targets, z_loss, compute):
-    """Without gradients asked for, none are made."""
+    """Primal of the custom VJP; used when no gradient is needed."""
     w_RVD = copy_unembedding(parts.unembedding_VD, parts.trunk_BTD.dtype)
 
     def one_head(_, x):
@@ -132,7 +132,7 @@ def _fused(parts, rows, targets, z_loss, compute):
 
 
 def _forward_and_backward(parts, rows, targets, z_loss, compute):
-    """The loss and the scores; and the gradients of the loss, kept for `_scale`."""
+    """Forward rule of the custom VJP: loss, scores, and gradients for `_scale`."""
     parts = _first_order_only(parts)
     trunk_BTD = parts.trunk_BTD
     # A head's products are kept until its backward pass, a moment later; what is cheap,

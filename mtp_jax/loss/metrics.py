@@ -24,7 +24,7 @@ class HeadSums:
     z_N: jax.Array  # squared log-partition
     correct_N: jax.Array  # targets that were the most likely token
     windows: jax.Array  # positions from which all n tokens lie in one document
-    accepted_N: jax.Array  # windows of which head 1 would say the drafts up to head i
+    accepted_N: jax.Array  # windows in which head 1 would accept drafts up to head i
 
 
 def no_sums(n: int) -> HeadSums:
@@ -33,9 +33,17 @@ def no_sums(n: int) -> HeadSums:
     return HeadSums(zero_N, zero_N, zero_N, zero_N, windows=zero, accepted_N=zero_N)
 
 
-def sums_of(
+def sums_over_targets(
     scores: TokenScores, token_NBT: jax.Array, valid_NBT: jax.Array
 ) -> HeadSums:
+    """The sums and counts of every head over the targets that are valid.
+
+    Args:
+      scores: [N, B, T] each.
+      token_NBT: targets, int32; their time may be split over devices.
+      valid_NBT: False where there is no target.
+    """
+
     def total_N(x_NBT):
         return jnp.sum(jnp.where(valid_NBT, x_NBT, 0), (1, 2), dtype=jnp.float32)
 
@@ -49,22 +57,22 @@ def sums_of(
 
 
 def _acceptance(predicted_NBT: jax.Array, valid_NBT: jax.Array) -> dict[str, jax.Array]:
-    """How far heads 2..n, at t, agree with what head 1 says once it gets there.
+    """Counts how far heads 2..n, at t, predict what head 1 does when it gets there.
 
     Teacher-forced: head 1 reads the true text. Token t + i is drafted by head i at t
-    and spoken by head 1 at t + i - 1, so a position counts only if all n - 1 of those
+    and predicted by head 1 at t + i - 1, so a position counts only if all n - 1 of those
     lie in the row and in its document.
     """
     n, _, t = predicted_NBT.shape
     inside_T = zigzag.positions(t, time_parts(predicted_NBT[0])) <= t - n
     window_BT = valid_NBT[-1] & inside_T[None]
     prefix_BT, accepted = window_BT, [window_BT]
-    # What head 1 says further on may be said on another device.
+    # Head 1 may predict the positions further on on another device.
     first_BT = whole_time(predicted_NBT[0])
     for i in range(1, n):
         # Shifted by a pad of -i: jax 0.12 loses the sharding of a slice of one row.
-        spoken_BT = jax.lax.pad(first_BT, jnp.int32(-1), [(0, 0, 0), (-i, i, 0)])
-        prefix_BT = prefix_BT & (predicted_NBT[i] == split_time(spoken_BT))
+        later_BT = jax.lax.pad(first_BT, jnp.int32(-1), [(0, 0, 0), (-i, i, 0)])
+        prefix_BT = prefix_BT & (predicted_NBT[i] == split_time(later_BT))
         accepted.append(prefix_BT)
     accepted_N = jnp.sum(jnp.stack(accepted), axis=(1, 2), dtype=jnp.float32)
     return {"windows": accepted_N[0], "accepted_N": accepted_N}

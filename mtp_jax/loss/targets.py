@@ -15,13 +15,13 @@ class Targets:
     """The token that each head must predict everywhere, and its weight in the loss."""
 
     token_NBT: jax.Array  # int32
-    weight_NBT: jax.Array  # float32; 0 where there is nothing to be said
+    weight_NBT: jax.Array  # float32; 0 where nothing is to be predicted
 
 
 def future_targets(
     tokens_BS: jax.Array, segments_BS: jax.Array, n: int
 ) -> tuple[jax.Array, jax.Array]:
-    """What head i must predict at position t: token t + i, if in the same document.
+    """The targets of every head: for head i at position t token t + i of its document.
 
     Args:
       tokens_BS: token ids; S = T + n, so that each head has a target everywhere.

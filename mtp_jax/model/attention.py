@@ -29,7 +29,7 @@ from mtp_jax.parallel.sharding import (
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowContext:
-    """What a layer must know of packed rows besides their activations."""
+    """Positions and documents of packed rows, which every layer needs beside x."""
 
     angles_BTk: jax.Array  # rotary angles of the positions, float32
     # Document of each position, int32; 0 is padding. Not split over devices that share

@@ -31,7 +31,7 @@ def layer_params(cfg: ModelConfig) -> int:
 
 
 def _attention_flops(cfg: Config) -> float:
-    """Of one layer's forward pass for one position: half of 4 T D, as it is causal."""
+    """FLOPs of causal attention, one layer forward, one position: half of 4 T D."""
     return 2 * cfg.data.seq_len * cfg.model.num_query_heads * cfg.model.d_head
 
 

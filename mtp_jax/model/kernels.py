@@ -27,7 +27,7 @@ _LANES = 128  # of a TPU's vector registers: splash takes positions by so many
 
 
 def _step(parts: int) -> int:
-    """What the length of a row must be a multiple of for splash."""
+    """The number of positions that a row must be a multiple of for splash."""
     return _LANES * len(zigzag.pieces(parts))
 
 
@@ -40,7 +40,7 @@ def why_not(
     d_head: int,
     dtype: str,
 ) -> str:
-    """What a kernel asks for that is not so; empty if it can run.
+    """The reason why a kernel cannot run, as the end of a sentence; empty if it can.
 
     Args:
       kernel: the one in question; "auto" and "xla" ask for nothing.
@@ -182,7 +182,7 @@ def cudnn(
 
 
 def causal_mask(segments_BS: jax.Array, t: int, part: jax.Array | int) -> jax.Array:
-    """Whether a query of a part reads a key: of its document, and not after it.
+    """True where a query of a part reads a key: of its document, and not after it.
 
     Returns:
       bool [B, T, S] for `t` queries.

@@ -10,7 +10,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one device of jax can do, by its makers' figures."""
+    """Peak figures of a chip or of one device of jax, by its makers' data sheets."""
 
     peak_flops: float  # dense bfloat16, FLOP/s
     hbm_bytes: float
@@ -59,7 +59,7 @@ _CHIPS = {
 
 
 def chip_share(device: jax.Device) -> float:
-    """Which part of a chip a device of jax is: a core of two, or all of it.
+    """The share of a chip that a device of jax is: a core of two, or all of it.
 
     Devices of unknown kinds count as a chip each.
     """
@@ -70,7 +70,7 @@ def chip_share(device: jax.Device) -> float:
 
 
 def device_figures(device: jax.Device) -> Chip | None:
-    """What one device of jax can do, None if its kind is not in the table."""
+    """Peak figures of one device of jax, None if its kind is not in the table."""
     chip = _chip(device)
     return chip and chip * chip_share(device)
 

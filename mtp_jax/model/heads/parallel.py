@@ -1,4 +1,4 @@
-"""From the trunk's output to a head's: how the heads are wired.
+"""Parallel heads: each is one transformer layer over the trunk's output.
 
 Axes: B batch, T time, D model width, K head width, k half of it.
 

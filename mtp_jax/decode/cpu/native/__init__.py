@@ -38,7 +38,7 @@ _BUILD_S = 120  # seconds that a compiler may take
 
 
 def serves(dtype: DTypeLike) -> bool:
-    """Whether a CPU has these kernels: in float32, and if they compile."""
+    """True if a CPU has these kernels: for float32, and if they compile."""
     return jnp.dtype(dtype) == jnp.float32 and _loaded() is not None
 
 
@@ -53,7 +53,7 @@ def width() -> int:
 
 
 def product(x_MI: jax.Array, w_PIJ: jax.Array) -> jax.Array:
-    """x times a matrix in panels (see `panels`), float32 [M, P J]."""
+    """x times a matrix in panels, as `packed_weights.pack` makes them, float32 [M, P J]."""
     p, _, j = w_PIJ.shape
     return _call(_NAMES[0], (x_MI.shape[0], p * j))(x_MI, w_PIJ)
 
@@ -100,11 +100,11 @@ def _loaded() -> ctypes.CDLL | None:
         functions = {name: getattr(library, name) for name in _NAMES}
     # The last one: who runs this has no home.
     except (OSError, subprocess.SubprocessError, RuntimeError) as error:
-        said = str(getattr(error, "stderr", None) or "").strip() or str(error)
+        reason = str(getattr(error, "stderr", None) or "").strip() or str(error)
         print(
             f"mtp-jax: warning: {shlex.join(compiler)} cannot compile {_SOURCE.name}, "
             "decoding takes longer without; CXX= leaves it off: "
-            f"{said.splitlines()[0]}",
+            f"{reason.splitlines()[0]}",
             file=sys.stderr,
         )
         return None

@@ -57,7 +57,7 @@ def sums_over_targets(
 
 
 def _acceptance(predicted_NBT: jax.Array, valid_NBT: jax.Array) -> dict[str, jax.Array]:
-    """Counts how far heads 2..n, at t, predict what head 1 does when it gets there.
+    """Counts how far heads 2..n, at t, agree with head 1 at the positions after t.
 
     Teacher-forced: head 1 reads the true text. Token t + i is drafted by head i at t
     and predicted by head 1 at t + i - 1, so a position counts only if all n - 1 of those

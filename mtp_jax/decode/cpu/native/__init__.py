@@ -53,7 +53,7 @@ def width() -> int:
 
 
 def product(x_MI: jax.Array, w_PIJ: jax.Array) -> jax.Array:
-    """x times a matrix in panels, as `packed_weights.pack` makes them, float32 [M, P J]."""
+    """x times a matrix packed by `packed_weights.pack`, float32 [M, P J]."""
     p, _, j = w_PIJ.shape
     return _call(_NAMES[0], (x_MI.shape[0], p * j))(x_MI, w_PIJ)
 

@@ -57,11 +57,11 @@ def sums_over_targets(
 
 
 def _acceptance(predicted_NBT: jax.Array, valid_NBT: jax.Array) -> dict[str, jax.Array]:
-    """Counts how far heads 2..n, at t, agree with head 1 at the positions after t.
+    """Counts how far heads 2..n, at t, agree with head 1 at the positions after it.
 
     Teacher-forced: head 1 reads the true text. Token t + i is drafted by head i at t
-    and predicted by head 1 at t + i - 1, so a position counts only if all n - 1 of those
-    lie in the row and in its document.
+    and predicted by head 1 at t + i - 1, so a position counts only if all n - 1 of
+    those lie in the row and in its document.
     """
     n, _, t = predicted_NBT.shape
     inside_T = zigzag.positions(t, time_parts(predicted_NBT[0])) <= t - n

@@ -26,7 +26,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.hf_llama import llama_of
 from benchmarks.timing import (
     interleaved,
     options,
@@ -42,6 +41,7 @@ from mtp_jax.data.prompts import heldout_prompts
 from mtp_jax.decode.decoders.state import Decoder
 from mtp_jax.decode.generator import Generator
 from mtp_jax.errors import UserError
+from mtp_jax.interop.hf_llama import llama_of
 
 _ADAPTIVE = "+adaptive"  # behind a decoder's name
 

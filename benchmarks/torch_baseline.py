@@ -12,7 +12,6 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from benchmarks.hf_llama import new_llama
 from benchmarks.timing import (
     Training,
     config_of,
@@ -27,6 +26,7 @@ from benchmarks.timing import (
 )
 from mtp_jax.config import Config
 from mtp_jax.errors import UserError
+from mtp_jax.interop.hf_llama import new_llama
 
 
 @script

@@ -20,6 +20,7 @@ FOLDERS = [
     "verification",
     "eval",
     "decode",
+    "interop",
     "planning",
     "checkpoint",
     "training",

@@ -69,7 +69,7 @@ def test_tables_are_aligned(capsys):
             ["2, 1", "2, 2"],
         ),
         (
-            "panels",
+            "packed_weights",
             ["--rounds=1", "--outputs=8", "--inputs=4", "--megabytes=0"],
             ["1, XLA's", "2, XLA's", "4, XLA's", "8, XLA's"],
         ),

@@ -20,8 +20,8 @@ from models import (
     tiny_config,
 )
 
-from benchmarks.hf_llama import llama_of
 from mtp_jax.config import ComputeConfig, Remat
+from mtp_jax.interop.hf_llama import llama_of
 from mtp_jax.model.attention import causal_attention
 from mtp_jax.model.language_model import model_builder
 from mtp_jax.parallel.sharding import spec

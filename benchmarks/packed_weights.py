@@ -3,7 +3,7 @@
 Many matrices are read one after the other, more than a cache holds, as the layers of a
 model are. Ours is that of `native`, where a C++ compiler is; the rest is XLA's.
 
-python -m benchmarks.panels --outputs=1024 --inputs=384
+python -m benchmarks.packed_weights --outputs=1024 --inputs=384
 """
 
 import sys

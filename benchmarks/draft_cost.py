@@ -27,7 +27,7 @@ from benchmarks.timing import (
     show_ratio,
 )
 from mtp_jax.config import ModelConfig
-from mtp_jax.decode.batch import Batch
+from mtp_jax.decode.batch import DecodeBatch
 from mtp_jax.decode.decode_model import unstack
 from mtp_jax.decode.decoders import DECODERS
 from mtp_jax.decode.decoders.sampling import Sampling
@@ -93,13 +93,15 @@ def _row(cfg: ModelConfig, params: Any, size: int, args: Any) -> tuple[str, ...]
     )
 
 
-def _batch(cfg: ModelConfig, params: Any, decoder: str, heads: int, size: int) -> Batch:
+def _batch(
+    cfg: ModelConfig, params: Any, decoder: str, heads: int, size: int
+) -> DecodeBatch:
     """Texts that have room for the passes that are timed, and compiled programs."""
     params = {**params, "heads": params["heads"][:heads]}
     rows = [np.arange(1, 33, dtype=np.int32)] * size
     room = (_PASSES + 2) * cfg.n_future_tokens
     programs = Programs(cfg, _NO_END)
-    return Batch(programs, params, DECODERS[decoder](), rows, room, Sampling())
+    return DecodeBatch(programs, params, DECODERS[decoder](), rows, room, Sampling())
 
 
 def _bound(cfg: ModelConfig, params: Any) -> float:

@@ -102,7 +102,7 @@ def counts_file(tmp_path_factory):
 
 @pytest.mark.parametrize("piece", [5, 64, 1 << 20])
 def test_tables_hold_what_loops_count(monkeypatch, piece):
-    monkeypatch.setattr(ngram_counts, "_PIECE", piece)
+    monkeypatch.setattr(ngram_counts, "_CHUNK_TOKENS", piece)
     found, slow = ngrams(), counted(documents())
     runs = [((t,), int(c)) for t, c in enumerate(found.count_V) if c]
     assert dict(runs) == slow[1]

@@ -10,7 +10,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one device of jax can do, by its makers' figures."""
+    """Peak figures of one device of jax, by its maker."""
 
     peak_flops: float  # dense bfloat16, FLOP/s
     hbm_bytes: float
@@ -21,6 +21,7 @@ class Chip:
     cores_of_device: int = 1  # where the device does not say
 
     def __mul__(self, share: float) -> "Chip":
+        """The figures of a share of the chip."""
         return dataclasses.replace(
             self,
             peak_flops=self.peak_flops * share,
@@ -59,7 +60,7 @@ _CHIPS = {
 
 
 def chip_share(device: jax.Device) -> float:
-    """Which part of a chip a device of jax is: a core of two, or all of it.
+    """The share of a chip that a device of jax is: a core of two, or all of it.
 
     Devices of unknown kinds count as a chip each.
     """
@@ -70,17 +71,18 @@ def chip_share(device: jax.Device) -> float:
 
 
 def device_figures(device: jax.Device) -> Chip | None:
-    """What one device of jax can do, None if its kind is not in the table."""
+    """Returns the figures of one device of jax, None if its kind is not in the table."""
     chip = _chip(device)
     return chip and chip * chip_share(device)
 
 
 def _chip(device: jax.Device) -> Chip | None:
+    """The whole chip of a device, None if its kind is not in the table."""
     kinds = (kind for kind in _CHIPS if device.device_kind.startswith(kind))
     return _CHIPS.get(next(kinds, ""))
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Peak of one device in FLOP/s, None if it is not in the table."""
+    """Returns the peak of one device in FLOP/s, None if it is not in the table."""
     figures = device_figures(device)
     return figures.peak_flops if figures else None

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 
 
-class Hosts:
+class HostGroup:
     """Processes of one run. What they print is kept, and written to a file each."""
 
     def __init__(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mtp_jax.config import Config
-from mtp_jax.rehearsal.processes import Hosts
+from mtp_jax.rehearsal.processes import HostGroup
 from mtp_jax.rehearsal.scale import scaled_mesh
 
 _FIRST_START_S = 900  # compiles; seconds, or minutes on a loaded machine
@@ -56,7 +56,7 @@ class Storm:
         self._starts = 0
         self.patience_s: float = _FIRST_START_S  # for a start
         self._slowest_s = 0.0
-        self.group: Hosts | None = None
+        self.group: HostGroup | None = None
         self.resume_at = (
             0  # step of the checkpoint with which the next start must begin
         )
@@ -77,11 +77,11 @@ class Storm:
         hosts: int | None = None,
         overrides: Sequence[str] = (),
         missing: Sequence[int] = (),
-    ) -> Hosts:
+    ) -> HostGroup:
         """Processes of their own, just begun; they are not `group`."""
         count = hosts or self.hosts
         self._starts += 1
-        return Hosts(
+        return HostGroup(
             self.arguments(count, overrides),
             hosts=count,
             devices=self.devices,
@@ -89,7 +89,7 @@ class Storm:
             missing=missing,
         )
 
-    def up(self, hosts: int | None = None, overrides: Sequence[str] = ()) -> Hosts:
+    def up(self, hosts: int | None = None, overrides: Sequence[str] = ()) -> HostGroup:
         """The group trains: starts one if none does, and waits for new steps.
 
         Raises:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from mtp_jax.data.tokenizer import Tokenizer
 from mtp_jax.decode.generation import Generation, totals
-from mtp_jax.decode.text_stream import pieces
+from mtp_jax.decode.text_stream import token_texts
 
 _BACK = "\x1b[0m"
 # Of 256 colours; black on each of them can be read, in light and dark windows.
@@ -29,7 +29,7 @@ def spans(result: Generation, tokenizer: Tokenizer) -> list[Span]:
     """A continuation in pieces, whose texts add up to its text."""
     found, heads, passes, length = [], [], [], 0
     for text, head, forward in zip(
-        pieces(tokenizer, result.tokens), result.heads, result.passes, strict=True
+        token_texts(tokenizer, result.tokens), result.heads, result.passes, strict=True
     ):
         heads.append(head)
         passes.append(forward)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax.config import ModelConfig
-from mtp_jax.decode.batch import ladder, put
+from mtp_jax.decode.batch import bucket_size, put
 from mtp_jax.decode.cache import at_slot
 from mtp_jax.decode.decoders.sampling import RandomKeys, Sampling, sampling_arrays
 from mtp_jax.decode.decoders.state import Decoder
@@ -31,7 +31,7 @@ Distribution = dict[
 ]  # texts, end of text included, to probabilities
 NextLogits = Callable[[Sequence[Sequence[int]]], np.ndarray]
 
-_ROWS = 32  # of a call, where nothing else is said
+_ROWS_PER_CALL = 32  # of a call, where nothing else is said
 _NO_RANK = 2**30  # of no value: a draw that is asked for it makes a probability of NaN
 
 
@@ -68,8 +68,8 @@ def head_one(cfg: ModelConfig, params: Any) -> NextLogits:
 
     def call(rows: Sequence[Sequence[int]]) -> np.ndarray:
         mesh = jax.sharding.get_mesh()
-        width = ladder(max(map(len, rows)), least=8)
-        size = _whole(min(_ROWS, len(rows)), batch_shards(mesh))
+        width = bucket_size(max(map(len, rows)), least=8)
+        size = _whole(min(_ROWS_PER_CALL, len(rows)), batch_shards(mesh))
         logits = []
         for start in range(0, len(rows), size):
             now = rows[start : start + size]
@@ -153,7 +153,7 @@ def decoder_distribution(
     sampling: Sampling,
     *,
     most_rows: int = 20_000,
-    rows: int = _ROWS,
+    rows: int = _ROWS_PER_CALL,
 ) -> Distribution:
     """The law of the first `tokens` new tokens that a decoder gives to a prompt.
 
@@ -178,12 +178,12 @@ def decoder_distribution(
     """
     ranks = sampling.top_k or params["w_embedding"].shape[0]
     ranks = max(ranks, 2)
-    run = _Run(programs, params, decoder, prompt, tokens, sampling, ranks, rows)
+    run = _Enumeration(programs, params, decoder, prompt, tokens, sampling, ranks, rows)
     distribution: Distribution = {}
     frontier = run.begin(most_rows)
     used = run.rows
     while True:
-        going: list[_State] = []
+        going: list[_Branch] = []
         for state in frontier:
             if state.done:
                 distribution[state.text] = (
@@ -198,7 +198,7 @@ def decoder_distribution(
 
 
 @dataclasses.dataclass
-class _State:
+class _Branch:
     """A row of a `DecodeState` on the host, and how likely it is."""
 
     row: list[np.ndarray]  # leaves that have rows; none once it is done
@@ -207,7 +207,7 @@ class _State:
     prob: float
 
 
-class _Run:
+class _Enumeration:
     """A decoder over one prompt, many draws at a time."""
 
     def __init__(
@@ -222,7 +222,7 @@ class _Run:
         self._j = 4 * width + 8  # draws of a forward pass, at most
         self.rows = 0
         more = slack(decoder, len(params["heads"]))
-        room = ladder(len(prompt) + tokens + more, least=8)
+        room = bucket_size(len(prompt) + tokens + more, least=8)
         tokens_CP = np.tile(np.asarray(prompt, np.int32), (self._c, 1))
         length_C = np.full(self._c, len(prompt), np.int32)
         zeros_CJ = np.zeros((self._c, self._j), np.int32)
@@ -246,18 +246,20 @@ class _Run:
         self._shardings = [leaf.sharding for leaf in leaves]
         self._zeros_C = np.zeros(self._c, np.float32), shapes.keys.log_prob_B.sharding
         self._last: list[np.ndarray] = []
-        self._step_draws: list[int] | None = None
+        self._step_values: list[int] | None = None
 
-    def begin(self, most_rows: int) -> list[_State]:
+    def begin(self, most_rows: int) -> list[_Branch]:
         def call(_, forced_CJ):
             keys = dataclasses.replace(self._prompts.keys, forced_BJ=forced_CJ)
             prompts = dataclasses.replace(self._prompts, keys=keys)
             return self._begin(self._params, prompts)[0]
 
-        start = [_State([], (), False, 1.0)]
-        return self._expand(call, start, self._draws(call, start[0]), most_rows)
+        start = [_Branch([], (), False, 1.0)]
+        return self._expand(
+            call, start, self._values_per_draw(call, start[0]), most_rows
+        )
 
-    def step(self, states: list[_State], most_rows: int) -> list[_State]:
+    def step(self, states: list[_Branch], most_rows: int) -> list[_Branch]:
         def call(now, forced_CJ):
             state = self._state(now)
             keys = dataclasses.replace(
@@ -268,11 +270,11 @@ class _Run:
             state = dataclasses.replace(state, keys=keys)
             return self._advance(self._params, state, np.int32(1))
 
-        if self._step_draws is None:
-            self._step_draws = self._draws(call, states[0])
-        return self._expand(call, states, self._step_draws, most_rows)
+        if self._step_values is None:
+            self._step_values = self._values_per_draw(call, states[0])
+        return self._expand(call, states, self._step_values, most_rows)
 
-    def _draws(self, call, state: _State) -> list[int]:
+    def _values_per_draw(self, call, state: _Branch) -> list[int]:
         """How many values each draw of a forward pass can have; 1 past the last draw.
 
         A draw that is made to give what it cannot give spoils the probability of its
@@ -296,27 +298,27 @@ class _Run:
             for j in range(self._j)
         ]
 
-    def _call(self, call, states: list[_State], forced: np.ndarray):
+    def _call(self, call, states: list[_Branch], forced: np.ndarray):
         """Runs a state a row with prescribed draws; more rows fill up the batch."""
         spare = self._c - len(states)
         forced_CJ = np.pad(forced, ((0, spare), (0, 0)))
         return call([*states, *[states[0]] * spare], put(forced_CJ))
 
-    def _expand(self, call, states, sampler: list[int], most_rows: int) -> list[_State]:
+    def _expand(self, call, states, values: list[int], most_rows: int) -> list[_Branch]:
         """What a forward pass makes of the states, with every value of every draw."""
-        count = len(states) * int(np.prod(sampler, dtype=np.float64))
+        count = len(states) * int(np.prod(values, dtype=np.float64))
         if count > most_rows:
             raise TooManyDraws(f"{count} rows")
         self.rows += count
-        merged: dict[Any, _State] = {}
-        work = itertools.product(states, itertools.product(*map(range, sampler)))
+        merged: dict[Any, _Branch] = {}
+        work = itertools.product(states, itertools.product(*map(range, values)))
         while batch := list(itertools.islice(work, self._c)):
             forced = np.array([ranks for _, ranks in batch], np.int32)
             out = self._call(call, [state for state, _ in batch], forced)
             self._merge(merged, out, [state.prob for state, _ in batch])
         return list(merged.values())
 
-    def _merge(self, merged: dict[Any, _State], out, before: list[float]) -> None:
+    def _merge(self, merged: dict[Any, _Branch], out, before: list[float]) -> None:
         p = len(self._prompt)
         tokens_CE, length_C = np.asarray(out.tokens_BE), np.asarray(out.length_B)
         done_C, log_prob_C = np.asarray(out.done_B), np.asarray(out.keys.log_prob_B)
@@ -334,9 +336,9 @@ class _Run:
                 merged[key].prob += prob
             else:
                 row = [] if done else [x[b] for x in leaves if x.ndim]
-                merged[key] = _State(row, text, done, prob)
+                merged[key] = _Branch(row, text, done, prob)
 
-    def _state(self, states: list[_State]):
+    def _state(self, states: list[_Branch]):
         rows = zip(*(state.row for state in states), strict=True)
         leaves = [np.stack(next(rows)) if x.ndim else x for x in self._last]
         placed = map(jax.device_put, leaves, self._shardings)

@@ -59,7 +59,9 @@ def chi_square(texts: Iterable[Sequence[int]], distribution: Distribution) -> Ch
 class Trusting(Blockwise):
     """Wrong on purpose: every draft passes, so head 1 goes on from wrong ones."""
 
-    def accepted(self, drafts_BM: jax.Array, predicted_BN: jax.Array) -> jax.Array:
+    def count_accepted(
+        self, drafts_BM: jax.Array, predicted_BN: jax.Array
+    ) -> jax.Array:
         """All of them."""
         del predicted_BN
         return jnp.full_like(drafts_BM[:, 0], drafts_BM.shape[1])
@@ -77,7 +79,7 @@ class WithoutRest(Speculative):
     ) -> tuple[jax.Array, jax.Array]:
         """The rule of the paper but for what follows a rejection."""
         predicted_BN, accepted_B = accept(p_BNV, q_BMV, drafts_BM, sampler)
-        last_B1 = sampler.pick(at_slot(p_BNV, accepted_B)[:, None])
+        last_B1 = sampler.sample(at_slot(p_BNV, accepted_B)[:, None])
         order_1N = jnp.arange(predicted_BN.shape[1])[None]
         return jnp.where(
             order_1N == accepted_B[:, None], last_B1, predicted_BN

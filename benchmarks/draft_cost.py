@@ -1,4 +1,4 @@
-"""What a drafting forward pass costs, on weights that no cache holds.
+"""The cost of a drafting forward pass, on weights that no cache holds.
 
 With few texts a forward pass takes as long as reading the weights, so the speed that
 drafting can reach, to the tokens of a forward pass, is bounded by the weights that a
@@ -96,7 +96,7 @@ def _row(cfg: ModelConfig, params: Any, size: int, args: Any) -> tuple[str, ...]
 def _batch(
     cfg: ModelConfig, params: Any, decoder: str, heads: int, size: int
 ) -> DecodeBatch:
-    """Texts that have room for the passes that are timed, and compiled programs."""
+    """A batch with room for the passes that are timed, its programs compiled."""
     params = {**params, "heads": params["heads"][:heads]}
     rows = [np.arange(1, 33, dtype=np.int32)] * size
     room = (_PASSES + 2) * cfg.n_future_tokens
@@ -105,6 +105,7 @@ def _batch(
 
 
 def _bound(cfg: ModelConfig, params: Any) -> float:
+    """The weights that a plain pass reads over those of a drafting one."""
     layer = sum(x.size for x in jax.tree.leaves(params["heads"][0]))
     output = cfg.vocab_size * cfg.d_model
     plain = (cfg.num_trunk_layers + 1) * layer + output

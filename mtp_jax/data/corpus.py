@@ -144,7 +144,7 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        """Fingerprint of the text to train on: 12 digits of the sha256 of its manifest."""
+        """Fingerprint of the train split: 12 digits of the sha256 of its manifest."""
         text = json.dumps(self.manifest["splits"]["train"], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -155,7 +155,7 @@ class HostBatches:
         return self._n_batches
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        """Batch `step`: tokens, segments, positions int32 [B, S], hash uint32 [B, 2]."""
+        """Tokens, segments, positions, int32 [B, S], and hash, uint32 [B, 2]."""
         rows = [self._row(step, r) for r in self._rows_of_this_host]
         batch = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
         batch["hash"] = np.stack(

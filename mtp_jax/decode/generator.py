@@ -296,7 +296,7 @@ class Generator:
         heads: int | None,
         stop: Sequence[str],
     ) -> tuple[Decoder, int]:
-        """Checks arguments of `generate`; returns the decoder and its number of heads."""
+        """Checks arguments; returns the decoder and the number of heads it runs."""
         n = self.cfg.n_future_tokens
         heads = n if heads is None else heads
         if max_new_tokens < 1:

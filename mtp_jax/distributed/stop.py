@@ -49,7 +49,7 @@ class LastStep:
         self._told = threading.Event()
 
     def ask(self) -> int:
-        """Returns the steps done before the newest, or -1; from now on waits for `tell`."""
+        """Returns the steps before the newest, or -1; from now on waits for `tell`."""
         with self._lock:
             self._asked = True
             return self._begun
@@ -66,7 +66,7 @@ class LastStep:
             return self._begun >= 0
 
     def reached(self, done: int) -> bool:
-        """Returns True if the run stops after `done` steps; else begins the next one."""
+        """Returns True if the run stops after `done` steps; else begins the next."""
         with self._lock:
             asked = self._asked
             if not asked:

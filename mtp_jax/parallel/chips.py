@@ -71,7 +71,7 @@ def chip_share(device: jax.Device) -> float:
 
 
 def device_figures(device: jax.Device) -> Chip | None:
-    """Returns the figures of one device of jax, None if its kind is not in the table."""
+    """Figures of one device of jax, None if its kind is not in the table."""
     chip = _chip(device)
     return chip and chip * chip_share(device)
 

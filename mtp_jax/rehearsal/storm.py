@@ -1,4 +1,4 @@
-"""A run in the weather: hosts come and go, and leave files behind."""
+"""A run under faults: its hosts come and go, and leave files behind."""
 
 import json
 import pathlib
@@ -35,15 +35,15 @@ class Storm:
         devices: int,
         seed: int,
     ):
-        """Starts nothing.
+        """Prepares a run, and starts nothing.
 
         Args:
-          cfg: what `config_file` says.
+          cfg: the config in `config_file`.
           config_file: the config of the hosts.
           folder: gets the workdir and the logs.
           hosts: on how many the run normally is.
           devices: of each host.
-          seed: of everything that is left to chance.
+          seed: of all random choices.
         """
         self.cfg = cfg
         self.hosts = hosts
@@ -57,12 +57,10 @@ class Storm:
         self.patience_s: float = _FIRST_START_S  # for a start
         self._slowest_s = 0.0
         self.group: HostGroup | None = None
-        self.resume_at = (
-            0  # step of the checkpoint with which the next start must begin
-        )
+        self.resume_at = 0  # step of the checkpoint that the next start must begin with
 
     def arguments(self, hosts: int, overrides: Sequence[str] = ()) -> list[str]:
-        """Of `train`, for so many hosts."""
+        """The arguments of `train` for so many hosts."""
         mesh = vars(scaled_mesh(self.cfg.mesh, hosts * self.devices))
         return [
             "train",
@@ -78,7 +76,7 @@ class Storm:
         overrides: Sequence[str] = (),
         missing: Sequence[int] = (),
     ) -> HostGroup:
-        """Processes of their own, just begun; they are not `group`."""
+        """Starts processes of their own; they are not `group`."""
         count = hosts or self.hosts
         self._starts += 1
         return HostGroup(
@@ -90,7 +88,7 @@ class Storm:
         )
 
     def up(self, hosts: int | None = None, overrides: Sequence[str] = ()) -> HostGroup:
-        """The group trains: starts one if none does, and waits for new steps.
+        """Starts a group if none trains, and waits for new steps.
 
         Raises:
           Broken: it ends, takes too long, or begins at another step than it should.
@@ -112,7 +110,7 @@ class Storm:
         return self.group
 
     def down(self, timeout_s: float) -> tuple[dict[int, int | None], float, list[str]]:
-        """Waits for the group to end: exit codes, seconds, and what was said."""
+        """Waits for the group to end; returns exit codes, seconds and printed lines."""
         assert self.group is not None
         group, self.group = self.group, None
         codes, took_s = group.wait(timeout_s)
@@ -144,7 +142,7 @@ class Storm:
         return [json.loads(line) for line in lines]
 
     def wait_for_save(self) -> None:
-        """Until there is a checkpoint newer than the one the group began with.
+        """Waits until there is a checkpoint newer than the one the group began with.
 
         Raises:
           Broken: none comes.
@@ -155,11 +153,11 @@ class Storm:
         )
 
     def pause(self, longest_s: float = 1.5) -> None:
-        """A random while."""
+        """Waits for a random time of up to `longest_s` seconds."""
         time.sleep(self.rng.uniform(0, longest_s))
 
     def copy_of(self, path: pathlib.Path) -> pathlib.Path:
-        """A copy beside the run, to be put back."""
+        """Copies a file beside the run, to be put back; returns the copy."""
         kept = self._logs.parent / "kept" / path.name
         kept.parent.mkdir(exist_ok=True)
         shutil.copy(path, kept)
@@ -176,6 +174,7 @@ class Storm:
         return None
 
     def _wait_for(self, ready: Callable[[], bool], otherwise: str) -> None:
+        """Waits until `ready`; raises Broken if the group ends or takes too long."""
         assert self.group is not None
         end = time.monotonic() + self.patience_s
         while not ready():

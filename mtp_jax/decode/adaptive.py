@@ -51,7 +51,7 @@ _CALMER = 0.6  # share of the entropy at which heads are asked again before thei
 
 
 def leave_heads(state: DecodeState, d_model: int) -> DecodeState:
-    """Has only the trunk and head 1 read from now on; `state.alone` says since when."""
+    """Has only the trunk and head 1 read from now on; `state.alone` has the start."""
     b, e = state.tokens_BE.shape
     dtype = state.cache.k_BGSK[0].dtype
     trunk_BED = jnp.zeros((b, e, d_model), dtype, out_sharding=_BATCH_SPEC)

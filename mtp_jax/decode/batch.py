@@ -149,7 +149,7 @@ class DecodeBatch:
                 chooser.saw_entropy(float(after.alone.entropy))
 
     def _acceptance_counts(self) -> np.ndarray:
-        """How often 0, 1 ... drafts were accepted so far, in all texts, int [N]."""
+        """Counts of the passes that accepted 0, 1 ... drafts so far, int [N]."""
         return np.sum(_host(self._at().passes_BN), axis=0)
 
     def _use_heads(self, wanted: bool) -> None:

@@ -121,7 +121,7 @@ class Generator:
           decoder: a name in DECODERS, or one with options of its own; if None,
             blockwise where there are heads to draft with, else plain.
           heads: use the first so many heads; all if None.
-          sampling: the law of the next token; greedy if not given.
+          sampling: how next tokens are chosen; greedy if not given.
           stop: a continuation ends before the first of these that it contains.
           batch_size: how many prompts are decoded at a time; all if None.
           first: number of the first prompt. What is drawn for a prompt depends on the

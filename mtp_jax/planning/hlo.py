@@ -44,7 +44,7 @@ _CALLED = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Collectives of one kind that a device takes part in, in one run of the program."""
+    """Collectives of one kind, and a device's bytes in them, in one program run."""
 
     count: int = 0  # collectives
     bytes: float = 0.0  # sent by a device; see `_Counting._sent`

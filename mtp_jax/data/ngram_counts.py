@@ -1,4 +1,4 @@
-"""N-gram counts of a corpus: counted, kept in a file, read back.
+"""Counts of tokens that follow each other in a corpus: made, kept in a file, read.
 
 Counts of single tokens, of pairs and of triples, within documents, begin and end of
 text included. They are a tree, of which only what was seen is kept: the pairs are the
@@ -145,7 +145,7 @@ def _of_arrays(arrays: dict[str, Any]) -> NGrams:
 
 
 def _fits(ngrams: NGrams) -> bool:
-    """Returns True if any look-up stays within the arrays."""
+    """Returns True if any look-up in the arrays stays within them."""
     rows, vocab = ngrams.count_V.size, ngrams.count_V.size
     sound = ngrams.count_V.shape == (vocab,) and ngrams.count_V.dtype == np.int64
     for level in ngrams.levels:

@@ -10,7 +10,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Peak figures of one device of jax, by its maker."""
+    """Peak figures of a chip or of one device of jax, by its makers' data sheets."""
 
     peak_flops: float  # dense bfloat16, FLOP/s
     hbm_bytes: float
@@ -71,7 +71,7 @@ def chip_share(device: jax.Device) -> float:
 
 
 def device_figures(device: jax.Device) -> Chip | None:
-    """Figures of one device of jax, None if its kind is not in the table."""
+    """Peak figures of one device of jax, None if its kind is not in the table."""
     chip = _chip(device)
     return chip and chip * chip_share(device)
 

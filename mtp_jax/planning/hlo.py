@@ -1,4 +1,4 @@
-"""Reads the optimized HLO of a compiled program: collectives, buffers, length.
+"""Collectives and arrays of a compiled program, read from its optimized HLO.
 
 `read_hlo(compiled.as_text())` works for programs of CPUs and TPUs. It tells what the
 devices send to each other, which arrays there are, and how long the program is.
@@ -44,7 +44,7 @@ _CALLED = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Collectives of one kind, and a device's bytes in them, in one program run."""
+    """Collectives of one kind, and the bytes a device sends in them, in one run."""
 
     count: int = 0  # collectives
     bytes: float = 0.0  # sent by a device; see `_Counting._sent`
@@ -72,7 +72,7 @@ class Buffer:
 
 @dataclasses.dataclass(frozen=True)
 class HloProgram:
-    """The figures of a compiled program, for one device."""
+    """The program of one device."""
 
     collectives: dict[str, Traffic]  # by kind; those of `KINDS` that occur
     buffers: tuple[Buffer, ...]  # the largest first
@@ -113,7 +113,7 @@ class _Instruction:
         return [name.strip(" %") for name in names]
 
     def attribute(self, name: str) -> str:
-        """The value x of `name=%x`; empty if there is none."""
+        """The x of `name=%x`; empty if there is no such attribute."""
         match = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
         return match[1] if match else ""
 
@@ -184,7 +184,7 @@ class _Counting:
         self._known: dict[str, dict[str, Traffic]] = {}
 
     def traffic(self, computation: str) -> dict[str, Traffic]:
-        """The traffic of one run of a computation and all that it calls, by kind."""
+        """Traffic of one run of a computation and all that it calls, by kind."""
         if computation in self._known:
             return self._known[computation]
         total: dict[str, Traffic] = {}
@@ -204,7 +204,7 @@ class _Counting:
         return total
 
     def _kind(self, x: _Instruction, computation: str) -> str:
-        """The kind of collective that an instruction begins; empty if none.
+        """The kind of collective that begins here; empty if none does.
 
         TPU programs have three forms of their own. A reduce-scatter is a fusion named
         all-reduce-scatter, of an all-reduce and the slice that is kept. A collective
@@ -244,7 +244,7 @@ class _Counting:
         return share * {"all-gather": group, "all-reduce": 2}.get(kind, 1)
 
     def _trips(self, loop: _Instruction, computation: str) -> int:
-        """The number of runs of a loop's body.
+        """The number of times that a loop's body runs.
 
         TPU programs do not say: there it follows from the constant that a counter is
         compared with, where the counter begins, and what the body adds to it.
@@ -277,7 +277,7 @@ def _through_copies(x: _Instruction, computation: _Computation) -> _Instruction:
 
 
 def _element(x: _Instruction, index: int, computation: _Computation) -> _Instruction:
-    """The element `index` of a tuple that is made here; else the tuple itself."""
+    """The instruction at `index` of a tuple made here; else the tuple itself."""
     if x.op != "tuple":
         return x
     return _through_copies(computation[x.operands[index]], computation)
@@ -309,7 +309,7 @@ def _group_size(attributes: str) -> int:
 
 
 def _slices(attributes: str) -> int:
-    """The number of slices in _xla_megascale_target="{1,2}x{0:3}", here 2."""
+    """The number of slices that _xla_megascale_target="{1,2}x{0:3}" names."""
     match = re.search(r'_xla_megascale_target="\{([^}]*)\}', attributes)
     ranges = [part.split(":") for part in match[1].split(",")] if match else []
     return sum(int(of[-1]) - int(of[0]) + 1 for of in ranges)

@@ -1,4 +1,4 @@
-"""Faults that can happen to a run on many hosts, done to one.
+"""The faults of a rehearsal: everything that can happen to a run, done to one.
 
 A fault finds the group training, and leaves either no group or the group training. It
 returns an `Outcome`, whose `wrong` is empty if what has to follow did follow.
@@ -21,16 +21,16 @@ _SAVE_S = 120  # a coordinated save and the end of all processes
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """The end of the hosts after a fault, and what is wrong with it."""
+    """The way in which the hosts ended."""
 
-    said: str
+    said: str  # what most of them printed
     seconds: float
-    wrong: str = ""
+    wrong: str = ""  # what did not follow as it had to
 
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """A fault: its name, the deed, what has to follow, and the function for it."""
+    """A fault: its name, what is done, what has to follow, and the doing."""
 
     name: str
     does: str
@@ -39,7 +39,7 @@ class Fault:
 
 
 def _limit_s(storm: Storm) -> float:
-    """The seconds within which hosts that lost another have ended."""
+    """Seconds within which hosts that lost another must have ended."""
     return storm.cfg.train.host_timeout_s + _LOAD_S
 
 
@@ -93,7 +93,7 @@ def _judged(
 
 
 def _stop(storm: Storm, *which: int) -> Outcome:
-    """Sends SIGTERM to some hosts, or all: one save at the last step, nothing lost."""
+    """Sends SIGTERM: there has to be one save, at the last step, and nothing lost."""
     storm.pause()
     assert storm.group is not None
     storm.group.send(signal.SIGTERM, *which)
@@ -105,12 +105,12 @@ def _stop(storm: Storm, *which: int) -> Outcome:
 
 
 def stop_one(storm: Storm) -> Outcome:
-    """Sends SIGTERM to one host, like the notice that it is about to be taken away."""
+    """SIGTERM to one host, the notice that it is about to be taken away."""
     return _stop(storm, storm.rng.randrange(storm.hosts))
 
 
 def stop_all(storm: Storm) -> Outcome:
-    """Sends SIGTERM to all hosts, like the end of a job's time."""
+    """SIGTERM to all hosts, as at the end of a job's time."""
     return _stop(storm)
 
 
@@ -122,19 +122,19 @@ def _kill(storm: Storm, which: int) -> Outcome:
 
 
 def kill_one(storm: Storm) -> Outcome:
-    """Kills a host other than host 0, like a crash, at a random moment."""
+    """SIGKILL of a host at a random moment, like a crash."""
     storm.pause()
     return _kill(storm, storm.rng.randrange(1, storm.hosts))
 
 
 def kill_first(storm: Storm) -> Outcome:
-    """Kills host 0, through which all find each other."""
+    """SIGKILL of host 0, through which all find each other."""
     storm.pause()
     return _kill(storm, 0)
 
 
 def kill_all(storm: Storm) -> Outcome:
-    """Kills all hosts, like a power cut."""
+    """SIGKILL of all hosts, like a power cut."""
     storm.pause()
     assert storm.group is not None
     storm.group.send(signal.SIGKILL)
@@ -142,7 +142,7 @@ def kill_all(storm: Storm) -> Outcome:
 
 
 def kill_while_saving(storm: Storm) -> Outcome:
-    """Kills a host or all of them while a checkpoint is half written."""
+    """SIGKILL of a host or of all, while a checkpoint is half written."""
     assert storm.group is not None
     end = time.monotonic() + _LOAD_S
     while not any(storm.checkpoints.glob("*.orbax-checkpoint-tmp")):
@@ -268,7 +268,7 @@ def not_finite(storm: Storm) -> Outcome:
 
 
 def other_hosts(storm: Storm) -> Outcome:
-    """Stops the run, continues it on another number of hosts, and stops it there."""
+    """Another number of hosts: stopped, continued there, and stopped again."""
     stopped = stop_all(storm)
     counts = [n for n in host_counts(storm.hosts) if n != storm.hosts]
     count = storm.rng.choice(counts)

@@ -67,7 +67,7 @@ class HostGroup:
         return {i: process.poll() for i, process in self._processes.items()}
 
     def running(self) -> bool:
-        """Returns True if all of them run."""
+        """True if all of them run."""
         return all(code is None for code in self.codes().values())
 
     def send(self, number: signal.Signals, *which: int) -> None:
@@ -105,7 +105,7 @@ class HostGroup:
             reader.join()
 
     def said(self) -> list[str]:
-        """The lines that the program printed for people, in the order of hosts."""
+        """Lines that the program printed for people, in the order of hosts."""
         return [line for lines in self.lines for line in lines if _is_ours(line)]
 
     def _read(self, host: int, process: subprocess.Popen[str], path: pathlib.Path):
@@ -119,7 +119,7 @@ class HostGroup:
 
 
 def _is_ours(line: str) -> bool:
-    """Returns True for a line of the program, not of a library's log or a traceback."""
+    """True for a line of the program, not of a library's log nor of a traceback."""
     return line.startswith(("mtp-jax:", "mtp_jax:", "told to stop", "done:"))
 
 
@@ -131,7 +131,7 @@ def _free_port() -> int:
 
 
 def _environment(devices: int) -> dict[str, str]:
-    """The environment of a host: CPU devices only, programs that compile fast."""
+    """The environment of a host: CPU devices only, and programs that compile fast."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
     path = pathlib.Path(__file__).parent.parent.parent
     return {

@@ -352,13 +352,13 @@ def distribution_by_training(cfg, params, prompt, sampling, length):
 
 
 def distribution_of_decoder(cfg, params, decoder, prompt, sampling, length):
-    """The same by running a decoder with every outcome of its draws.
+    """The distribution of a decoder, run with every outcome of its draws.
 
     And how many drafts a forward pass found right, the set of all.
     """
     vocab, n, start = cfg.vocab_size, cfg.n_future_tokens, 1 + len(prompt)
-    sampler = 1 + (length - 1) * n  # one for the first token, n for each forward pass
-    forced = np.array(list(itertools.product(range(vocab), repeat=sampler)), np.int32)
+    draws = 1 + (length - 1) * n  # one for the first token, n for each forward pass
+    forced = np.array(list(itertools.product(range(vocab), repeat=draws)), np.int32)
     b = len(forced)
     row = np.array([0, *prompt], np.int32)
     by_row = NamedSharding(one_device(), jax.P(("replica", "fsdp")))

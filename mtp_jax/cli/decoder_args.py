@@ -1,4 +1,4 @@
-"""Parses decoders and their options as command lines name them."""
+"""Decoders and their options as command lines give them."""
 
 import argparse
 import dataclasses
@@ -14,10 +14,10 @@ from mtp_jax.errors import UserError
 
 
 def decoder_of(spec: str, options: Sequence[str] = ()) -> Decoder:
-    """Makes a decoder from `NAME` or `NAME:option=value,option=value`.
+    """A decoder, `NAME` or `NAME:option=value,option=value`.
 
     Args:
-      spec: the decoder, with options or without.
+      spec: which one.
       options: more of a command line, `--option=value`.
 
     Raises:
@@ -43,7 +43,7 @@ def decoder_of(spec: str, options: Sequence[str] = ()) -> Decoder:
 
 
 def fitting(heads: int) -> dict[str, Decoder | str]:
-    """Every decoder with its default options, or why it cannot run with these heads."""
+    """Every decoder with its own options, or why it cannot run with so many heads."""
     fit: dict[str, Decoder | str] = {}
     for name in DECODERS:
         try:
@@ -57,7 +57,7 @@ def fitting(heads: int) -> dict[str, Decoder | str]:
 
 
 def description() -> str:
-    """Describes every decoder and its options, for people."""
+    """Every decoder, what it does and its options, for people."""
     lines = []
     for name, kind in DECODERS.items():
         says = (kind.__doc__ or "").strip().splitlines()[0]
@@ -70,7 +70,7 @@ def description() -> str:
 
 
 def options_of(kind: Any) -> list[dataclasses.Field]:
-    """The fields of a decoder that are options; it makes others itself of these."""
+    """Fields that are given; others a decoder makes itself of these."""
     return [f for f in dataclasses.fields(typing.cast(Any, kind)) if f.init]
 
 
@@ -97,7 +97,7 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def _converter(hint: Any) -> Any:
-    """A function from the text of an option to the type of a field."""
+    """From the text of an option to the type of a field."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         [hint] = [x for x in typing.get_args(hint) if x is not types.NoneType]
     if hint is bool:
@@ -114,6 +114,6 @@ def _converter(hint: Any) -> Any:
 
 
 def _truth(text: str) -> bool:
-    if (lower := text.lower()) not in ("true", "false"):
+    if (said := text.lower()) not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return lower == "true"
+    return said == "true"

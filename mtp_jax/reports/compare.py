@@ -1,4 +1,4 @@
-"""Compares decoders in one run on the same prompts."""
+"""Decoders side by side, in one run on the same prompts."""
 
 import functools
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def compare(
       generator: the model.
       decoders: by name; plain is among them.
       prompts: at least one.
-      sampling: how next tokens are chosen.
+      sampling: the law of the next token.
       settings: other arguments of `Generator.generate`.
 
     Returns:
@@ -71,7 +71,7 @@ def compare(
 
 
 def _kind(decoder: Decoder, results: Sequence[Generation], figures: Totals) -> str:
-    """`exact`, or the share of tokens that are not the exact choice."""
+    """Exact, or the share of tokens that are not the exact choice."""
     if not decoder.lossy:
         return "exact"
     deviations = sum(r.deviations or 0 for r in results)

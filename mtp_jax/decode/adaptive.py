@@ -73,7 +73,7 @@ def begin_alone(
       state: before.
       head_B1D: head 1's output at the end of each prompt.
       trunk_BED: the trunk's outputs.
-      decoder: the one that goes on; its carry are drafts that mean nothing.
+      decoder: the one that goes on; its carry gets drafts without meaning.
     """
     b, _, d = trunk_BED.shape
     sampler = Sampler(state.keys, state.length_B)
@@ -153,9 +153,7 @@ class DepthChooser:
         """Takes the seconds of a pass by depth, of 1 and others."""
         self.cost_s = cost_s
         drafting = max(cost_s) - 1
-        self._accepted_M = np.zeros(
-            drafting
-        )  # passes that accepted the first 1, 2 ... drafts
+        self._accepted_M = np.zeros(drafting)  # passes that accepted 1, 2 ... drafts
         self._seen_M = np.zeros(drafting)  # passes that had so many drafts
         self._last = 0  # the depth before; 0: these texts have had none
         self._stretch_s = 0.0

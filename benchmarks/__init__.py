@@ -1,4 +1,4 @@
-"""How fast it is: scripts that compare variants with each other in one run.
+"""Benchmarks: scripts that compare the speed of variants in one run.
 
 python -m benchmarks.NAME [--options]
 """

@@ -1,4 +1,4 @@
-"""What asynchronous saves cost the steps beside them.
+"""The cost of asynchronous saves to the steps beside them.
 
 python -m benchmarks.checkpoint_overhead
 

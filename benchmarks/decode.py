@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
 
 
 def _prompts(restored: Restored, args: Any) -> list[np.ndarray]:
-    """Held-out text, or pieces of `--text=FILE`; `--shuffled=1`: in no order."""
+    """Prompts of held-out text, or of `--text=FILE`; `--shuffled=1`: in no order."""
     if args.text:
         ids = restored.tokenizer.encode(_text_of(args.text))
         starts = np.linspace(0, len(ids) - args.prompt_tokens, args.prompts).astype(int)
@@ -145,7 +145,7 @@ def _rows(
 def _theirs(
     restored: Restored, prompts: Sequence[np.ndarray], size: int, args: Any
 ) -> Callable[[], None]:
-    """transformers' generate: greedy, with its cache, no end of text."""
+    """The function that runs transformers' generate: greedy, cached, no end of text."""
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))

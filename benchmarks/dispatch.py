@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
 
 
 def _timed(f: Any, state: Any, batch: Any) -> tuple[Any, float, float]:
-    """The new state, and the seconds until the call is over, and the work."""
+    """The new state, and the seconds until the call is over, and until the work is."""
     began = time.perf_counter()
     state, metrics = f(state, batch)
     called = time.perf_counter()
@@ -76,7 +76,7 @@ def _timed(f: Any, state: Any, batch: Any) -> tuple[Any, float, float]:
 
 
 def _little(metrics: Any) -> Any:
-    """`f(state, batch)` that takes and gives what a step does, the state donated."""
+    """A program with a step's arguments and results, the state donated, and no work."""
 
     @jax.jit(donate_argnums=0)
     def little(state, batch):

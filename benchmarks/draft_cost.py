@@ -1,4 +1,4 @@
-"""What a drafting forward pass costs, on weights that no cache holds.
+"""The cost of a drafting forward pass, on weights that no cache holds.
 
 With few texts a forward pass takes as long as reading the weights, so the speed that
 drafting can reach, to the tokens of a forward pass, is bounded by the weights that a
@@ -27,7 +27,7 @@ from benchmarks.timing import (
     show_ratio,
 )
 from mtp_jax.config import ModelConfig
-from mtp_jax.decode.batch import Batch
+from mtp_jax.decode.batch import DecodeBatch
 from mtp_jax.decode.decode_model import unstack
 from mtp_jax.decode.decoders import DECODERS
 from mtp_jax.decode.decoders.sampling import Sampling
@@ -93,16 +93,19 @@ def _row(cfg: ModelConfig, params: Any, size: int, args: Any) -> tuple[str, ...]
     )
 
 
-def _batch(cfg: ModelConfig, params: Any, decoder: str, heads: int, size: int) -> Batch:
-    """Texts that have room for the passes that are timed, and compiled programs."""
+def _batch(
+    cfg: ModelConfig, params: Any, decoder: str, heads: int, size: int
+) -> DecodeBatch:
+    """A batch with room for the passes that are timed, its programs compiled."""
     params = {**params, "heads": params["heads"][:heads]}
     rows = [np.arange(1, 33, dtype=np.int32)] * size
     room = (_PASSES + 2) * cfg.n_future_tokens
     programs = Programs(cfg, _NO_END)
-    return Batch(programs, params, DECODERS[decoder](), rows, room, Sampling())
+    return DecodeBatch(programs, params, DECODERS[decoder](), rows, room, Sampling())
 
 
 def _bound(cfg: ModelConfig, params: Any) -> float:
+    """The weights that a plain pass reads over those of a drafting one."""
     layer = sum(x.size for x in jax.tree.leaves(params["heads"][0]))
     output = cfg.vocab_size * cfg.d_model
     plain = (cfg.num_trunk_layers + 1) * layer + output

@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
 
 
 def _head_part(cfg: Config) -> tuple[Callable[[], object], int]:
-    """What runs the heads' loss and gradients, and its temporaries in bytes."""
+    """A function for the heads' loss and gradients, and its temporaries in bytes."""
     n = cfg.model.n_future_tokens
     init, build = model_builder(cfg.model)
     params = jax.jit(init)(jax.random.key(0))

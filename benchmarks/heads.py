@@ -1,4 +1,4 @@
-"""What n heads cost: step time of n to that of one head, at equal parameters.
+"""The cost of n heads: step time of n to that of one head, at equal parameters.
 
 python -m benchmarks.heads --rounds=10
 """

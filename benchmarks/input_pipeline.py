@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
 
 
 def _prepared(source: str, folder: str) -> str:
-    """A corpus of the bytes of `source`, in `folder`."""
+    """Prepares a corpus of the bytes of `source` in `folder`; returns its path."""
     output = f"{folder}/corpus"
     with contextlib.redirect_stdout(io.StringIO()):
         prepare.main([f"--input={source}", f"--output={output}", "--workers=1"])

@@ -1,4 +1,4 @@
-"""Which share of a chip's matrix peak the models of the paper achieve in training.
+"""The share of a chip's matrix peak that models of the paper achieve in training.
 
 python -m benchmarks.matmul_share --batch_size=8
 """
@@ -105,7 +105,7 @@ def _step_flops(cfg: Config) -> float:
 
 
 def _product(size: int, times: int = 20) -> tuple[Callable[[], object], float]:
-    """What multiplies square bfloat16 matrices so many times, and its FLOPs."""
+    """A function that multiplies square bfloat16 matrices so often, and its FLOPs."""
     values = np.random.default_rng(0).normal(size=(size, size)) / size**0.5
     w = jnp.asarray(values, jnp.bfloat16)
 

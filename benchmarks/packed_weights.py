@@ -1,4 +1,4 @@
-"""What a product of a few tokens costs on a CPU, to XLA's product of one.
+"""The cost of a product of a few tokens on a CPU, to XLA's product of one.
 
 Many matrices are read one after the other, more than a cache holds, as the layers of a
 model are. Ours is that of `native`, where a C++ compiler is; the rest is XLA's.

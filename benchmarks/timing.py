@@ -31,7 +31,7 @@ _COUNTS = ("rounds", "steps", "batches", "matmul")  # options that no config che
 
 
 def script(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
-    """`main`, which tells bad input in one line on stderr and returns 2."""
+    """Wraps a `main`: bad input is told in one line on stderr, and returns 2."""
 
     @functools.wraps(main)
     def run(argv: list[str]) -> int:
@@ -45,7 +45,7 @@ def script(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
 
 
 def options(argv: list[str], description: str, **defaults: Any) -> argparse.Namespace:
-    """`--name=VALUE` for each default, of its type; a list takes several values.
+    """Parses `--name=VALUE` for each default, of its type; a list takes several values.
 
     Raises:
       UserError: an unknown option, or a value that is not of its type.
@@ -70,7 +70,7 @@ def options(argv: list[str], description: str, **defaults: Any) -> argparse.Name
 def interleaved(
     functions: Mapping[str, Callable[[], object]], rounds: int, warm: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of every call, by name; each runs `warm` times before, untimed.
+    """Times functions in turn: seconds of every call, by name, after `warm` calls.
 
     The functions wait for what they compute.
     """
@@ -93,17 +93,17 @@ def ratio(a: Sequence[float], b: Sequence[float]) -> Ratio:
 
 
 def show_ratio(found: Ratio) -> str:
-    """`1.02 (0.99..1.05)`."""
+    """Formats a ratio as `1.02 (0.99..1.05)`."""
     return "{:.3g} ({:.3g}..{:.3g})".format(*found)
 
 
 def show_ms(seconds: Sequence[float]) -> str:
-    """The median in milliseconds."""
+    """Formats the median in milliseconds."""
     return f"{statistics.median(seconds) * 1e3:.1f}"
 
 
 def print_table(*rows: Sequence[object]) -> None:
-    """Aligned columns; the first row is the header, the first column names."""
+    """Prints aligned columns; the first row is the header, the first column names."""
     texts = [[str(x) for x in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     for name, *figures in texts:
@@ -112,7 +112,7 @@ def print_table(*rows: Sequence[object]) -> None:
 
 
 def print_environment(rounds: int) -> None:
-    """One line: versions and hardware, and what the spread is."""
+    """Prints one line: versions and hardware, and what the spread is."""
     device = jax.devices()[0].device_kind
     cores = len(os.sched_getaffinity(0))
     print(
@@ -185,6 +185,6 @@ class Training:
         self.compiled = step.lower(self.state, self.batch).compile()
 
     def step(self) -> None:
-        """One step, waited for."""
+        """Runs one step, and waits for it."""
         self.state, metrics = self.compiled(self.state, self.batch)
         jax.block_until_ready((self.state, metrics))

@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
 
 
 def _torch_environment() -> str:
-    """Versions, and as many threads as there are cores."""
+    """The versions of torch and transformers; sets as many threads as cores."""
     import torch
     import transformers
 
@@ -84,7 +84,7 @@ def _torch_environment() -> str:
 
 
 def _torch_step(cfg: Config, tokens_BS: np.ndarray) -> Callable[[], None]:
-    """One step of the same model, batch and optimizer, in torch."""
+    """A step of the same model, batch and optimizer in torch."""
     import torch
 
     model = new_llama(cfg.model, cfg.data.seq_len, use_cache=False)

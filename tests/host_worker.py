@@ -15,7 +15,7 @@ from mtp_jax.errors import RunFailed, UserError
 def main():
     address, count, index, join_s, host_s, about, deed = sys.argv[1:]
     try:
-        place = hosts.Cluster(address, int(count), int(index))
+        place = hosts.ProcessInfo(address, int(count), int(index))
         hosts.join(place, int(join_s), int(host_s), {"config": about})
         print("joined", flush=True)
         do(deed)

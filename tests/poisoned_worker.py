@@ -12,7 +12,7 @@ import numpy as np
 from models import mesh_of, tiny_config
 
 from mtp_jax.distributed import hosts
-from mtp_jax.distributed.cluster import Cluster
+from mtp_jax.distributed.cluster import ProcessInfo
 from mtp_jax.parallel.to_devices import batch_sharding, place_rows, rows_of_process
 from mtp_jax.training.train_step import make_init, make_step
 
@@ -20,7 +20,7 @@ POISON = 31
 
 
 def main():
-    hosts.join(Cluster(sys.argv[1], 2, int(sys.argv[2])), 120, 60)
+    hosts.join(ProcessInfo(sys.argv[1], 2, int(sys.argv[2])), 120, 60)
     cfg = tiny_config()
     mesh = mesh_of(1, 2, 1)
     with jax.set_mesh(mesh):

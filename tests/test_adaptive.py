@@ -8,7 +8,7 @@ import pytest
 from test_decode import NEW, Letters, case, expected, init, one_device
 
 from mtp_jax.decode.adaptive import DepthChooser, _entropy
-from mtp_jax.decode.batch import Batch
+from mtp_jax.decode.batch import DecodeBatch
 from mtp_jax.decode.decode_model import unstack
 from mtp_jax.decode.decoders import DECODERS
 from mtp_jax.decode.decoders.sampling import Sampling
@@ -51,7 +51,7 @@ def test_caches_are_what_reading_the_text_at_once_would_make(
     blockwise = DECODERS["blockwise"]()
     with jax.set_mesh(c.generator.mesh):
         params = unstack(c.cfg, init(c.cfg, c.generator.mesh))
-        batch = Batch(
+        batch = DecodeBatch(
             programs, params, blockwise, rows, 40, Sampling(), adaptive=adaptive
         )
         batch.begin()
@@ -61,7 +61,7 @@ def test_caches_are_what_reading_the_text_at_once_would_make(
         read = [
             t[: n - 1] for t, n in zip(texts.tokens_BE, texts.length_B, strict=True)
         ]
-        again = Batch(programs, params, blockwise, read, 1, Sampling())
+        again = DecodeBatch(programs, params, blockwise, read, 1, Sampling())
         again.begin()
         fresh = jax.device_get(again._state.cache)
     assert len(made.k_BGSK) == c.cfg.num_layers
@@ -81,12 +81,14 @@ def test_texts_of_one_token_leave_nothing_to_choose():
 def test_a_full_cache_does_not_make_a_depth_look_cheap(monkeypatch):
     c = case(4, 5)
     runs = iter([(1, 2.0), (0, 0.001), (4, 8.0), (0, 0.001), (4, 6.0), (4, 8.0)])
-    monkeypatch.setattr(Batch, "_run", lambda self, depth, forwards: next(runs))
+    monkeypatch.setattr(DecodeBatch, "_run", lambda self, depth, forwards: next(runs))
     rows = [np.concatenate([[0], p]).astype(np.int32) for p in c.prompts]
     with jax.set_mesh(c.generator.mesh):
         params = unstack(c.cfg, init(c.cfg, c.generator.mesh))
         programs = Programs(c.cfg, c.eos_id)
-        batch = Batch(programs, params, DECODERS["blockwise"](), rows, 40, Sampling())
+        batch = DecodeBatch(
+            programs, params, DECODERS["blockwise"](), rows, 40, Sampling()
+        )
         batch.begin()
         assert batch._pass_s(4) == 1.5
 
@@ -233,7 +235,9 @@ def test_at_depth_1_the_entropy_is_that_of_the_text_from_the_first_pass_on():
     with jax.set_mesh(one_device()):
         params = unstack(c.cfg, init(c.cfg, one_device()))
         programs = Programs(c.cfg, -1)
-        batch = Batch(programs, params, DECODERS["blockwise"](), [row], 8, Sampling())
+        batch = DecodeBatch(
+            programs, params, DECODERS["blockwise"](), [row], 8, Sampling()
+        )
         batch._begin = batch._begun(alone=True)[0]
         batch.begin()
         found = []

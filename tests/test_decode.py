@@ -286,7 +286,7 @@ def test_bfloat16_and_tied_embeddings():
 
 def test_long_prompts_are_read_in_pieces(monkeypatch):
     c = case(2, 3)
-    monkeypatch.setattr("mtp_jax.decode.programs._PIECE", 4)
+    monkeypatch.setattr("mtp_jax.decode.programs._PROMPT_CHUNK", 4)
     mesh = one_device()
     generator = Generator(c.cfg, init(c.cfg, mesh), Letters(c.eos_id), mesh)
     results = generator.generate(c.prompts, max_new_tokens=NEW)

@@ -102,7 +102,7 @@ def counts_file(tmp_path_factory):
 
 @pytest.mark.parametrize("piece", [5, 64, 1 << 20])
 def test_tables_hold_what_loops_count(monkeypatch, piece):
-    monkeypatch.setattr(ngram_counts, "_PIECE", piece)
+    monkeypatch.setattr(ngram_counts, "_CHUNK_TOKENS", piece)
     found, slow = ngrams(), counted(documents())
     runs = [((t,), int(c)) for t, c in enumerate(found.count_V) if c]
     assert dict(runs) == slow[1]
@@ -272,7 +272,7 @@ def case(n=N, vocab=V, eos_id=EOS):
     @jax.jit
     def said(params, tokens_BT):
         positions_BT = jnp.arange(tokens_BT.shape[1])[None] + 0 * tokens_BT
-        # Larger: laws of initial weights are too even for thresholds to matter.
+        # Larger: initial weights predict too evenly for thresholds to matter.
         return 4 * all_logits(of(params), tokens_BT, 0 * tokens_BT, positions_BT)
 
     def logits(rows):
@@ -404,7 +404,7 @@ def test_the_mesh_does_not_change_what_is_drawn(counts_file):
 
 
 def distribution_of_texts(c, prompt, count, sampling):
-    """The law of the next tokens by head 1 alone, an axis a token."""
+    """The distribution of the next tokens by head 1 alone, an axis a token."""
     vocab = c.cfg.vocab_size
     distribution = np.ones(())
     for length in range(count):
@@ -420,24 +420,21 @@ def distribution_of_texts(c, prompt, count, sampling):
     return distribution
 
 
-def branched(state, sampler):
+def branched(state, outcomes):
     """Every row once for each outcome of draws among so many, and these outcomes."""
-    forced = np.array(list(np.ndindex(*sampler)), np.int32)
+    forced = np.array(list(np.ndindex(*outcomes)), np.int32)
     b = state.length_B.shape[0]
 
     def repeated(x):
         more = np.repeat(np.asarray(x), len(forced), axis=0) if x.ndim else x
         return jax.device_put(more, x.sharding)
 
-    distribution, state = (
-        state.sampling,
-        dataclasses.replace(state, sampling=None),
-    )
-    state = jax.tree.map(repeated, state)
+    sampling = state.sampling
+    state = jax.tree.map(repeated, dataclasses.replace(state, sampling=None))
     keys = dataclasses.replace(
         state.keys, forced_BJ=jnp.asarray(np.tile(forced, (b, 1)))
     )
-    return dataclasses.replace(state, sampling=distribution, keys=keys)
+    return dataclasses.replace(state, sampling=sampling, keys=keys)
 
 
 @pytest.mark.parametrize(

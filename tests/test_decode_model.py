@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mtp_jax.config import ModelConfig
-from mtp_jax.decode.batch import Batch, put
+from mtp_jax.decode.batch import DecodeBatch, put
 from mtp_jax.decode.cache import chain, decode_head, decode_trunk, make_cache
 from mtp_jax.decode.cpu import native
 from mtp_jax.decode.cpu.packed_weights import PackedWeight
@@ -143,7 +143,7 @@ def test_no_program_copies_the_weights(one_device, monkeypatch, in_panels):
     for tokens in (9, 150):
         rows = [np.arange(tokens, dtype=np.int32) % 40]
         # With adaptive depth all programs that there are get compiled.
-        Batch(programs, params, Blockwise(), rows, 40, Sampling(), adaptive=True)
+        DecodeBatch(programs, params, Blockwise(), rows, 40, Sampling(), adaptive=True)
 
     kinds = set()
     for (kind, *_), made in programs._compiled.items():

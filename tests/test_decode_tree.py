@@ -25,7 +25,7 @@ from test_decode import (
 
 from mtp_jax.cli.decoder_args import decoder_of, description, fitting
 from mtp_jax.config import MeshConfig
-from mtp_jax.decode.batch import Batch
+from mtp_jax.decode.batch import DecodeBatch
 from mtp_jax.decode.cache import chain, decode_heads_at, decode_trunk, make_cache
 from mtp_jax.decode.decode_model import build, unstack
 from mtp_jax.decode.decoders import DECODERS
@@ -301,7 +301,7 @@ def test_caches_are_those_of_reading_the_text_again(name):
     with jax.set_mesh(one_device()):
         params = unstack(c.cfg, init(c.cfg, one_device()))
         programs, accepted = Programs(c.cfg, eos_id=VOCAB), set()
-        batch = Batch(
+        batch = DecodeBatch(
             programs, params, DECODERS[name](), rows, 40, Sampling(temperature=0.7)
         )
         batch.begin()
@@ -352,13 +352,13 @@ def distribution_by_training(cfg, params, prompt, sampling, length):
 
 
 def distribution_of_decoder(cfg, params, decoder, prompt, sampling, length):
-    """The same by running a decoder with every outcome of its draws.
+    """The distribution of a decoder, run with every outcome of its draws.
 
     And how many drafts a forward pass found right, the set of all.
     """
     vocab, n, start = cfg.vocab_size, cfg.n_future_tokens, 1 + len(prompt)
-    sampler = 1 + (length - 1) * n  # one for the first token, n for each forward pass
-    forced = np.array(list(itertools.product(range(vocab), repeat=sampler)), np.int32)
+    draws = 1 + (length - 1) * n  # one for the first token, n for each forward pass
+    forced = np.array(list(itertools.product(range(vocab), repeat=draws)), np.int32)
     b = len(forced)
     row = np.array([0, *prompt], np.int32)
     by_row = NamedSharding(one_device(), jax.P(("replica", "fsdp")))

@@ -1,4 +1,4 @@
-"""Laws of decoders by enumeration, against laws worked out by hand and by sampling."""
+"""Distributions of decoders by enumeration, against ones by hand and by sampling."""
 
 import dataclasses
 import functools
@@ -73,7 +73,7 @@ def distribution_of_head_one(sampling=TWO):
 
 @functools.cache
 def slow_distribution(sampling):
-    """Head 1's law from the naive model, one text at a time."""
+    """Head 1's distribution from the naive model, one text at a time."""
     _, params, _, _ = model()
     distribution = {}
     for text in itertools.product(range(TINY.vocab_size), repeat=3):
@@ -139,7 +139,9 @@ def test_the_next_law_is_that_of_one_token_at_a_time():
 @pytest.mark.parametrize("name", ["plain", "blockwise", "speculative"])
 def test_exact_decoders_have_the_law_of_head_one(name, sampling):
     if name == "speculative" and sampling is not TWO:
-        pytest.skip("many draws; the law of drafts does not depend on how p was made")
+        pytest.skip(
+            "many draws; the choice of drafts does not depend on how p was made"
+        )
     distribution = distribution_of_decoder(DECODERS[name](), sampling)
     assert abs(sum(distribution.values()) - 1) < 1e-5
     assert any(len(text) < 3 for text in distribution), "no text ends before the limit"
@@ -149,9 +151,8 @@ def test_exact_decoders_have_the_law_of_head_one(name, sampling):
 @pytest.mark.parametrize("broken", [Trusting(), WithoutRest()])
 def test_a_broken_rule_has_another_law(broken):
     distribution = distribution_of_decoder(broken)
-    assert abs(sum(distribution.values()) - 1) < 1e-5, (
-        "it is a law, but not the right one"
-    )
+    # It is a distribution, but not the right one.
+    assert abs(sum(distribution.values()) - 1) < 1e-5
     assert distance(distribution, distribution_of_head_one()) > 1e-3
 
 

@@ -275,10 +275,10 @@ def test_slurm_says_which_process_this_is(monkeypatch):
         "SLURM_PROCID": "1",
         "SLURM_LOCALID": "0",
     }
-    assert cluster.detected(5) is None
+    assert cluster.detect(5) is None
     for name, value in step.items():
         monkeypatch.setenv(name, value)
 
-    found = cluster.detected(5)
+    found = cluster.detect(5)
 
-    assert found == cluster.Cluster("node003:61447", 2, 1, (0,))
+    assert found == cluster.ProcessInfo("node003:61447", 2, 1, (0,))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mtp_jax.data import prepare
-from mtp_jax.data.corpus import Corpus, verify
+from mtp_jax.data.corpus import Corpus, verify_files
 from mtp_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from mtp_jax.errors import UserError
 
@@ -408,16 +408,16 @@ def test_a_manifest_that_cannot_be_used_is_refused(tmp_path, text, match):
 @pytest.mark.parametrize("kind", ["tokens", "offsets", "names"])
 def test_a_flipped_byte_is_found(source, tmp_path, kind):
     corpus = run(source, tmp_path / "out")
-    verify(corpus)
+    verify_files(corpus)
     path = tmp_path / "out" / f"train-00000.{kind}"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
 
     corpus = Corpus.open(tmp_path / "out")
-    verify(corpus, ["heldout"])
+    verify_files(corpus, ["heldout"])
     with pytest.raises(UserError, match=rf"train-00000\.{kind} is damaged.*prepare"):
-        verify(corpus, ["train"])
+        verify_files(corpus, ["train"])
 
 
 def test_processes_that_share_the_verification_check_every_file(source, tmp_path):
@@ -429,12 +429,12 @@ def test_processes_that_share_the_verification_check_every_file(source, tmp_path
     found = set()
     for index in range(len(damaged)):  # so many processes that each has one file
         with pytest.raises(UserError) as error:
-            verify(corpus, part=(index, len(damaged)))
+            verify_files(corpus, part=(index, len(damaged)))
         found.add(str(error.value).split(" is damaged")[0])
     assert len(damaged) > 6
     assert found == {str(path) for path in damaged}
     with pytest.raises(UserError):
-        verify(corpus, part=(1, 2))
+        verify_files(corpus, part=(1, 2))
 
 
 @pytest.mark.parametrize("kind", ["tokens", "offsets", "names"])

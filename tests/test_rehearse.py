@@ -12,7 +12,7 @@ from mtp_jax.config import Config, MeshConfig
 from mtp_jax.errors import UserError
 from mtp_jax.rehearsal import rehearsal
 from mtp_jax.rehearsal.faults import FAULTS, Outcome, _judged, host_counts
-from mtp_jax.rehearsal.processes import Hosts
+from mtp_jax.rehearsal.processes import HostGroup
 from mtp_jax.rehearsal.scale import differences, scale_down, scaled_mesh
 
 COUNTS = (8, 4, 2, 16)
@@ -151,7 +151,7 @@ def test_hosts_that_hang_are_ended_and_told(tmp_path, monkeypatch):
         "mtp_jax.rehearsal.processes.__file__", str(fake / "rehearsal" / "x.py")
     )
 
-    hosts = Hosts(["train"], hosts=2, devices=1, logs=tmp_path / "logs")
+    hosts = HostGroup(["train"], hosts=2, devices=1, logs=tmp_path / "logs")
     codes, _ = hosts.wait(0.5)
 
     assert codes == {0: None, 1: None}

@@ -10,7 +10,7 @@ from mtp_jax.data.tokenizer import (
     SentencePieceTokenizer,
     train_sentencepiece,
 )
-from mtp_jax.decode.text_stream import before_stop, find_stop, pieces, settled
+from mtp_jax.decode.text_stream import before_stop, find_stop, settled, token_texts
 
 BYTES = ByteTokenizer()
 TEXT = "naïve €5 → 日本語 🙂 end, a stop or a sto"
@@ -43,7 +43,7 @@ def test_bytes_that_are_no_text_stay_as_they_are_shown():
         whole = BYTES.decode(ids)
         for count in range(10):
             assert whole.startswith(settled(BYTES.decode(ids[:count]), ()))
-        assert "".join(pieces(BYTES, ids)) == whole
+        assert "".join(token_texts(BYTES, ids)) == whole
 
 
 def slow_end(text, stop):
@@ -92,5 +92,5 @@ def test_a_stop_string_is_found_whatever_its_tokens_are(sentencepiece):
 
 def test_pieces_give_a_character_to_its_last_token():
     ids = np.frombuffer("aé€".encode(), np.uint8).tolist()
-    assert pieces(BYTES, ids) == ["a", "", "é", "", "", "€"]
-    assert pieces(BYTES, ids[:-1]) == ["a", "", "é", "", "\ufffd"]
+    assert token_texts(BYTES, ids) == ["a", "", "é", "", "", "€"]
+    assert token_texts(BYTES, ids[:-1]) == ["a", "", "é", "", "\ufffd"]

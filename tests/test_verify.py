@@ -96,7 +96,7 @@ def test_what_is_lossy_alone_is_refused(restored):
 
 
 def test_too_few_samples_are_said_to_be(restored, capsys):
-    """One text of any law is as likely as it is: nothing can be noticed."""
+    """One text of any distribution is as likely as it is: nothing can be noticed."""
     assert verifier.main([*FEW, "--decoder=speculative", "--samples=1"]) == 1
 
     assert "too few --samples to notice" in capsys.readouterr().out
@@ -165,12 +165,12 @@ def test_a_text_that_cannot_be_has_no_chance():
     assert chi_square([(0,)] * 9, {(0,): 1.0}).p_value == 1
 
 
-def test_p_values_of_right_laws_are_spread_evenly():
+def test_p_values_of_right_distributions_are_spread_evenly():
     rng = np.random.default_rng(0)
     probs = np.array([0.4, 0.3, 0.2, 0.1])
     distribution = {(i,): p for i, p in enumerate(probs)}
-    sampler = [rng.choice(4, 200, p=probs) for _ in range(200)]
+    draws = [rng.choice(4, 200, p=probs) for _ in range(200)]
     p_values = [
-        chi_square([(int(i),) for i in draw], distribution).p_value for draw in sampler
+        chi_square([(int(i),) for i in draw], distribution).p_value for draw in draws
     ]
     assert scipy.stats.kstest(p_values, "uniform").pvalue > 1e-3

@@ -1,4 +1,4 @@
-"""What the command lines of the verbs share."""
+"""Arguments, types and errors that the command lines of the verbs share."""
 
 import argparse
 import pathlib
@@ -14,7 +14,7 @@ from mtp_jax.errors import UserError
 class Parser(argparse.ArgumentParser):
     """argparse that takes no abbreviations and raises instead of exiting.
 
-    `help_at` is the command that says what there is, if it is not --help.
+    `help_at` is the command that shows the help, if it is not --help.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ def positive_int(text: str) -> int:
 
 
 def output_file(option: str, path: str) -> pathlib.Path:
-    """Where an option's file will be written, which is known before the work is done.
+    """Returns the path of an output option, checked before the work is done.
 
     Raises:
       UserError: it is a folder, or in none that exists.
@@ -58,7 +58,7 @@ def output_file(option: str, path: str) -> pathlib.Path:
 
 
 def config_from(path: str, overrides: list[str]) -> Config:
-    """The frozen config of `--config=FILE[:ARGUMENT]`, edited.
+    """Returns the frozen config of `--config=FILE[:ARGUMENT]`, edited.
 
     Args:
       path: FILE or FILE:ARGUMENT.
@@ -86,7 +86,7 @@ def config_from(path: str, overrides: list[str]) -> Config:
 
 
 def _what_is_wrong(path: str, overrides: list[str], error: Exception) -> str:
-    """What a config library says, without its traceback and its list of all fields."""
+    """One line for a config library's error, without its list of all fields."""
     text = str(error.args[0] if error.args else error).replace("\\n", " ")
     if "Error whilst parsing config file" in text:
         return f"{path}: {text.strip().splitlines()[-1]}"

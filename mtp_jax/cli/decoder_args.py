@@ -1,4 +1,4 @@
-"""Decoders and their options as command lines name them."""
+"""Decoders and their options as command lines give them."""
 
 import argparse
 import dataclasses

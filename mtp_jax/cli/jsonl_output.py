@@ -1,4 +1,4 @@
-"""Continuations into a JSONL file that may be there already, in part."""
+"""Writes continuations into a JSONL file that may be there already, in part."""
 
 import dataclasses
 import json
@@ -11,13 +11,13 @@ from mtp_jax.errors import UserError
 
 
 class JsonlOutput:
-    """A line a prompt, in the order of the prompts, each whole or not there."""
+    """A file with a line a prompt, in their order, each whole or not there."""
 
     def __init__(self, path: str, prompts: Sequence[str], settings: dict[str, Any]):
         """Reads what is there; a last line that is not finished is cut off.
 
         Args:
-          path: of the file; it is made if it is not there.
+          path: the path of the file; it is made if it is not there.
           prompts: as `Generation.prompt` has them.
           settings: how they are continued, in JSON's types; kept with every line.
 
@@ -42,7 +42,7 @@ class JsonlOutput:
         self.done = len(lines)  # prompts that need no more work
 
     def append(self, results: Sequence[Generation]) -> None:
-        """Writes the next lines."""
+        """Appends a line a result."""
         with open(self._path, "a", encoding="utf-8") as file:
             for result in results:
                 row = {**dataclasses.asdict(result), "settings": self._settings}
@@ -50,6 +50,7 @@ class JsonlOutput:
         self.done += len(results)
 
     def _check(self, line: bytes, number: int, prompts: Sequence[str]) -> None:
+        """Raises UserError if a line is not that of its prompt and these settings."""
         try:
             row = json.loads(line)
             prompt, settings = row["prompt"], row["settings"]

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     cluster.add_options(parser)
     args, overrides = parser.parse_known_args(argv)
     cfg = config_from(args.config, overrides)
-    _start_jax(cfg, cluster.placed(args))
+    _start_jax(cfg, cluster.from_options(args))
     mesh = make_mesh(cfg.mesh)
     check_divisible(cfg, mesh)
     check_attention(cfg, mesh)
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _start_jax(cfg: Config, where: cluster.Cluster | None) -> None:
+def _start_jax(cfg: Config, where: cluster.ProcessInfo | None) -> None:
     """The runtime of this process, alone or with the other hosts."""
     if cfg.train.compilation_cache:
         cache = os.path.expanduser(cfg.train.compilation_cache)

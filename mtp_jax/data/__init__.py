@@ -1,1 +1,1 @@
-"""From text to shards to rows to batches; tokenizers."""
+"""Data: text to shards, shards to rows, rows to batches; tokenizers and prompts."""

@@ -16,13 +16,13 @@ import grain
 import numpy as np
 
 from mtp_jax.config import Config
-from mtp_jax.data.corpus import SPLITS, Corpus, verify
+from mtp_jax.data.corpus import SPLITS, Corpus, verify_files
 from mtp_jax.data.packing import (
     ConcatenatedRows,
     HostBatches,
     PackedRows,
     Row,
-    Rows,
+    RowSequence,
     padding_row,
 )
 from mtp_jax.errors import UserError
@@ -30,7 +30,7 @@ from mtp_jax.errors import UserError
 Batch = dict[str, np.ndarray]
 
 # Rows come from memory maps, so more threads only contend for the interpreter.
-_READING = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+_READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 _ROW_SHUFFLE = 1  # tells the seed of rows from that of documents
 
 
@@ -57,7 +57,7 @@ def open_sources(
     for corpus in corpora:
         _check_source(cfg, corpus, corpora[0], splits)
         if cfg.data.verify:
-            verify(corpus, splits, part)
+            verify_files(corpus, splits, part)
     return corpora
 
 
@@ -89,7 +89,9 @@ def train_batches(
     rows = _mixture(cfg, corpora)
     n_batches = sys.maxsize // cfg.data.batch_size  # row numbers must fit an int64
     batches = HostBatches(rows, cfg.data.batch_size, rows_of_this_host, n_batches)
-    dataset = grain.MapDataset.source(batches)[start_step:].to_iter_dataset(_READING)
+    dataset = grain.MapDataset.source(batches)[start_step:].to_iter_dataset(
+        _READ_OPTIONS
+    )
     if cfg.data.workers:
         # Grain hands the command line's flags to its processes, even if none are used.
         if not absl.flags.FLAGS.is_parsed():
@@ -108,7 +110,7 @@ def train_batches(
 class Piece:
     """Tokens of a document that stand in a row, in the order of the row."""
 
-    source: int  # which corpus of the run
+    source: int  # number of the corpus in the run
     document: int
     begin: int  # first token, in the document with its begin and end of text
     end: int  # token after the last
@@ -117,8 +119,8 @@ class Piece:
 def pieces_of_step(
     cfg: Config, step: int, sources: Sequence[Corpus]
 ) -> list[list[Piece]]:
-    """Which tokens make up each row of global batch `step`, counted from 0."""
-    rows = _mixture(cfg, sources, _Located)
+    """The pieces of documents in each row of global batch `step`, counted from 0."""
+    rows = _mixture(cfg, sources, _RowPieces)
     size = cfg.data.batch_size
     return [rows[step * size + r] for r in range(size)]
 
@@ -166,9 +168,9 @@ def _in_own_memory(iterator: Iterator[Batch]) -> Generator[Batch, None, None]:
 
 
 class _SpreadRows:
-    """`n_rows` rows at even distances out of `rows`, and padding after them."""
+    """A sequence of `n_rows` rows at even distances out of `rows`, then padding."""
 
-    def __init__(self, rows: Rows, n_rows: int, row_len: int):
+    def __init__(self, rows: RowSequence, n_rows: int, row_len: int):
         self._rows = rows
         self._n_rows = n_rows
         self._row_len = row_len
@@ -185,6 +187,7 @@ class _SpreadRows:
 def _check_source(
     cfg: Config, corpus: Corpus, first: Corpus, splits: Sequence[str]
 ) -> None:
+    """Raises UserError if a corpus does not fit the model or the first corpus."""
     vocab_size = corpus.tokenizer.vocab_size
     if vocab_size > cfg.model.vocab_size:
         raise UserError(
@@ -207,8 +210,8 @@ def _check_source(
         )
 
 
-class _Located:
-    """Instead of rows, where their tokens come from."""
+class _RowPieces:
+    """The rows of a corpus as lists of the pieces of documents in them."""
 
     def __init__(self, rows: PackedRows, source: int):
         self._rows = rows
@@ -238,7 +241,8 @@ def _mixture(
     return grain.MapDataset.mix(datasets, weights)
 
 
-def _heldout_rows(cfg: Config, corpora: Sequence[Corpus]) -> Rows:
+def _heldout_rows(cfg: Config, corpora: Sequence[Corpus]) -> RowSequence:
+    """The held-out rows of all corpora, one after another."""
     sources = [
         _packed(cfg, corpus, "heldout", seed=None)
         for corpus in corpora
@@ -256,6 +260,7 @@ def _heldout_rows(cfg: Config, corpora: Sequence[Corpus]) -> Rows:
 def _packed(
     cfg: Config, corpus: Corpus, split: str, seed: tuple[int, int] | None
 ) -> PackedRows:
+    """The rows of a split of a corpus."""
     documents = corpus.documents(split)
     return PackedRows(
         documents, cfg.row_len, cfg.data.seq_len, cfg.model.vocab_size, seed

@@ -64,7 +64,7 @@ class Documents:
         return self._map(f"{stem}.tokens", self._dtype)[begin + start : stop]
 
     def name(self, i: int) -> str:
-        """Where document `i` came from: path, or path:line."""
+        """The origin of document `i`: path, or path:line."""
         stem, row = self._locate(i)
         key = f"{stem}.names"
         if key not in self._open:
@@ -72,12 +72,14 @@ class Documents:
         return _unescape(self._open[key][row].decode())
 
     def _locate(self, i: int) -> tuple[str, int]:
+        """The shard of a document, and its number in it."""
         if not 0 <= i < len(self):
             raise IndexError(f"document {i} of {len(self)}")
         shard = int(np.searchsorted(self._first, i, side="right")) - 1
         return self._stems[shard], i - int(self._first[shard])
 
     def _map(self, name: str, dtype: np.dtype | str) -> np.ndarray:
+        """A file as an array, through a memory map."""
         if name not in self._open:
             # A plain array on the map: slices of np.memmap itself are slow to make.
             try:
@@ -142,7 +144,7 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        """Of the text to train on: 12 digits of the sha256 of its manifest."""
+        """Fingerprint of the train split: 12 digits of the sha256 of its manifest."""
         text = json.dumps(self.manifest["splits"]["train"], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -153,7 +155,7 @@ class Corpus:
         return Documents(self.directory, shards, dtype)
 
     def _files(self, splits: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
-        """(file name, its recorded bytes and sha256) of all shards."""
+        """Names of all shard files, each with its recorded bytes and sha256."""
         return [
             (f"{shard['name']}.{kind}", shard["files"][kind])
             for split in splits
@@ -162,14 +164,14 @@ class Corpus:
         ]
 
 
-def verify(
+def verify_files(
     corpus: Corpus, splits: Sequence[str] = SPLITS, part: tuple[int, int] = (0, 1)
 ) -> None:
     """Compares the sha256 of shard files with the manifest.
 
     Args:
-      corpus: what to check.
-      splits: of which splits.
+      corpus: the corpus to check.
+      splits: the splits to check.
       part: (index, count) to check every count-th file only, from the index-th on, so
         that several processes share the reading.
 

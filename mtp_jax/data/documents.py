@@ -1,4 +1,4 @@
-"""Documents out of text files: which files, and what is one document.
+"""Documents from text files: the files of a command line, cut into documents.
 
 A text file is one document; a line of a .jsonl file is one. All may be gzipped.
 """
@@ -22,7 +22,7 @@ _BLOCK_BYTES = 4_000_000  # of lines that are read, and sent to a worker, togeth
 
 @dataclasses.dataclass(frozen=True)
 class InputFile:
-    """A file to read, and what its documents are called."""
+    """A file to read, and the name of its documents."""
 
     path: pathlib.Path
     name: str
@@ -48,7 +48,7 @@ class Part:
 
 
 def find_files(inputs: list[str], excluded: list[str]) -> list[InputFile]:
-    """The files of `inputs` in the order given, those of a directory sorted.
+    """Lists the files of `inputs` in the order given, those of a directory sorted.
 
     Args:
       inputs: files, of any suffix, and directories, of which the known suffixes count.
@@ -81,7 +81,7 @@ def find_files(inputs: list[str], excluded: list[str]) -> list[InputFile]:
 
 
 def split_into_parts(files: list[InputFile]) -> Iterator[Part]:
-    """The files in parts that can be read or parsed apart from each other.
+    """Cuts files into parts that can be read or parsed apart from each other.
 
     Raises:
       UserError: a .jsonl file cannot be read.
@@ -97,7 +97,7 @@ def split_into_parts(files: list[InputFile]) -> Iterator[Part]:
 
 
 def documents_of(part: Part, text_field: str) -> Iterator[tuple[str, bytes]]:
-    """(name, UTF-8 bytes) of each document of a part; some may be empty.
+    """Yields (name, UTF-8 bytes) of each document of a part; some may be empty.
 
     Raises:
       UserError: a file that cannot be read or is not UTF-8, or a line that is not a

@@ -1,4 +1,4 @@
-"""How often tokens follow each other in a corpus: counted, kept in a file, read back.
+"""Counts of tokens that follow each other in a corpus: made, kept in a file, read.
 
 Counts of single tokens, of pairs and of triples, within documents, begin and end of
 text included. They are a tree, of which only what was seen is kept: the pairs are the
@@ -20,13 +20,13 @@ from mtp_jax.data.corpus import Documents
 from mtp_jax.errors import UserError
 
 FORMAT = 1
-_PIECE = 1 << 22  # tokens that are counted at once
+_CHUNK_TOKENS = 1 << 22  # tokens that are counted at once
 _NONE = -1  # stands between documents
 
 
 @dataclasses.dataclass(frozen=True)
-class Level:
-    """The runs of one length, those of row r from start_R[r] to start_R[r + 1]."""
+class CountLevel:
+    """Runs of one length, sparse: those of row r are start_R[r] to start_R[r + 1]."""
 
     start_R: np.ndarray  # int64 [rows + 1]
     token_E: np.ndarray  # the last token of each run, int32, rising within a row
@@ -39,7 +39,7 @@ class NGrams:
 
     fingerprint: str  # of the tokenizer
     count_V: np.ndarray  # of single tokens, int64
-    levels: tuple[Level, ...]  # of pairs, and of triples where they were counted
+    levels: tuple[CountLevel, ...]  # of pairs, and of triples where they were counted
 
     @property
     def order(self) -> int:
@@ -53,8 +53,8 @@ def count(
     """Counts runs of up to `order` tokens, 2 or 3, of all documents."""
     count_V = np.zeros(vocab_size, np.int64)
     longer = [_nothing() for _ in range(2, order + 1)]
-    for tokens_T in _pieces(documents, order):
-        # The last tokens of a piece are there for longer runs; the next has them too.
+    for tokens_T in _chunks(documents, order):
+        # The last tokens of a chunk are there for longer runs; the next has them too.
         first_T = tokens_T[: tokens_T.size - (order - 1)]
         count_V += np.bincount(first_T[first_T != _NONE], minlength=vocab_size)
         key_T, ok_T = first_T, first_T != _NONE
@@ -68,7 +68,7 @@ def count(
         start_R = np.searchsorted(key_E // vocab_size, rows_R)
         start_R = np.append(start_R, key_E.size)
         token_E = (key_E % vocab_size).astype(np.int32)
-        levels.append(Level(start_R.astype(np.int64), token_E, count_E))
+        levels.append(CountLevel(start_R.astype(np.int64), token_E, count_E))
         rows_R = key_E
     return NGrams(fingerprint, count_V, tuple(levels))
 
@@ -133,18 +133,19 @@ def _damaged(path: str | pathlib.Path) -> UserError:
 
 
 def _of_arrays(arrays: dict[str, Any]) -> NGrams:
+    """The counts of the arrays of a file."""
     if int(arrays["format"]) != FORMAT:
         raise ValueError
     levels = []
     for length in (2, 3):
         if f"{length}_start_R" in arrays or length == 2:
             names = ("start_R", "token_E", "count_E")
-            levels.append(Level(*(arrays[f"{length}_{name}"] for name in names)))
+            levels.append(CountLevel(*(arrays[f"{length}_{name}"] for name in names)))
     return NGrams(str(arrays["fingerprint"]), arrays["1"], tuple(levels))
 
 
 def _fits(ngrams: NGrams) -> bool:
-    """Whether the arrays are such that any look-up stays within them."""
+    """Returns True if any look-up in the arrays stays within them."""
     rows, vocab = ngrams.count_V.size, ngrams.count_V.size
     sound = ngrams.count_V.shape == (vocab,) and ngrams.count_V.dtype == np.int64
     for level in ngrams.levels:
@@ -165,10 +166,10 @@ def _fits(ngrams: NGrams) -> bool:
     return bool(sound)
 
 
-def _pieces(documents: Documents, order: int) -> Iterator[np.ndarray]:
-    """Tokens of many documents, int64; order - 1 more after those that begin a run.
+def _chunks(documents: Documents, order: int) -> Iterator[np.ndarray]:
+    """Yields tokens of many documents, int64; the last order - 1 begin no run.
 
-    A document that does not fit is cut, and its next piece begins with the tokens that
+    A document that does not fit is cut, and its next chunk begins with the tokens that
     this one only looked at.
     """
     gap = np.full(order - 1, _NONE, np.int64)
@@ -177,11 +178,11 @@ def _pieces(documents: Documents, order: int) -> Iterator[np.ndarray]:
     for i, length in enumerate(documents.lengths):
         done = 0
         while done < length:
-            taken = min(int(length) - done, _PIECE - size)
+            taken = min(int(length) - done, _CHUNK_TOKENS - size)
             parts.append(documents.tokens(i, done, done + taken).astype(np.int64))
             size, done = size + taken, done + taken
             after = documents.tokens(i, done, done + order - 1).astype(np.int64)
-            if size == _PIECE:
+            if size == _CHUNK_TOKENS:
                 yield np.concatenate([*parts, after, gap[after.size :]])
                 parts, size = [], 0
             else:
@@ -190,13 +191,14 @@ def _pieces(documents: Documents, order: int) -> Iterator[np.ndarray]:
 
 
 def _nothing() -> tuple[np.ndarray, np.ndarray]:
+    """Keys and counts of no runs."""
     return np.zeros(0, np.int64), np.zeros(0, np.int64)
 
 
 def _merged(
     a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Keys of both, rising, and their counts together."""
+    """The keys of both, rising, and their summed counts."""
     key = np.concatenate([a[0], b[0]])
     number = np.concatenate([a[1], b[1]])
     order = np.argsort(key, kind="stable")  # two rising runs: a merge

@@ -1,4 +1,4 @@
-"""Documents to rows, and rows to the part of a batch that a host needs.
+"""Packing: documents to rows, and rows to the part of a batch that a host needs.
 
 A row holds S = T + N tokens: T positions to train, and N more so that each of them has
 a target for every head. Rows begin T apart in the stream of all documents, so each
@@ -17,8 +17,8 @@ from mtp_jax.errors import UserError
 Row = dict[str, np.ndarray]
 
 
-class Rows(Protocol):
-    """Anything that gives a row for its number."""
+class RowSequence(Protocol):
+    """A sequence of rows, each made when it is asked for."""
 
     def __len__(self) -> int: ...
 
@@ -42,7 +42,7 @@ class PackedRows:
         """Puts the documents in order.
 
         Args:
-          documents: what to pack; at least one.
+          documents: the documents to pack; at least one.
           row_len: S, tokens of a row.
           stride: T, by how much a row begins after the one before.
           vocab_size: ids of the model; a larger id in the data is refused.
@@ -96,6 +96,7 @@ class PackedRows:
         return found
 
     def _check(self, tokens: np.ndarray, document: int) -> None:
+        """Raises UserError for an id outside the vocabulary."""
         largest = int(tokens.max())
         if largest >= self._vocab_size:
             raise UserError(
@@ -110,7 +111,7 @@ class PackedRows:
 class ConcatenatedRows:
     """The rows of several sources, one after another."""
 
-    def __init__(self, sources: Sequence[Rows]):
+    def __init__(self, sources: Sequence[RowSequence]):
         self._sources = sources
         self._ends = np.cumsum([len(rows) for rows in sources])
 
@@ -126,19 +127,23 @@ class ConcatenatedRows:
 class HostBatches:
     """The rows of global batch `step` that one host needs, for any step.
 
-    The host is all that differs between hosts: the rows of a global batch, and their
-    hashes, do not depend on how many hosts share them.
+    The rows of a global batch, and their hashes, do not depend on how many hosts share
+    them.
     """
 
     def __init__(
-        self, rows: Rows, batch_size: int, rows_of_this_host: np.ndarray, n_batches: int
+        self,
+        rows: RowSequence,
+        batch_size: int,
+        rows_of_this_host: np.ndarray,
+        n_batches: int,
     ):
         """Cuts `rows` into batches; rows past the end of `rows` are padding.
 
         Args:
           rows: rows in the order of training.
           batch_size: rows of a global batch.
-          rows_of_this_host: which of them to give, int [B of this host].
+          rows_of_this_host: those of them to give, int [B of this host].
           n_batches: how many batches there are.
         """
         self._rows = rows
@@ -150,7 +155,7 @@ class HostBatches:
         return self._n_batches
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        """tokens, segments, positions int32 [B, S] and hash uint32 [B, 2]."""
+        """Tokens, segments, positions, int32 [B, S], and hash, uint32 [B, 2]."""
         rows = [self._row(step, r) for r in self._rows_of_this_host]
         batch = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
         batch["hash"] = np.stack(

@@ -12,7 +12,7 @@ from mtp_jax.errors import UserError
 
 
 def read_prompts(source: str) -> list[str]:
-    """Prompts a line each, of a file or of standard input.
+    """Reads prompts, a line each, from a file or from standard input.
 
     Args:
       source: a path, or -; lines of a .jsonl file are objects with `prompt`.
@@ -50,7 +50,7 @@ def read_prompts(source: str) -> list[str]:
 
 
 def is_text(text: str) -> bool:
-    """False with a lone surrogate, as JSON and command lines may bring one."""
+    """Returns False for a lone surrogate, as JSON and command lines may bring one."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -59,6 +59,7 @@ def is_text(text: str) -> bool:
 
 
 def _of_json(line: str, name: str, number: int) -> str:
+    """The prompt of a line of JSON."""
     try:
         value = json.loads(line)
     except ValueError:
@@ -74,7 +75,9 @@ def _of_json(line: str, name: str, number: int) -> str:
 def heldout_prompts(
     sources: Sequence[str], count: int, prompt_tokens: int
 ) -> list[np.ndarray]:
-    """Token ids from inside held-out documents, the same ones every time.
+    """Cuts prompts out of held-out documents, the same ones every time.
+
+    Returns token ids, int32 [prompt_tokens] each.
 
     The documents are spread evenly over those that are long enough; a document that is
     used several times is cut at several places.

@@ -1,4 +1,4 @@
-"""Writing the shards of a prepared corpus; `corpus` says what is in them."""
+"""Writes the shards of a prepared corpus, in the format that `corpus` describes."""
 
 import hashlib
 import pathlib
@@ -50,7 +50,7 @@ class ShardWriter:
         self._bytes += n_bytes
 
     def finish(self) -> dict[str, Any]:
-        """Closes the last shard; documents, tokens, bytes and shards of the split."""
+        """Closes the last shard; returns the split's entry of the manifest."""
         if len(self._offsets) > 1:
             self._close()
         return {

@@ -1,6 +1,6 @@
 """Text to token ids and back: the bytes themselves, or a SentencePiece model.
 
-Ids of text round-trip exactly with the byte tokenizer and with every model that
+Texts round-trip exactly with the byte tokenizer and with every model that
 `train_sentencepiece` makes. A model from elsewhere keeps its own normalisation.
 """
 
@@ -22,7 +22,7 @@ _SENTENCE_CHARS = 1000  # the trainer drops sentences of more than 4192 bytes
 
 
 class Tokenizer(Protocol):
-    """What the rest of the package asks of a tokenizer."""
+    """The interface of a tokenizer, as the rest of the package uses it."""
 
     kind: str  # "bytes" or "sentencepiece"
     name: str
@@ -40,7 +40,7 @@ class Tokenizer(Protocol):
         ...
 
     def piece_bytes(self) -> np.ndarray:
-        """How many bytes of UTF-8 each id stands for, int32 [vocab_size]."""
+        """The number of bytes of UTF-8 of each id, int32 [vocab_size]."""
         ...
 
 
@@ -126,7 +126,7 @@ class SentencePieceTokenizer:
         return self._model.decode(np.asarray(ids, np.int64).tolist())
 
     def piece_bytes(self) -> np.ndarray:
-        """How many bytes of UTF-8 each id stands for, int32 [vocab_size].
+        """The number of bytes of UTF-8 of each id, int32 [vocab_size].
 
         Control pieces and the unknown piece count 0, a byte piece 1.
         """
@@ -147,7 +147,7 @@ class SentencePieceTokenizer:
         return len(self._model.id_to_piece(i).replace(_SPACE, " ").encode())
 
     def _bytes_of_the_space_mark(self) -> list[int] | None:
-        """Byte pieces of U+2581, which would otherwise come back as a space.
+        """The byte pieces of U+2581, which would otherwise come back as a space.
 
         None where cutting a text at that character is not possible: without byte
         pieces, or if every part would get a space in front.
@@ -161,7 +161,7 @@ class SentencePieceTokenizer:
 
 
 def train_sentencepiece(texts: Iterator[str], vocab_size: int) -> bytes:
-    """A SentencePiece model of `vocab_size` pieces, as the content of its file.
+    """Trains a SentencePiece model of `vocab_size` pieces; returns its file's content.
 
     Byte-pair encoding that loses nothing: no normalisation, every space kept, bytes
     for rare characters, the line feed a piece of its own. Ids 0, 1 and 2 are unknown,
@@ -204,7 +204,7 @@ def _sentences(texts: Iterator[str]) -> Iterator[str]:
 
 
 def _training_problem(message: str, vocab_size: int) -> str:
-    """Names the vocabulary that would work; the trainer's text says it in C++."""
+    """Says, for the trainer's message in C++, which vocabulary would work."""
     where = f"a SentencePiece vocabulary of {vocab_size}"
     if found := re.search(r"required_chars\. \d+ vs (\d+)", message):
         return (
@@ -219,7 +219,7 @@ def _training_problem(message: str, vocab_size: int) -> str:
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer of "bytes", or of the path of a SentencePiece .model file.
+    """Loads the tokenizer "bytes", or one from the path of a SentencePiece .model file.
 
     Raises:
       UserError: the file does not exist, cannot be read, or is not a model.
@@ -248,12 +248,12 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | epath.Path) -> None:
 
 
 def tokenizer_identity(tokenizer: Tokenizer) -> dict[str, str]:
-    """What a run's files say of the tokenizer, as JSON."""
+    """Identifies a tokenizer in a run's files, as JSON."""
     return {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint}
 
 
 def tokenizer_from_dir(directory: str | epath.Path, kind: str) -> Tokenizer:
-    """The tokenizer that `save_tokenizer` put into a directory.
+    """Loads the tokenizer that `save_tokenizer` put into a directory.
 
     Raises:
       UserError: an unknown kind, or no valid `tokenizer.model` in the directory.

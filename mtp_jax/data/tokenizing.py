@@ -1,4 +1,4 @@
-"""Parts of the input to tokenized documents, in order, on several processes."""
+"""Tokenizes parts of the input, in order, on several processes."""
 
 import collections
 import concurrent.futures
@@ -22,7 +22,7 @@ _TRAINING_BYTES = 200_000_000  # of text that a tokenizer is trained on, about
 
 @dataclasses.dataclass(frozen=True)
 class ReadOptions:
-    """The options that decide what is a document and where it goes."""
+    """Options that decide what is a document, and the split that it goes to."""
 
     text_field: str
     heldout: float  # share of documents
@@ -40,7 +40,7 @@ class Tokenized:
 
 @dataclasses.dataclass(frozen=True)
 class TaskResult:
-    """What came out of a few parts of the input."""
+    """The documents of a few parts of the input."""
 
     documents: list[Tokenized]
     n_empty: int
@@ -48,37 +48,37 @@ class TaskResult:
 
 
 def split_of(text: bytes, heldout: float) -> str:
-    """By the hash of the content, so that copies of a document stay together."""
+    """The split of a text, by its hash, so that copies of a document stay together."""
     digest = hashlib.blake2b(text, digest_size=8).digest()
     return "heldout" if int.from_bytes(digest, "little") < heldout * 2**64 else "train"
 
 
 def training_texts(
     parts: Iterable[Part],
-    reading: ReadOptions,
+    options: ReadOptions,
     size: int,
     advance: Callable[[int], None],
 ) -> Iterator[str]:
-    """Texts of the train split; of a large input a share, chosen by content.
+    """Yields texts of the train split; of a large input a share, chosen by content.
 
     Args:
       parts: the input.
-      reading: how to read it.
+      options: how to read it.
       size: bytes of the input on disk, about.
       advance: called with the bytes that were read.
     """
     share = min(1.0, _TRAINING_BYTES / max(size, 1))
     for part in parts:
-        for _, text in documents_of(part, reading.text_field):
+        for _, text in documents_of(part, options.text_field):
             digest = hashlib.blake2b(text, digest_size=8, key=b"tokenizer").digest()
             chosen = int.from_bytes(digest, "little") < share * 2**64
-            if chosen and split_of(text, reading.heldout) == "train":
+            if chosen and split_of(text, options.heldout) == "train":
                 yield text.decode()
         advance(part.read_bytes)
 
 
 def _grouped(parts: Iterable[Part]) -> Iterator[list[Part]]:
-    """Parts in tasks worth sending to a worker."""
+    """Groups parts into tasks worth sending to a worker."""
     task: list[Part] = []
     for part in parts:
         task.append(part)
@@ -90,14 +90,14 @@ def _grouped(parts: Iterable[Part]) -> Iterator[list[Part]]:
 
 
 def _tokenize(
-    task: list[Part], tokenizer: Tokenizer, reading: ReadOptions
+    task: list[Part], tokenizer: Tokenizer, options: ReadOptions
 ) -> TaskResult:
-    """The documents of a task in order."""
+    """Tokenizes the documents of a task, in order."""
     dtype = token_dtype(tokenizer.vocab_size)
     documents: list[Tokenized] = []
     n_empty = 0
     for part in task:
-        for name, text in documents_of(part, reading.text_field):
+        for name, text in documents_of(part, options.text_field):
             if not text.strip():
                 n_empty += 1
                 continue
@@ -108,16 +108,16 @@ def _tokenize(
                 ids,
                 tokenizer.eos_id,
             )
-            split = split_of(text, reading.heldout)
+            split = split_of(text, options.heldout)
             documents.append(Tokenized(split, name, tokens, len(text)))
     return TaskResult(documents, n_empty, sum(part.read_bytes for part in task))
 
 
-_worker: dict[str, Any] = {}  # of a worker process: its tokenizer and Reading
+_worker: dict[str, Any] = {}  # of a worker process: its tokenizer and ReadOptions
 
 
-def _start_worker(model_bytes: bytes | None, reading: ReadOptions) -> None:
-    _worker["reading"] = reading
+def _start_worker(model_bytes: bytes | None, options: ReadOptions) -> None:
+    _worker["options"] = options
     _worker["tokenizer"] = (
         SentencePieceTokenizer(model_bytes, "tokenizer.model")
         if model_bytes
@@ -126,13 +126,13 @@ def _start_worker(model_bytes: bytes | None, reading: ReadOptions) -> None:
 
 
 def _tokenize_in_worker(task: list[Part]) -> TaskResult:
-    return _tokenize(task, _worker["tokenizer"], _worker["reading"])
+    return _tokenize(task, _worker["tokenizer"], _worker["options"])
 
 
 def tokenized(
-    parts: Iterable[Part], tokenizer: Tokenizer, reading: ReadOptions, workers: int
+    parts: Iterable[Part], tokenizer: Tokenizer, options: ReadOptions, workers: int
 ) -> Iterator[TaskResult]:
-    """The documents of all parts, in order, a task at a time.
+    """Yields the tokenized documents of all parts, in order, a task at a time.
 
     Raises:
       UserError: what `documents_of` raises.
@@ -142,13 +142,13 @@ def tokenized(
     tasks = itertools.chain(first, tasks)
     if workers == 1 or len(first) < 2:  # starting processes would take longer
         for task in tasks:
-            yield _tokenize(task, tokenizer, reading)
+            yield _tokenize(task, tokenizer, options)
         return
     pool = concurrent.futures.ProcessPoolExecutor(
         workers,
         multiprocessing.get_context("spawn"),
         _start_worker,
-        (getattr(tokenizer, "model_bytes", None), reading),
+        (getattr(tokenizer, "model_bytes", None), options),
     )
     try:
         pending: collections.deque[concurrent.futures.Future] = collections.deque()

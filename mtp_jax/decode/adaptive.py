@@ -1,9 +1,9 @@
-"""How many heads to use, from one stretch of forward passes to the next.
+"""Adaptive depth: the number of heads to use in each stretch of forward passes.
 
 Drafting pays where more tokens are accepted than the wider pass costs. Both are
-measured: the seconds of a pass at every depth, for the batch at hand, and how far the
-drafts of the last passes were right. At depth 1 the drafting heads are left alone
-altogether; what the trunk says is kept, so that they can catch up later.
+measured: the seconds of a pass at every depth, for the batch at hand, and how many
+drafts of the last passes were accepted. At depth 1 the drafting heads are left alone
+altogether; the trunk's outputs are kept, so that they can catch up later.
 
 Axes: B batch, E tokens of a text at most, W tokens that are caught up at once, N heads,
 M = N - 1 drafting heads, D model width, V vocabulary.
@@ -40,7 +40,7 @@ _PATIENCE = 512  # passes at depth 1 before the heads are asked again, the first
 _MOST_PATIENCE = 4096  # the same, at last
 _LEAST_ALONE_S = 1.0  # nor before so long: what asking takes is to be small beside it
 _TRIAL = 16  # passes for which they are then asked
-_KNOWN = 8.0  # passes after which what was seen of drafts is believed
+_KNOWN = 8.0  # passes after which the acceptance of drafts counts as known
 _GUESS = 4.0  # passes that the heads' own confidence counts for
 _BEFORE = 32.0  # passes that all earlier texts count for, at most
 _STRETCH_S = 0.03  # between two decisions on the depth: looking costs about 1 ms
@@ -51,10 +51,10 @@ _CALMER = 0.6  # share of the entropy at which heads are asked again before thei
 
 
 def leave_heads(state: DecodeState, d_model: int) -> DecodeState:
-    """From now on only the trunk and head 1 read: `state.alone` says since when."""
+    """Has only the trunk and head 1 read from now on; `state.alone` has the start."""
     b, e = state.tokens_BE.shape
     dtype = state.cache.k_BGSK[0].dtype
-    trunk_BED = jnp.zeros((b, e, d_model), dtype, out_sharding=_ROWS)
+    trunk_BED = jnp.zeros((b, e, d_model), dtype, out_sharding=_BATCH_SPEC)
     alone = Alone(trunk_BED, state.length_B - 1, _unknown())
     return dataclasses.replace(state, alone=alone)
 
@@ -71,9 +71,9 @@ def begin_alone(
     Args:
       model: the model.
       state: before.
-      head_B1D: what head 1 says at the end of each prompt.
-      trunk_BED: what the trunk said.
-      decoder: that goes on; what it carries are drafts of nothing.
+      head_B1D: head 1's output at the end of each prompt.
+      trunk_BED: the trunk's outputs.
+      decoder: the one that goes on; its carry gets drafts without meaning.
     """
     b, _, d = trunk_BED.shape
     sampler = Sampler(state.keys, state.length_B)
@@ -85,32 +85,32 @@ def begin_alone(
 
 
 def step_alone(model: DecodeModel, state: DecodeState) -> DecodeState:
-    """One token by head 1, which all exact decoders agree on at depth 1."""
+    """Commits one token by head 1, as every exact decoder does at depth 1."""
     alone = state.alone
     assert alone is not None, "leave_heads comes first"
-    seen = read(model, state, last_token(state))
-    entropy = jnp.mean(_entropy(seen.logits_BWV))
+    out = read(model, state, last_token(state))
+    entropy = jnp.mean(_entropy(out.logits_BWV))
     mean = jnp.where(alone.entropy < 0, entropy, 0.9 * alone.entropy + 0.1 * entropy)
     alone = Alone(
-        trunk_BED=_store(alone.trunk_BED, seen.trunk_BWD, seen.new.start_B),
+        trunk_BED=_store(alone.trunk_BED, out.trunk_BWD, out.new.start_B),
         since_B=alone.since_B,
         entropy=mean,
     )
-    state = dataclasses.replace(state, cache=seen.cache, alone=alone)
-    return write_one(state, seen.logits_BWV)
+    state = dataclasses.replace(state, cache=out.cache, alone=alone)
+    return write_one(state, out.logits_BWV)
 
 
 def catch_up(
     cfg: ModelConfig, params: Any, state: DecodeState, alone: Alone, decoder: Drafter
 ) -> DecodeState:
-    """The drafting heads read what they have missed, and draft again.
+    """Has the drafting heads read what they have missed, and draft again.
 
     Args:
       cfg: of the model.
       params: from `decode_model.unstack`.
-      state: without what was left behind.
-      alone: what was left behind.
-      decoder: whose drafts are wanted.
+      state: the state, without `alone`.
+      alone: the trunk's outputs that the heads have not read.
+      decoder: the decoder that drafts.
     """
     drafting = range(1, len(params["heads"]))
     b, d = state.tokens_BE.shape[0], cfg.d_model
@@ -120,11 +120,11 @@ def catch_up(
     def behind(carry):
         return jnp.any(carry[0] <= last_B)
 
-    def piece(carry):
+    def chunk(carry):
         from_B, heads_BMD, cache = carry
         model = build(cfg, params)  # in the loop
         trunk_BWD = _slice(alone.trunk_BED, from_B, CATCH_UP)
-        nothing_BW = jnp.zeros(trunk_BWD.shape[:2], jnp.int32, out_sharding=_IDS)
+        nothing_BW = jnp.zeros(trunk_BWD.shape[:2], jnp.int32, out_sharding=_TOKEN_SPEC)
         new = chain(nothing_BW, from_B)
         slot_B = last_B - from_B
         here_BMD, cache = decode_heads_at(
@@ -135,23 +135,25 @@ def catch_up(
         return jnp.minimum(from_B + CATCH_UP, last_B + 1), heads_BMD, cache
 
     start = (alone.since_B, nothing_BMD, state.cache)
-    _, heads_BMD, cache = lax.while_loop(behind, piece, start)
+    _, heads_BMD, cache = lax.while_loop(behind, chunk, start)
     sampler = Sampler(state.keys, state.length_B)
     carry = decoder.draft(build(cfg, params), state, heads_BMD, sampler)
-    return dataclasses.replace(state, cache=cache, carry=carry, keys=sampler.after())
+    return dataclasses.replace(
+        state, cache=cache, carry=carry, keys=sampler.next_keys()
+    )
 
 
 class DepthChooser:
     """Picks the depth that promises the most tokens a second.
 
-    What one batch of texts has shown is where the next one, of the same shape, begins.
+    The next batch of the same shape begins with what the last one has shown.
     """
 
     def __init__(self, cost_s: dict[int, float]):
         """Takes the seconds of a pass by depth, of 1 and others."""
         self.cost_s = cost_s
         drafting = max(cost_s) - 1
-        self._right_M = np.zeros(drafting)  # passes whose first 1, 2 ... drafts held
+        self._accepted_M = np.zeros(drafting)  # passes that accepted 1, 2 ... drafts
         self._seen_M = np.zeros(drafting)  # passes that had so many drafts
         self._last = 0  # the depth before; 0: these texts have had none
         self._stretch_s = 0.0
@@ -162,23 +164,25 @@ class DepthChooser:
         self._entropy: float | None = None  # of head 1, when they were left
 
     def leaves_heads(self) -> bool:
-        """Whether new texts begin without the drafting heads: they cannot pay, or did
-        not pay for the texts before."""
+        """Returns True if new texts begin without the drafting heads.
+
+        Then they cannot pay, or did not pay for the texts before.
+        """
         if not self._can_pay():
             return True
         if np.any(self._seen_M < _KNOWN) or self._due():
             return False
-        return self._best(self._right_M / self._seen_M) == 1
+        return self._best(self._accepted_M / self._seen_M) == 1
 
     def stays_alone(self, tokens: int) -> bool:
-        """Whether new texts of so many tokens end before the heads could be asked.
+        """Returns True if texts of so many tokens end before the heads could be asked.
 
         Then there is no need to keep what the heads would have to catch up with.
         """
         return self.leaves_heads() and not self._due(tokens)
 
     def begin(self, confidence_M: Sequence[float] | None) -> None:
-        """New texts, and how likely their first drafts are by their own heads.
+        """Begins new texts, given how likely their first drafts are by their own heads.
 
         That is all there is to go by before any draft was verified. None: the heads
         are left alone.
@@ -189,18 +193,18 @@ class DepthChooser:
         self._last = 0
         fade = np.minimum(1.0, _BEFORE / np.maximum(self._seen_M, 1.0))
         guess_M = np.cumprod(np.asarray(confidence_M, float))
-        self._right_M = fade * self._right_M + _GUESS * guess_M
+        self._accepted_M = fade * self._accepted_M + _GUESS * guess_M
         self._seen_M = fade * self._seen_M + _GUESS
 
     def depth(self) -> int:
-        """The depth for the next stretch."""
-        chosen = self._best(self._right_M / np.maximum(self._seen_M, 1.0))
-        # What was seen of drafts may no longer hold: look again, ever more rarely.
+        """Chooses the depth of the next stretch."""
+        chosen = self._best(self._accepted_M / np.maximum(self._seen_M, 1.0))
+        # Drafts may be accepted more often by now: look again, ever more rarely.
         self._trial = chosen == 1 and self._due()
         if self._trial:
-            chosen = self._best(np.ones_like(self._right_M))
+            chosen = self._best(np.ones_like(self._accepted_M))
         # Looking takes time, too: while nothing changes it is done ever more rarely.
-        # Heads that speak for themselves only are believed for a moment.
+        # A depth by the heads' own confidence alone is believed for a moment.
         if self._last == 0 and chosen > 1:
             self._stretch_s = 0.0
         elif chosen == self._last:
@@ -211,41 +215,41 @@ class DepthChooser:
         return chosen
 
     def passes(self) -> int:
-        """How many passes the next stretch has."""
+        """The number of forward passes of the next stretch."""
         if self._trial:
             return _TRIAL
         return max(_FEWEST, int(self._stretch_s / self.cost_s[self._last]))
 
-    def _best(self, right_M: np.ndarray) -> int:
-        """The depth that pays if the first 1, 2 ... drafts hold so often; else 1."""
+    def _best(self, accepted_M: np.ndarray) -> int:
+        """The depth that pays if 1, 2 ... drafts are accepted so often; else 1."""
 
         def speed(depth: int) -> float:
-            return (1.0 + float(right_M[: depth - 1].sum())) / self.cost_s[depth]
+            return (1.0 + float(accepted_M[: depth - 1].sum())) / self.cost_s[depth]
 
         best = max(self.cost_s, key=speed)
         return best if speed(best) > _GAIN * speed(1) else 1
 
     def _due(self, tokens: int = 0) -> bool:
-        """Whether it is time to ask the heads again, after so many more passes."""
+        """Returns True if the heads are due to be asked, after so many more passes."""
         passes = self._alone + tokens
         seconds = self._alone_s + tokens * self.cost_s[1]
         waited = passes >= self._patience and seconds >= _LEAST_ALONE_S
         return waited and self._can_pay()
 
     def _can_pay(self) -> bool:
-        """Whether drafts would pay if all of them were right."""
-        return self._best(np.ones_like(self._right_M)) > 1
+        """Returns True if drafts would pay if all of them were accepted."""
+        return self._best(np.ones_like(self._accepted_M)) > 1
 
     def saw(
         self, depth: int, accepted_N: np.ndarray, passes: int, seconds: float
     ) -> None:
-        """Tells what a stretch at a depth came to.
+        """Takes the result of a stretch at a depth.
 
         Args:
-          depth: that of its passes.
-          agreed_N: how often 0, 1 ... drafts were right, over passes and texts.
-          passes: how many.
-          seconds: how long they took.
+          depth: the depth of its passes.
+          accepted_N: how often 0, 1 ... drafts were accepted, over passes and texts.
+          passes: the number of passes.
+          seconds: the time that they took.
         """
         # A machine that is slower now, or a longer cache, is so at every depth.
         off = min(seconds / passes / self.cost_s[depth], 2.0) - 1.0
@@ -260,63 +264,69 @@ class DepthChooser:
             self._alone, self._alone_s, self._entropy = 0, 0.0, None
         fade = 0.5 ** (passes / _MEMORY)
         for i in range(1, depth):
-            right, tried = float(accepted_N[i:].sum()), float(accepted_N.sum())
+            accepted, tried = float(accepted_N[i:].sum()), float(accepted_N.sum())
             if tried:
-                self._right_M[i - 1] = fade * self._right_M[i - 1] + right * (
+                self._accepted_M[i - 1] = fade * self._accepted_M[i - 1] + accepted * (
                     passes / tried
                 )
                 self._seen_M[i - 1] = fade * self._seen_M[i - 1] + passes
 
     def saw_entropy(self, entropy: float) -> None:
-        """Tells head 1's min-entropy lately, in nats, at depth 1."""
+        """Takes head 1's recent min-entropy, in nats, at depth 1."""
         if self._entropy is None or self._alone <= 2 * CATCH_UP:
             self._entropy = entropy
         elif entropy < _CALMER * self._entropy:
             self._alone = max(self._alone, self._patience)
 
 
-_ROWS = spec("batch", None, None)
-_IDS = spec("batch", None)
+_BATCH_SPEC = spec("batch", None, None)
+_TOKEN_SPEC = spec("batch", None)
 
 
 def _nothing(b: int, m: int, d: int, dtype: DTypeLike) -> jax.Array:
-    """What drafting heads that were not asked say."""
-    return jnp.zeros((b, m, d), dtype, out_sharding=_ROWS)
+    """Outputs that stand for those of drafting heads that were not asked."""
+    return jnp.zeros((b, m, d), dtype, out_sharding=_BATCH_SPEC)
 
 
 def _unknown() -> jax.Array:
-    """No entropy yet."""
+    """The entropy that means: not known yet."""
     return -jnp.ones(())
 
 
 def _entropy(logits_BWV: jax.Array) -> jax.Array:
-    """Min-entropy of each law, -log of its largest probability, nats, float32 [B, W].
+    """Min-entropies, -log of the largest probability, in nats, float32 [B, W].
 
     Of the entropies (Renyi 1961, section 1) the one that takes least to compute.
     """
     exp_BWV = jnp.exp(logits_BWV - jnp.max(logits_BWV, axis=-1, keepdims=True))
     # The sum as a product with ones: on a CPU a reduction of a batch takes far longer.
     one_V = jnp.ones(logits_BWV.shape[-1], out_sharding=spec("vocab"))
-    return jnp.log(jnp.einsum("bwv,v->bw", exp_BWV, one_V, out_sharding=_IDS))
+    return jnp.log(jnp.einsum("bwv,v->bw", exp_BWV, one_V, out_sharding=_TOKEN_SPEC))
 
 
 def _store(to_BED: jax.Array, x_B1D: jax.Array, at_B: jax.Array) -> jax.Array:
+    """Writes an entry of each row at its position."""
+
     def local(to_BED, x_B1D, at_B):
         def one(to_ED, x_1D, at):
             return lax.dynamic_update_slice(to_ED, x_1D, (at, 0))
 
         return jax.vmap(one)(to_BED, x_B1D, at_B)
 
-    in_specs = (_ROWS, _ROWS, spec("batch"))
-    return jax.shard_map(local, in_specs=in_specs, out_specs=_ROWS)(to_BED, x_B1D, at_B)
+    in_specs = (_BATCH_SPEC, _BATCH_SPEC, spec("batch"))
+    return jax.shard_map(local, in_specs=in_specs, out_specs=_BATCH_SPEC)(
+        to_BED, x_B1D, at_B
+    )
 
 
 def _slice(x_BED: jax.Array, at_B: jax.Array, width: int) -> jax.Array:
+    """The `width` entries of each row from its position on, [B, W, D]."""
+
     def local(x_BED, at_B):
         def one(x_ED, at):
             return lax.dynamic_slice_in_dim(x_ED, at, width)
 
         return jax.vmap(one)(x_BED, at_B)
 
-    in_specs = (_ROWS, spec("batch"))
-    return jax.shard_map(local, in_specs=in_specs, out_specs=_ROWS)(x_BED, at_B)
+    in_specs = (_BATCH_SPEC, spec("batch"))
+    return jax.shard_map(local, in_specs=in_specs, out_specs=_BATCH_SPEC)(x_BED, at_B)

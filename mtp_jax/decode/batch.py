@@ -30,7 +30,7 @@ _LEAST = 64  # room for a text; it comes in doubles of this, so that programs ar
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """The texts on the host, as far as they are written."""
+    """Texts of a batch on the host, as far as they are written."""
 
     tokens_BE: np.ndarray
     forward_BE: np.ndarray
@@ -46,7 +46,7 @@ class Texts:
         return self.tokens_BE[b, self.start_B[b] : self.length_B[b]].tolist()
 
 
-class Batch:
+class DecodeBatch:
     """Texts that are written together, each with its own length and end.
 
     The cache holds a few more tokens than the longest text has, and doubles when it is
@@ -72,10 +72,10 @@ class Batch:
           decoder: how to decode.
           rows: token ids of the prompts, int32, at least one of each.
           max_new_tokens: most tokens of a continuation.
-          sampling: the law of the next token.
+          sampling: how next tokens are chosen.
           first: number of the first prompt; its draws depend on that and the seed.
           adaptive: use fewer heads where that is faster; exact decoders only, which
-            agree on what to do with one.
+            all do the same with one.
         """
         self._programs = programs
         self._params = params
@@ -84,14 +84,14 @@ class Batch:
         width = slack(decoder, self._depth)
         longest = max(map(len, rows))
         # A finished text is still read with the others: its drafts need room, too.
-        self._room = ladder(longest + max_new_tokens + width)
-        self._slots = min(self._room, ladder(longest + 2 * width))
+        self._room = bucket_size(longest + max_new_tokens + width)
+        self._slots = min(self._room, bucket_size(longest + 2 * width))
         self._prompts = _prompts(
             rows, max_new_tokens, sampling, first, params, rows_of(decoder)
         )
         self._state: DecodeState | None = None
         self._chooser: DepthChooser | None = None  # of the depth of these texts
-        self._learner: DepthChooser | None = None  # told what is seen in them
+        self._learner: DepthChooser | None = None  # takes the measurements of them
         if adaptive and self._depth > 1 and not decoder.lossy:
             self._learner = programs.chooser(
                 self._measure, decoder, params, self._prompts, self._room, self._slots
@@ -109,6 +109,7 @@ class Batch:
             programs.finish(decoder, params, shapes)
 
     def _begun(self, alone: bool) -> tuple[Begin, Any]:
+        """The compiled program that begins these texts, and the shapes it gives."""
         return self._programs.begin(
             self._decoder, self._params, self._prompts, self._room, self._slots, alone
         )
@@ -135,20 +136,20 @@ class Batch:
         return self._fetch()
 
     def _stretch(self, chooser: DepthChooser, left: int) -> None:
-        """A few forward passes at the depth that promises most, watched."""
+        """Runs and measures a few forward passes at the depth that promises most."""
         depth = chooser.depth()
-        before_N = self._accepted() if depth > 1 else 0
+        before_N = self._acceptance_counts() if depth > 1 else 0
         self._use_heads(depth > 1)
         passes, seconds = self._run(depth, min(left, chooser.passes()))
         after = self._at()
         if passes:
-            accepted_N = self._accepted() - before_N
+            accepted_N = self._acceptance_counts() - before_N
             chooser.saw(depth, accepted_N, passes, seconds)
             if after.alone is not None:
                 chooser.saw_entropy(float(after.alone.entropy))
 
-    def _accepted(self) -> np.ndarray:
-        """How often 0, 1 ... drafts were right so far, in all texts."""
+    def _acceptance_counts(self) -> np.ndarray:
+        """Counts of the passes that accepted 0, 1 ... drafts so far, int [N]."""
         return np.sum(_host(self._at().passes_BN), axis=0)
 
     def _use_heads(self, wanted: bool) -> None:
@@ -165,7 +166,7 @@ class Batch:
             self._state = _without_heads(state, d)
 
     def _run(self, depth: int, forwards: int) -> tuple[int, float]:
-        """Forward passes at a depth; the cache grows when it is full.
+        """Runs forward passes at a depth; the cache grows when it is full.
 
         Returns how many there were, and the seconds that they took, without compiling
         or growing.
@@ -182,7 +183,7 @@ class Batch:
         return passes, seconds
 
     def _measure(self) -> dict[int, float]:
-        """Seconds of a forward pass at every depth that there is to choose from."""
+        """Measures seconds of a forward pass at every depth that can be chosen."""
         n = self._depth
         depths = sorted({1, n, *(2**i for i in range(1, n.bit_length()) if 2**i < n)})
         self._begin, _ = self._begun(alone=False)
@@ -194,6 +195,7 @@ class Batch:
         return costs
 
     def _pass_s(self, depth: int) -> float:
+        """Measures seconds of a forward pass at a depth."""
         took_s, forwards = [], 1
         for _ in range(_TRIALS):
             if _host(self._at().done_B).all():
@@ -208,19 +210,21 @@ class Batch:
         return min(took_s, default=1.0)
 
     def _at(self) -> DecodeState:
+        """The present state."""
         assert self._state is not None, "begin comes first"
         return self._state
 
     def end(self, rows: Iterable[int]) -> None:
-        """Ends texts where they are."""
+        """Ends the texts of some prompts, by their numbers, where they are."""
         state = self._at()
         done_B = _host(state.done_B).copy()
-        many = rows_of(self._decoder)
-        done_B[[row * many + i for row in rows for i in range(many)]] = True
+        k = rows_of(self._decoder)
+        done_B[[row * k + i for row in rows for i in range(k)]] = True
         done_B = jax.device_put(done_B, state.done_B.sharding)
         self._state = dataclasses.replace(state, done_B=done_B)
 
     def _fetch(self) -> Texts:
+        """Brings the texts to the host."""
         state, decoder = self._at(), self._decoder
         if isinstance(decoder, Finishing):
             finish = self._programs.finish(decoder, self._params, state)
@@ -236,12 +240,12 @@ class Batch:
 
 
 def rows_of(decoder: Decoder) -> int:
-    """Rows of the batch that a prompt takes: the beams of a search, else one."""
+    """The rows of the batch that a prompt takes: the beams of a search, else one."""
     return getattr(decoder, "rows", 1)
 
 
-def ladder(tokens: int, least: int = _LEAST) -> int:
-    """The first of least, 2 least, 4 least ... that is enough; a power of two."""
+def bucket_size(tokens: int, least: int = _LEAST) -> int:
+    """The first of least, 2 least, 4 least ... that holds `tokens`; a power of two."""
     return max(least, 1 << (tokens - 1).bit_length())
 
 
@@ -251,16 +255,16 @@ def _prompts(
     sampling: Sampling,
     first: int,
     params: Any,
-    many: int = 1,
+    rows_per_prompt: int = 1,
 ) -> Prompts:
-    """Rows as arrays on the mesh, with rows of nothing to fill it up.
+    """Prompts as arrays on the mesh, with rows of padding to fill it up.
 
-    Each is there `many` times, one after another and on the same device.
+    Each is there `rows_per_prompt` times, one after another and on the same device.
     """
     shards = batch_shards(jax.sharding.get_mesh())
-    b = -(-len(rows) // shards) * shards * many
-    rows = [row for row in rows for _ in range(many)]
-    tokens_BP = np.zeros((b, ladder(max(map(len, rows)), least=8)), np.int32)
+    b = -(-len(rows) // shards) * shards * rows_per_prompt
+    rows = [row for row in rows for _ in range(rows_per_prompt)]
+    tokens_BP = np.zeros((b, bucket_size(max(map(len, rows)), least=8)), np.int32)
     length_B = np.ones(b, np.int32)
     for i, row in enumerate(rows):
         tokens_BP[i, : len(row)] = row
@@ -278,7 +282,7 @@ def _prompts(
 
 
 def put(x: np.ndarray) -> jax.Array:
-    """[B, ...] on the mesh that is set, split by row."""
+    """Puts an array [B, ...] onto the mesh that is set, split by row."""
     axes = ("batch", *[None] * (x.ndim - 1))
     return jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), spec(*axes)))
 
@@ -294,4 +298,5 @@ def _with_slots(state: DecodeState, slots: int) -> DecodeState:
 
 
 def _host(x: jax.Array) -> np.ndarray:
+    """An array on the host, whole, of all processes."""
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))

@@ -1,4 +1,4 @@
-"""What is known of a continuation: its text, and how it came about.
+"""The result of decoding a prompt: its continuation, and how it came about.
 
 Axes: E tokens of a text at most, T new tokens.
 """
@@ -20,13 +20,13 @@ class Generation:
     Counts end with the token that ends the text, that is end of text, or the token that
     completes a stop string, or the last one, and with the forward pass that made it.
     `accepted_by_head[i]` is the share of the forward passes that verified drafts in
-    which the draft of head i + 2 and all drafts before it were right.
+    which the draft of head i + 2 and all drafts before it were accepted.
     """
 
     prompt: str
     text: str  # up to the stop string
     tokens: list[int]  # new ones, without end of text; none reaches into a stop string
-    heads: list[int]  # which said each of them first: 1, or the one that drafted it
+    heads: list[int]  # the head that made each token: 1, or the one that drafted it
     passes: list[int]  # forward pass that committed each; 0 read the prompt
     forwards: int  # forward passes, the one that reads the prompt included
     tokens_per_forward: float  # end of text and stop string count; 1.0 for plain
@@ -39,7 +39,7 @@ class Generation:
 def generation_of(
     tokenizer: Tokenizer, texts: Texts, b: int, stop: Sequence[str], drafts: int
 ) -> Generation:
-    """Text b of a finished batch, but for its speed.
+    """Returns text b of a finished batch, its speed left at 0.
 
     Args:
       tokenizer: of the model.
@@ -91,7 +91,7 @@ def generation_of(
 
 @dataclasses.dataclass(frozen=True)
 class Totals:
-    """Figures of several texts."""
+    """Sums and means over several texts."""
 
     forwards: int
     tokens: float  # new ones, those that end a text included
@@ -100,17 +100,17 @@ class Totals:
 
     @property
     def tokens_per_forward(self) -> float:
-        """1 for plain."""
+        """New tokens over forward passes; 1 for plain."""
         return self.tokens / self.forwards
 
     @property
     def tokens_per_s(self) -> float:
-        """Of all texts, one batch after another."""
+        """New tokens over seconds, one batch after another."""
         return self.tokens / self.seconds
 
 
 def totals(results: Sequence[Generation]) -> Totals:
-    """The figures of at least one text."""
+    """Adds up at least one text."""
     made = [r.tokens_per_forward * r.forwards for r in results]
     seconds = sum(m / r.tokens_per_s for m, r in zip(made, results, strict=True))
     # The pass that reads the prompt verifies nothing.

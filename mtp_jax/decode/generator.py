@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from mtp_jax.checkpoint.restore import Restored, restore_model
 from mtp_jax.config import ModelConfig
 from mtp_jax.data.tokenizer import Tokenizer
-from mtp_jax.decode.batch import Batch, Texts, rows_of
+from mtp_jax.decode.batch import DecodeBatch, Texts, rows_of
 from mtp_jax.decode.decode_model import unstack
 from mtp_jax.decode.decoders import DECODERS
 from mtp_jax.decode.decoders.sampling import Sampling
@@ -31,7 +31,7 @@ _GREEDY = Sampling()
 
 
 class Generator:
-    """A model ready to write; keeps what it compiled for calls of equal shapes."""
+    """A model ready to generate; keeps its compiled programs for equal shapes."""
 
     def __init__(
         self,
@@ -62,12 +62,12 @@ class Generator:
         step: int | None = None,
         heads: int | None = None,
     ) -> Self:
-        """A generator of a trained model, with the tokenizer it was trained with.
+        """Restores a trained model, with the tokenizer it was trained with.
 
         Args:
-          workdir: of a run.
+          workdir: the folder of a run.
           mesh: from `sharding.make_mesh`; None for all devices.
-          step: which checkpoint; None for the newest that is intact.
+          step: the step of the checkpoint; None for the newest that is intact.
           heads: how many heads to keep, counted from head 1; None for all.
 
         Raises:
@@ -79,7 +79,7 @@ class Generator:
 
     @classmethod
     def from_restored(cls, restored: Restored) -> Self:
-        """The same from a model that is restored already.
+        """Makes a generator of a restored model.
 
         Prompts may be as long as the rows that it was trained on.
         """
@@ -121,7 +121,7 @@ class Generator:
           decoder: a name in DECODERS, or one with options of its own; if None,
             blockwise where there are heads to draft with, else plain.
           heads: use the first so many heads; all if None.
-          sampling: the law of the next token; greedy if not given.
+          sampling: how next tokens are chosen; greedy if not given.
           stop: a continuation ends before the first of these that it contains.
           batch_size: how many prompts are decoded at a time; all if None.
           first: number of the first prompt. What is drawn for a prompt depends on the
@@ -222,7 +222,7 @@ class Generator:
         return len(self._prompt_ids(prompt))
 
     def prompt_text(self, prompt: str | np.ndarray) -> str:
-        """A prompt as `Generation.prompt` has it."""
+        """Returns a prompt as `Generation.prompt` has it."""
         return self.tokenizer.decode(self._prompt_ids(prompt))
 
     def _batch(
@@ -235,8 +235,8 @@ class Generator:
         first: int,
         adaptive: bool,
         clock: "_Clock",
-    ) -> Batch:
-        """A batch whose prompts are read, the clock started before."""
+    ) -> DecodeBatch:
+        """Makes a batch and reads its prompts; starts the clock before."""
         # The mesh must not stay set between the pieces of a stream.
         with jax.set_mesh(self.mesh):
             if self._params is None:
@@ -245,7 +245,7 @@ class Generator:
             params = {**self._params, "heads": self._params["heads"][:heads]}
             if isinstance(decoder, ReadsTables):
                 params["tables"] = self.tables_of(decoder)
-            batch = Batch(
+            batch = DecodeBatch(
                 self._programs,
                 params,
                 decoder,
@@ -260,7 +260,7 @@ class Generator:
         return batch
 
     def tables_of(self, decoder: ReadsTables) -> Any:
-        """What a decoder reads besides the model, on every device."""
+        """The arrays that a decoder reads besides the model, on every device."""
         if decoder not in self._tables:
             tables = decoder.tables(self.tokenizer.fingerprint, self.cfg.vocab_size)
             self._tables[decoder] = jax.device_put(
@@ -269,9 +269,9 @@ class Generator:
         return self._tables[decoder]
 
     def _advance(
-        self, batch: Batch, forwards: int, stop: Sequence[str], count: int
+        self, batch: DecodeBatch, forwards: int, stop: Sequence[str], count: int
     ) -> Texts:
-        """The texts after so many forward passes, those that hold a stop string done.
+        """Goes on for so many forward passes, and ends texts that hold a stop string.
 
         `count` is the number of prompts; other rows fill up the batch.
         """
@@ -296,7 +296,7 @@ class Generator:
         heads: int | None,
         stop: Sequence[str],
     ) -> tuple[Decoder, int]:
-        """The decoder, and how many heads it runs."""
+        """Checks arguments; returns the decoder and the number of heads it runs."""
         n = self.cfg.n_future_tokens
         heads = n if heads is None else heads
         if max_new_tokens < 1:
@@ -318,6 +318,7 @@ class Generator:
         return decoder, decoder.heads(heads)
 
     def _prompt_ids(self, prompt: str | np.ndarray) -> np.ndarray:
+        """The checked token ids of a prompt, begin of text first, int32."""
         if isinstance(prompt, str) and not prompt:
             raise UserError("a prompt is empty; give some text.")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
@@ -337,7 +338,7 @@ class Generator:
 
 
 def needs_heads(decoder: Decoder) -> bool:
-    """Whether it has no use for a model of one head."""
+    """Returns True if a decoder has no use for a model of one head."""
     return decoder.heads(2) > 1
 
 
@@ -359,5 +360,6 @@ class _Clock:
 def _with_speed(
     result: Generation, of_batch: list[Generation], seconds: float
 ) -> Generation:
+    """A result with the speed of its batch."""
     made = sum(r.tokens_per_forward * r.forwards for r in of_batch)
     return dataclasses.replace(result, tokens_per_s=made / seconds)

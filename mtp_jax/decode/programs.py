@@ -1,7 +1,7 @@
-"""The compiled parts of decoding: reading the prompts, and writing on.
+"""The compiled programs of decoding: reading the prompts, and writing on.
 
 Axes: B batch, P prompt, E tokens of a text at most, S slots, N heads, D model width, W
-tokens of a piece of prompt, V vocabulary.
+tokens of a chunk of prompt, V vocabulary.
 """
 
 import dataclasses
@@ -22,12 +22,15 @@ from mtp_jax.decode.adaptive import (
 )
 from mtp_jax.decode.cache import Cache, chain, decode_heads_at, decode_trunk, make_cache
 from mtp_jax.decode.decode_model import DecodeModel, build
+from mtp_jax.decode.decoders.sampling import RandomKeys, SamplingArrays
 from mtp_jax.decode.decoders.state import Decoder, DecodeState, Drafter, Finishing
 from mtp_jax.parallel.sharding import spec
 
-_PIECE = 256  # tokens of a prompt read at once: bounds the memory of long prompts
+_PROMPT_CHUNK = (
+    256  # tokens of a prompt read at once: bounds the memory of long prompts
+)
 
-# Of a state, what leaves the devices.
+# Arrays of a state that leave the devices.
 REPORTED = (
     "tokens_BE",
     "forward_BE",
@@ -54,12 +57,12 @@ class Prompts:
     length_B: jax.Array  # int32, at least 1
     limit_B: jax.Array  # of the whole text, int32
     done_B: jax.Array  # true for a row that only fills up the batch
-    sampling: Any  # sampling.Law
-    keys: Any  # sampling.Chance
+    sampling: SamplingArrays
+    keys: RandomKeys
 
 
 class Programs:
-    """What was compiled for a model, so that equal shapes share it."""
+    """The programs compiled for a model, kept so that equal shapes share them."""
 
     def __init__(self, cfg: ModelConfig, eos_id: int):
         self._cfg = cfg
@@ -76,14 +79,14 @@ class Programs:
         slots: int,
         alone: bool = False,
     ) -> tuple[Begin, Any]:
-        """The program that reads such prompts, and the shapes of what it gives.
+        """The program that reads such prompts, and the shapes of its results.
 
         Args:
-          decoder: which commits the first token.
+          decoder: the decoder that commits the first token.
           params: from `decode_model.unstack`, with the heads that the decoder runs.
           prompts: of the shapes to compile for.
-          room: E.
-          slots: of the cache; at least P.
+          room: E, the most tokens of a text.
+          slots: S, of the cache; at least P.
           alone: leave the drafting heads alone from the start; see `adaptive`.
         """
 
@@ -96,7 +99,7 @@ class Programs:
         return self._get(key, compiled)
 
     def catch_up(self, decoder: Drafter, params: Any, state: Any) -> Advance:
-        """The program (params, state, alone) -> state that asks the heads again."""
+        """The program (params, state, alone) -> state that has the heads catch up."""
 
         def compiled():
             @jax.jit(donate_argnames="state")
@@ -131,12 +134,12 @@ class Programs:
         room: int,
         slots: int,
     ) -> DepthChooser:
-        """That of batches of such prompts, whose costs `measure` finds once."""
+        """The depth chooser of such batches, whose costs `measure` finds once."""
         key = ("chooser", decoder, room, slots, *_kind(params), *_kind(prompts))
         return self._get(key, lambda: DepthChooser(measure()))
 
     def finish(self, decoder: Finishing, params: Any, state: Any) -> Callable[..., Any]:
-        """The program (params, state) -> what is REPORTED of the state, by name."""
+        """The program (params, state) -> the arrays REPORTED of the state, by name."""
 
         def compiled():
             @jax.jit
@@ -150,6 +153,7 @@ class Programs:
         return self._get(key, compiled)
 
     def _get(self, key: Any, compiled: Callable[[], Any]) -> Any:
+        """The program of a key, compiled if it is not there, its time counted."""
         if key not in self._compiled:
             began = time.perf_counter()
             self._compiled[key] = compiled()
@@ -158,12 +162,12 @@ class Programs:
 
 
 def slack(decoder: Decoder, heads: int) -> int:
-    """How many slots a forward pass may write after those of committed tokens."""
+    """The most slots that a forward pass writes after those of committed tokens."""
     return max(decoder.width(heads), CATCH_UP)
 
 
 def _kind(tree: Any) -> tuple[Any, ...]:
-    """What a compilation depends on: structure, shapes, types and shardings."""
+    """The parts of a key for a tree: structure, shapes, types and shardings."""
     leaves, structure = jax.tree.flatten(tree)
     return (structure, *((x.shape, x.dtype, x.sharding) for x in leaves))
 
@@ -225,7 +229,7 @@ def _begin(
 def _confidence(
     model: DecodeModel, heads_BMD: jax.Array, done_B: jax.Array
 ) -> jax.Array:
-    """How likely each head finds its most likely token, float32 [M]."""
+    """The probability of each head's most likely token, a mean, float32 [M]."""
     logits_BMV = model.logits(heads_BMD)
     top_BM = jnp.max(jax.nn.log_softmax(logits_BMV, axis=-1), axis=-1)
     counts_B1 = jnp.where(done_B, 0.0, 1.0)[:, None]
@@ -258,7 +262,7 @@ def _advance(cfg: ModelConfig, decoder: Decoder, depth: int) -> Any:
 
 
 def _seen(cfg: ModelConfig, prompts: Prompts) -> jax.Array:
-    """Which tokens a prompt has, bool [B, V]."""
+    """Marks the tokens that each prompt has, bool [B, V]."""
     tokens_BP = prompts.tokens_BP
 
     def local(tokens_BP, length_B):
@@ -280,17 +284,17 @@ def _read_prompt(
     heads: range,
     keep: bool,
 ) -> tuple[jax.Array, Cache, jax.Array | None]:
-    """What some heads say at the end of each prompt, [B, N, D], and the cache.
+    """Outputs of some heads at the end of each prompt, [B, N, D], and the cache.
 
-    Piece by piece, as many as the longest prompt has: what is alive for every token of
-    a prompt is the cache, and the trunk's output, [B, P, D], if it is to be kept.
+    Reads chunk by chunk, as many as the longest prompt has: alive for every token of a
+    prompt are the cache, and the trunk's outputs, [B, P, D], if they are to be kept.
     """
     b, p = prompts.tokens_BP.shape
-    w, n = min(p, _PIECE), len(heads)
+    w, n = min(p, _PROMPT_CHUNK), len(heads)
     d, dtype = cfg.d_model, cfg.compute_dtype
     rows = spec("batch", None, None)
 
-    def piece(i, carry):
+    def chunk(i, carry):
         model = build(cfg, params)  # in the loop
         heads_BND, cache, trunk_BPD = carry
         start = i * w
@@ -309,5 +313,5 @@ def _read_prompt(
 
     nothing_BND = jnp.zeros((b, n, d), dtype, out_sharding=rows)
     nothing_BPD = jnp.zeros((b, p, d), dtype, out_sharding=rows) if keep else None
-    pieces = -(-jnp.max(prompts.length_B) // w)
-    return jax.lax.fori_loop(0, pieces, piece, (nothing_BND, cache, nothing_BPD))
+    chunks = -(-jnp.max(prompts.length_B) // w)
+    return jax.lax.fori_loop(0, chunks, chunk, (nothing_BND, cache, nothing_BPD))

@@ -1,4 +1,4 @@
-"""From tokens to text as it is written: where it stops, what can be shown already.
+"""Text of tokens while it is written: stop strings, and the part that can be shown.
 
 Axes: none; tokens are those of one text.
 """
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from mtp_jax.data.tokenizer import Tokenizer
 
-_UNFINISHED = "\ufffd"  # what decoding makes of the first bytes of a character
+_UNFINISHED = "\ufffd"  # the first bytes of a character decode to this
 
 
 def find_stop(
     tokenizer: Tokenizer, tokens: Sequence[int], stop: Sequence[str]
 ) -> int | None:
-    """How many tokens it takes to complete a stop string, if there is one.
+    """The number of tokens up to the end of the first complete stop string, or None.
 
     It is looked for in the text, so it does not matter how it would be tokenized.
     """
@@ -39,7 +39,7 @@ def before_stop(text: str, stop: Sequence[str]) -> str:
 def settled(text: str, stop: Sequence[str]) -> str:
     """The part of an unfinished text that no further token changes or takes back.
 
-    What is left out is a character whose last bytes are missing, and an end that may
+    Left out are a character whose last bytes are missing, and an end that may
     yet become a stop string.
     """
     text = text.rstrip(_UNFINISHED)
@@ -50,8 +50,8 @@ def settled(text: str, stop: Sequence[str]) -> str:
     return text
 
 
-def pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
-    """What each token adds to the text; their sum is the text.
+def token_texts(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
+    """The text that each token adds; together they are the text.
 
     A character of several tokens comes with the last of them.
     """

@@ -1,4 +1,7 @@
-"""Which process of how many this is: by options, or as a pod or a scheduler says."""
+"""The number of this process among those of a run: from options, a pod or a scheduler.
+
+A TPU pod, GKE, Slurm and Open MPI are asked by JAX's own rules.
+"""
 
 import argparse
 import dataclasses
@@ -8,17 +11,17 @@ from mtp_jax.errors import RunFailed, UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Cluster:
-    """Where a process stands among those of a run."""
+class ProcessInfo:
+    """One process of a run: its number, and how to reach the others."""
 
-    coordinator: str  # HOST:PORT, where process 0 listens
+    coordinator_address: str  # HOST:PORT, where process 0 listens
     num_processes: int
     process_id: int
     local_device_ids: tuple[int, ...] | None = None  # where a scheduler shares them out
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say which process of how many this is."""
+    """Adds --coordinator, --num_processes and --process_id to a parser."""
     group = parser.add_argument_group(
         "several hosts",
         "All three or none: what TPU pods, GKE and Slurm say is found by itself.",
@@ -30,8 +33,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--process_id", type=int, metavar="I", help="0 to N - 1")
 
 
-def placed(args: argparse.Namespace) -> Cluster | None:
-    """What the options say; None if they are not given.
+def from_options(args: argparse.Namespace) -> ProcessInfo | None:
+    """Returns the process that the options describe; None if they are not given.
 
     Raises:
       UserError: only some are given, or they contradict each other.
@@ -57,17 +60,17 @@ def placed(args: argparse.Namespace) -> Cluster | None:
             f"--process_id={args.process_id} of --num_processes={args.num_processes}; "
             f"give 0 to {args.num_processes - 1}."
         )
-    return Cluster(*given)
+    return ProcessInfo(*given)
 
 
-def detected(timeout_s: int) -> Cluster | None:
-    """What the surroundings say, by JAX's own rules; None if they say nothing.
+def detect(timeout_s: int) -> ProcessInfo | None:
+    """Returns the process that a pod or a scheduler describes; None if there is none.
 
     Args:
       timeout_s: how long to wait for the name of process 0 to be known.
 
     Raises:
-      RunFailed: they say something that cannot be.
+      RunFailed: what they say cannot be.
     """
     from jax._src.clusters import ClusterEnv  # initialize() does not tell what it found
 
@@ -80,4 +83,4 @@ def detected(timeout_s: int) -> Cluster | None:
     address, count, index, ids = found
     if count is None or index is None or address is None:
         return None
-    return Cluster(address, count, index, None if ids is None else tuple(ids))
+    return ProcessInfo(address, count, index, None if ids is None else tuple(ids))

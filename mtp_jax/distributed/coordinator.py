@@ -1,9 +1,9 @@
-"""Where the processes of a run meet and hear of each other: a server in process 0.
+"""The coordinator of a run: a server in process 0 through which processes meet.
 
-Each process keeps one connection to it, on which both sides send a JSON object a line.
-A process that is killed closes its connection, one that freezes falls silent, one that
-fails says so; whatever comes first ends all the others, with the same line. The same
-port passes on what jax.distributed sends to its own service (see `hosts`).
+Each process (`member`) keeps one connection to it, on which both sides send a JSON
+object a line. A process that is killed closes its connection, one that freezes falls
+silent, one that fails says so; whatever comes first ends all the others, with the same
+line. The same port passes on what jax.distributed sends to its own service (`hosts`).
 """
 
 import asyncio
@@ -20,7 +20,9 @@ _FAREWELL_S = 5.0  # for the others to hear the end before process 0 ends
 
 
 @dataclasses.dataclass
-class _Member:
+class _Peer:
+    """A process as the coordinator knows it."""
+
     name: str
     about: dict[str, str]
     writer: asyncio.StreamWriter
@@ -30,16 +32,16 @@ class _Member:
 
 
 class Coordinator:
-    """The server; all of it runs in one event loop."""
+    """The server in process 0; all of it runs in one event loop."""
 
     def __init__(self, count: int, join_timeout_s: float, host_timeout_s: float):
-        """Of `count` processes; see `config.train` for the times."""
+        """Waits for `count` processes; times are those of `config.train`, in s."""
         self._count = count
         self._join_timeout_s = join_timeout_s
         self._host_timeout_s = host_timeout_s
-        self._members: dict[int, _Member] = {}
+        self._peers: dict[int, _Peer] = {}
         self._met = False
-        self._waiting: dict[str, set[int]] = {}  # who has come to which place
+        self._waiting: dict[str, set[int]] = {}  # who has come to which barrier
         self._begun: dict[int, int] = {}  # how far each has come, at a SIGTERM
         self._stopping = False
         self._arrived = 0
@@ -57,15 +59,15 @@ class Coordinator:
         # Other hosts may know this one by another address than `host`.
         bind = host if host in ("127.0.0.1", "localhost") else None
         await asyncio.start_server(self._serve, bind, port, limit=_LINE_BYTES)
-        self._spawn(self._watch())
+        self._spawn(self._watch_peers())
 
     def open_service(self, port: int) -> None:
         """Says where the service of jax.distributed listens."""
         self._service = port
 
     def statuses(self) -> dict[int, dict[str, Any]]:
-        """What each process last said of itself."""
-        return {i: member.status for i, member in self._members.items()}
+        """The last status of each process, by its number."""
+        return {i: peer.status for i, peer in self._peers.items()}
 
     def _spawn(self, coroutine: Any) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -112,31 +114,31 @@ class Coordinator:
             writer.write(encode({"busy": "a run of other processes is in progress"}))
             return
         index = int(hello["host"])
-        member = _Member(
+        peer = _Peer(
             hello["name"], hello["about"], writer, time.monotonic(), hello["status"]
         )
         self._arrived += 1
-        wrong = self._refusal or self._wrong(index, int(hello["of"]), member)
+        wrong = self._refusal or self._wrong(index, int(hello["of"]), peer)
         if wrong:
             writer.write(encode({"end": wrong, "code": 2}))
             if not self._refusal:
                 self._refusal = wrong
                 self._spawn(self._refuse())
             return
-        self._members[index] = member
-        if len(self._members) == self._count:
+        self._peers[index] = peer
+        if len(self._peers) == self._count:
             self._met = True
-            names = [self._members[i].name for i in range(self._count)]
+            names = [self._peers[i].name for i in range(self._count)]
             self._tell({"names": names})
         try:
             while message := await receive(reader):
-                member.heard = time.monotonic()
-                await self._take(index, member, message)
+                peer.heard = time.monotonic()
+                await self._take(index, peer, message)
         except (OSError, ValueError):
             pass
         if not self._met:
-            self._members.pop(index, None)  # it may yet come again
-        elif not member.gone:
+            self._peers.pop(index, None)  # it may yet come again
+        elif not peer.gone:
             await self._lose(index, "its process ended")
 
     async def _refuse(self) -> None:
@@ -146,36 +148,36 @@ class Coordinator:
             await asyncio.sleep(0.1)
         await self._end(self._refusal, 2)
 
-    def _wrong(self, index: int, count: int, member: _Member) -> str:
-        """What speaks against a process that wants to join; empty if nothing does."""
+    def _wrong(self, index: int, count: int, peer: _Peer) -> str:
+        """Returns why a process must not join; empty if it may."""
         if count != self._count or not 0 <= index < count:
             return (
-                f"{member.name} came as process {index} of {count}, but process 0 "
+                f"{peer.name} came as process {index} of {count}, but process 0 "
                 f"was told --num_processes={self._count}"
             )
-        if other := self._members.get(index):
+        if other := self._peers.get(index):
             return (
                 f"two processes came as --process_id={index}, on {other.name} and on "
-                f"{member.name}"
+                f"{peer.name}"
             )
-        for there in self._members.values():
-            for key in sorted(there.about.keys() | member.about.keys()):
-                here, other_value = member.about.get(key), there.about.get(key)
+        for there in self._peers.values():
+            for key in sorted(there.about.keys() | peer.about.keys()):
+                here, other_value = peer.about.get(key), there.about.get(key)
                 if here != other_value:
                     return (
-                        f"the hosts differ in {key}: {member.name} has {here}, "
+                        f"the hosts differ in {key}: {peer.name} has {here}, "
                         f"{there.name} {other_value}"
                     )
         return ""
 
-    async def _take(self, index: int, member: _Member, message: dict[str, Any]) -> None:
+    async def _take(self, index: int, peer: _Peer, message: dict[str, Any]) -> None:
         if "status" in message:
-            member.status = message["status"]
+            peer.status = message["status"]
         if "failed" in message:
-            member.gone = True
+            peer.gone = True
             line = f"{self._called(index)}: {message['failed']}"
             await self._end(line, message["code"], teller=index)
-            member.writer.write(encode({"told": True}))
+            peer.writer.write(encode({"told": True}))
         if "at" in message:
             there = self._waiting.setdefault(message["at"], set())
             there.add(index)
@@ -190,18 +192,18 @@ class Coordinator:
             if len(self._begun) == self._count:
                 await self._stop_after(max(self._begun.values()) + 1)
         if "bye" in message:
-            member.gone = True
-            if all(m.gone for m in self._members.values()):
+            peer.gone = True
+            if all(p.gone for p in self._peers.values()):
                 self._tell({"bye": True})
 
     async def _stop_after(self, step: int) -> None:
-        """All have been asked; they end at once if there is nothing to save."""
+        """Tells all to stop after a step; at once where none has begun (step 0)."""
         if step == 0:
             await self._end(NOTHING_BEGUN, 0)
         else:
             self._tell({"last": step})
 
-    async def _watch(self) -> None:
+    async def _watch_peers(self) -> None:
         """Ends the run where a process does not come, or falls silent."""
         begun = before = time.monotonic()
         pause = beat_s(self._host_timeout_s)
@@ -217,18 +219,18 @@ class Coordinator:
                     await self._end(self._missing(), 1)
                 continue
             self._tell({"beat": True})
-            for i, member in list(self._members.items()):
-                member.heard += asleep
-                if not member.gone and now - member.heard > limit:
+            for i, peer in list(self._peers.items()):
+                peer.heard += asleep
+                if not peer.gone and now - peer.heard > limit:
                     await self._lose(i, silence(self._host_timeout_s))
 
     async def _lose(self, index: int, how: str) -> None:
-        self._members[index].gone = True  # nobody waits for it
+        self._peers[index].gone = True  # nobody waits for it
         await self._end(f"{self._called(index)} is lost: {how}", 1)
 
     def _missing(self) -> str:
-        absent = [i for i in range(self._count) if i not in self._members]
-        came = ", ".join(self._called(i) for i in sorted(self._members))
+        absent = [i for i in range(self._count) if i not in self._peers]
+        came = ", ".join(self._called(i) for i in sorted(self._peers))
         word = "host" if len(absent) == 1 else "hosts"
         return (
             f"{word} {', '.join(map(str, absent))} of {self._count} did not come "
@@ -237,12 +239,12 @@ class Coordinator:
         )
 
     def _called(self, index: int) -> str:
-        return f"host {index} ({self._members[index].name})"
+        return f"host {index} ({self._peers[index].name})"
 
     def _tell(self, message: dict[str, Any], but: tuple[int, ...] = ()) -> None:
-        for i, member in self._members.items():
-            if i not in but and not member.writer.is_closing():
-                member.writer.write(encode(message))
+        for i, peer in self._peers.items():
+            if i not in but and not peer.writer.is_closing():
+                peer.writer.write(encode(message))
 
     async def _end(self, line: str, code: int, teller: int = -1) -> None:
         """Tells all processes that the run is over, process 0 after the others."""
@@ -253,8 +255,8 @@ class Coordinator:
         self._tell(message, but=(0, teller))
         end = time.monotonic() + _FAREWELL_S
         while time.monotonic() < end and any(
-            not member.writer.is_closing() and not member.gone
-            for i, member in self._members.items()
+            not peer.writer.is_closing() and not peer.gone
+            for i, peer in self._peers.items()
             if i != 0
         ):
             await asyncio.sleep(0.05)
@@ -263,17 +265,17 @@ class Coordinator:
 
 
 def beat_s(host_timeout_s: float) -> float:
-    """How often a process says that it is there, in seconds."""
+    """Seconds between two signs of life of a process."""
     return min(5.0, host_timeout_s / 6)
 
 
 def silence_s(host_timeout_s: float) -> float:
-    """How long it may say nothing, in seconds: all are to end within the timeout."""
+    """Seconds of silence after which a process is lost: all end within the timeout."""
     return host_timeout_s - 2 * beat_s(host_timeout_s)
 
 
 def silence(host_timeout_s: float) -> str:
-    """How a process was lost that is still there."""
+    """Describes the loss of a process that keeps its connection but is silent."""
     return (
         f"nothing was heard of it for {silence_s(host_timeout_s):.0f} s "
         f"(config.train.host_timeout_s is {host_timeout_s:.0f})"
@@ -281,12 +283,12 @@ def silence(host_timeout_s: float) -> str:
 
 
 def encode(message: dict[str, Any]) -> bytes:
-    """A message as a line."""
+    """Returns a message as a line of JSON."""
     return json.dumps(message).encode() + b"\n"
 
 
 async def receive(reader: asyncio.StreamReader) -> dict[str, Any]:
-    """The next message; empty at the end of the connection.
+    """Returns the next message; an empty one at the end of the connection.
 
     Raises:
       ValueError: what came is no message.

@@ -1,8 +1,9 @@
 """Joining the processes of a run, and ending together: nobody waits for the dead.
 
 Collectives, and jax.distributed, wait for a process that is lost, or abort with words
-of their own. So each process has a thread that hears from the others (`hub`) and ends
-its process when the run is over elsewhere, whatever the main thread is blocked in.
+of their own. So each process has a thread (`member`) that hears from the others, by way
+of the `coordinator`, and ends its process when the run is over elsewhere, whatever the
+main thread is blocked in.
 """
 
 import contextlib
@@ -12,14 +13,14 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from mtp_jax.distributed.cluster import Cluster, detected
+from mtp_jax.distributed.cluster import ProcessInfo, detect
 from mtp_jax.distributed.member import Member, exit_now
 from mtp_jax.distributed.stop import NOTHING_BEGUN, LastStep, on_sigterm
 from mtp_jax.errors import told_as
 
 
 def join(
-    place: Cluster | None,
+    process: ProcessInfo | None,
     join_timeout_s: int,
     host_timeout_s: int,
     about: dict[str, str] | None = None,
@@ -29,7 +30,7 @@ def join(
     From then on SIGTERM ends a process only before its first step: see `told_to_stop`.
 
     Args:
-      place: of this process; None: what a TPU pod, GKE, Slurm or Open MPI says.
+      process: this process; None: what a TPU pod, GKE, Slurm or Open MPI says.
       join_timeout_s: how long to wait until all are there.
       host_timeout_s: within this time after a process is lost the others end.
       about: what must be the same in all processes, such as a version.
@@ -38,40 +39,42 @@ def join(
       UserError: the processes do not fit together.
       RunFailed: a process did not come, and which.
     """
-    global _watch, _last_step
+    global _member, _last_step
     on_sigterm(_stop)
-    place = place or detected(join_timeout_s)
-    if place is not None and place.num_processes > 1:
-        watch = Member(place, join_timeout_s, host_timeout_s, about or {})
-        watch.meet()
-        _watch, _last_step = watch, watch.last_step
-        watch.start_jax()
+    process = process or detect(join_timeout_s)
+    if process is not None and process.num_processes > 1:
+        member = Member(process, join_timeout_s, host_timeout_s, about or {})
+        member.meet()
+        _member, _last_step = member, member.last_step
+        member.start_jax()
     else:
         _last_step = LastStep()
 
 
 def report(**status: Any) -> None:
-    """What this process says of itself to process 0, from now on."""
-    if _watch is not None:
-        _watch.report(status)
+    """Sets the status of this process that process 0 knows."""
+    if _member is not None:
+        _member.report(status)
 
 
 def reports() -> dict[int, dict[str, Any]]:
-    """In process 0: what each process said last; elsewhere, and alone, nothing."""
-    return _watch.hub.statuses() if _watch is not None and _watch.hub else {}
+    """Returns the last status of each process; nothing but in process 0, or alone."""
+    if _member is None or _member.coordinator is None:
+        return {}
+    return _member.coordinator.statuses()
 
 
-def wait_for_all(place: str) -> None:
-    """Waits until all processes are at this place of the program.
+def wait_for_all(barrier: str) -> None:
+    """Waits until all processes are at this barrier, which its name tells from others.
 
     Collectives do not wait long for a process that still compiles.
     """
-    if _watch is not None:
-        _watch.wait_for_all(place)
+    if _member is not None:
+        _member.wait_for_all(barrier)
 
 
 def told_to_stop(done: int) -> bool:
-    """Whether a process got a SIGTERM; all learn it after the same number of steps.
+    """Returns True if a process got a SIGTERM; all learn it after the same step.
 
     Where it comes before any process has called this, they end at once, with code 0.
 
@@ -83,25 +86,25 @@ def told_to_stop(done: int) -> bool:
 
 
 def _stop() -> None:
-    """On SIGTERM."""
-    if _watch is not None:
-        _watch.stop()
+    """Acts on a SIGTERM: tells the others, or ends where no step has begun."""
+    if _member is not None:
+        _member.stop()
     elif _last_step is None or not _last_step.stop_alone():
         print(f"mtp-jax: {NOTHING_BEGUN}", file=sys.stderr, flush=True)
         exit_now(0)
 
 
 def name_of(index: int) -> str:
-    """`host 2 (its name)`."""
-    if _watch is not None:
-        return _watch.name_of(index)
+    """Returns `host 2 (its name)` for process 2."""
+    if _member is not None:
+        return _member.name_of(index)
     return f"host {index} ({socket.gethostname()})"
 
 
 def leave() -> None:
-    """At the end of a run that went well: waits until all processes are there too."""
-    if _watch is not None:
-        _watch.leave()
+    """Ends a run that went well: waits until all processes have come to its end."""
+    if _member is not None:
+        _member.leave()
 
 
 def fail(error: BaseException) -> None:
@@ -109,17 +112,19 @@ def fail(error: BaseException) -> None:
 
     An error that comes of a lost process is not told: the loss is.
     """
-    if _watch is not None:
-        _watch.fail(error)
+    if _member is not None:
+        _member.fail(error)
 
 
 @contextlib.contextmanager
 def within(seconds: float, otherwise: BaseException) -> Iterator[None]:
-    """A limit for what may wait for other processes for ever: then the run ends.
+    """A context that ends the run if its body takes longer than a limit.
+
+    It is for what may wait for other processes for ever.
 
     Args:
       seconds: the limit.
-      otherwise: what is said in that case, as by `fail`.
+      otherwise: the error that is told in that case, as by `fail`.
     """
     timer = threading.Timer(seconds, _give_up, (otherwise,))
     timer.daemon = True
@@ -131,11 +136,12 @@ def within(seconds: float, otherwise: BaseException) -> Iterator[None]:
 
 
 def _give_up(error: BaseException) -> None:
+    """Ends this process, alone or with the others, with an error."""
     fail(error)
     code, shown, _ = told_as(error)  # alone
     print(shown, file=sys.stderr, flush=True)
     exit_now(code)
 
 
-_watch: Member | None = None
+_member: Member | None = None
 _last_step: LastStep | None = None

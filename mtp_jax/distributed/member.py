@@ -1,4 +1,4 @@
-"""A process among the others of a run: it hears from them in a thread of its own."""
+"""One process of a run: it hears from the others, by the coordinator, in a thread."""
 
 import asyncio
 import contextlib
@@ -9,7 +9,7 @@ import threading
 import time
 from typing import Any, NoReturn
 
-from mtp_jax.distributed.cluster import Cluster
+from mtp_jax.distributed.cluster import ProcessInfo
 from mtp_jax.distributed.coordinator import (
     Coordinator,
     beat_s,
@@ -26,20 +26,20 @@ _VERDICT_S = 5.0  # for the news of a lost host to come after a collective broke
 
 
 class Member:
-    """This process among the others: a thread with an event loop."""
+    """This process as a member of its run: a thread with an event loop."""
 
     def __init__(
         self,
-        place: Cluster,
+        process: ProcessInfo,
         join_timeout_s: float,
         host_timeout_s: float,
         about: dict[str, str],
     ):
-        self._place = place
+        self._process = process
         self._join_timeout_s = join_timeout_s
         self._host_timeout_s = host_timeout_s
         self._about = about
-        self.hub: Coordinator | None = None
+        self.coordinator: Coordinator | None = None
         self.names: list[str] = []
         self.status: dict[str, Any] = {}
         self.last_step = LastStep()
@@ -48,11 +48,11 @@ class Member:
         self._writer: asyncio.StreamWriter
         self._heard = time.monotonic()
         self._failing = False  # and has said why
-        self._passes: dict[str, threading.Event] = {}
+        self._barriers: dict[str, threading.Event] = {}
         self._told = threading.Event()
         self._over = threading.Event()  # all processes have left
         self._relay_port = 0
-        self._said = False  # that the name of host 0 is not known
+        self._warned = False  # that the name of host 0 is not known
         self._tasks: list[Any] = []
 
     def meet(self) -> None:
@@ -63,23 +63,23 @@ class Member:
             self._tasks.append(asyncio.run_coroutine_threadsafe(part, self._loop))
 
     def report(self, status: dict[str, Any]) -> None:
-        """See the function of this name in `hosts`."""
+        """Sends the status of this process to process 0 (`hosts.report`)."""
         self.status = status
         self._send({"status": status})
 
-    def wait_for_all(self, place: str) -> None:
-        """See the function of this name in `hosts`."""
-        passed = self._passes.setdefault(place, threading.Event())
-        self._send({"at": place})
+    def wait_for_all(self, barrier: str) -> None:
+        """Waits until all processes are at a barrier (`hosts.wait_for_all`)."""
+        passed = self._barriers.setdefault(barrier, threading.Event())
+        self._send({"at": barrier})
         passed.wait()
-        del self._passes[place]
+        del self._barriers[barrier]
 
     def stop(self) -> None:
         """Tells the others of a SIGTERM."""
         self._send({"stop": True})
 
     def fail(self, error: BaseException) -> NoReturn:
-        """See the function of this name in `hosts`."""
+        """Tells the others of an error and ends this process (`hosts.fail`)."""
         code, shown, line = told_as(error)
         is_told = isinstance(error, UserError | RunFailed)
         if not is_told and isinstance(error, Exception):  # no person at a keyboard
@@ -91,7 +91,7 @@ class Member:
         exit_now(code)
 
     def leave(self) -> None:
-        """See the function of this name in `hosts`."""
+        """Waits until all processes have come to the end (`hosts.leave`)."""
         import jax
 
         jax.distributed.shutdown()
@@ -99,17 +99,18 @@ class Member:
         self._over.wait(self._host_timeout_s)
 
     def name_of(self, index: int) -> str:
-        """See the function of this name in `hosts`."""
+        """Returns the number and the host name of a process (`hosts.name_of`)."""
         return f"host {index} ({self.names[index]})"
 
     async def _meet(self) -> None:
-        place, (host, port) = self._place, _address(self._place.coordinator)
-        if place.process_id == 0:
-            self.hub = Coordinator(
-                place.num_processes, self._join_timeout_s, self._host_timeout_s
+        process, address = self._process, self._process.coordinator_address
+        host, port = _address(address)
+        if process.process_id == 0:
+            self.coordinator = Coordinator(
+                process.num_processes, self._join_timeout_s, self._host_timeout_s
             )
             try:
-                await self.hub.listen(host, port)
+                await self.coordinator.listen(host, port)
             except OSError as error:
                 raise UserError(
                     f"process 0 cannot listen on port {port}: {error.strerror}; give "
@@ -122,47 +123,56 @@ class Member:
                 await self._greet(host, port, end)
             except ValueError:
                 raise RunFailed(
-                    f"what listens at {place.coordinator} is not host 0 of a run; give "
+                    f"what listens at {address} is not host 0 of a run; give "
                     "--coordinator another port."
                 ) from None
             except OSError as error:
-                self._say_once(error)
+                self._warn_once(error)
                 if time.monotonic() > end:
                     reason = getattr(error, "strerror", None) or "no answer"
                     raise RunFailed(
                         f"host 0 did not come within {self._join_timeout_s:.0f} s "
-                        f"(config.train.join_timeout_s): {place.coordinator}, where it "
+                        f"(config.train.join_timeout_s): {address}, where it "
                         f"should listen, says: {reason}"
                     ) from None
                 await asyncio.sleep(0.3)
         server = await asyncio.start_server(self._relay, "127.0.0.1", 0)
         self._relay_port = server.sockets[0].getsockname()[1]
 
-    def _say_once(self, error: OSError) -> None:
-        """A name may come to be known while hosts start; a wrong one never will."""
-        if isinstance(error, socket.gaierror) and not self._said:
-            self._said = True
+    def _warn_once(self, error: OSError) -> None:
+        """Warns, once, of a host name that is not known.
+
+        It may come to be known while hosts start; a wrong one never will.
+        """
+        if isinstance(error, socket.gaierror) and not self._warned:
+            self._warned = True
+            address = self._process.coordinator_address
             print(
-                f"mtp-jax: {self._place.coordinator}: {error.strerror}; trying again "
-                f"for {self._join_timeout_s:.0f} s (config.train.join_timeout_s)",
+                f"mtp-jax: {address}: {error.strerror}; trying again for "
+                f"{self._join_timeout_s:.0f} s (config.train.join_timeout_s)",
                 file=sys.stderr,
                 flush=True,
             )
 
     async def _greet(self, host: str, port: int, end: float) -> None:
-        """Says hello and waits for the names of all; OSError: to be tried again."""
+        """Says hello and waits for the names of all.
+
+        Raises:
+          OSError: no answer yet; to be tried again.
+          UserError, RunFailed: the coordinator has ended the run.
+        """
         opening = asyncio.open_connection(host, port, limit=1 << 20)
         self._reader, self._writer = await asyncio.wait_for(opening, 10.0)
         hello = {
             "kind": "host",
-            "host": self._place.process_id,
-            "of": self._place.num_processes,
+            "host": self._process.process_id,
+            "of": self._process.num_processes,
             "name": socket.gethostname(),
             "about": self._about,
             "status": self.status,
         }
         self._writer.write(encode(hello))
-        # The hub has the last word on who is missing.
+        # The coordinator has the last word on who is missing.
         limit = end - time.monotonic() + 2 * self._host_timeout_s
         message = await asyncio.wait_for(receive(self._reader), limit)
         if "end" in message:
@@ -173,7 +183,7 @@ class Member:
         self.names = message["names"]
 
     def start_jax(self) -> None:
-        """jax.distributed, through a relay that hides the loss of process 0.
+        """Starts jax.distributed, through a relay that hides the loss of process 0.
 
         Its client would abort the process at once, with a text of its own. Its times
         are longer than ours for the same reason.
@@ -182,19 +192,19 @@ class Member:
 
         # What waits for a SIGTERM there stops Python meanwhile, and with it the relay.
         jax.config.update("jax_enable_preemption_service", False)
-        place, bind, address = self._place, None, f"127.0.0.1:{self._relay_port}"
-        if self.hub is not None:
+        process, bind, address = self._process, None, f"127.0.0.1:{self._relay_port}"
+        if self.coordinator is not None:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
             bind = address = f"127.0.0.1:{port}"
-            self._loop.call_soon_threadsafe(self.hub.open_service, port)
+            self._loop.call_soon_threadsafe(self.coordinator.open_service, port)
         long_s = int(100 + 3 * self._host_timeout_s)
         jax.distributed.initialize(
             address,
-            place.num_processes,
-            place.process_id,
-            local_device_ids=place.local_device_ids,
+            process.num_processes,
+            process.process_id,
+            local_device_ids=process.local_device_ids,
             cluster_detection_method="deactivate",
             coordinator_bind_address=bind,
             initialization_timeout=long_s,
@@ -206,7 +216,7 @@ class Member:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         """Passes on a connection of jax.distributed to process 0."""
-        host, port = _address(self._place.coordinator)
+        host, port = _address(self._process.coordinator_address)
         try:
             there = await asyncio.open_connection(host, port)
             there[1].write(encode({"kind": "service"}))
@@ -214,12 +224,12 @@ class Member:
             await pump(reader, there[1])
             down.cancel()
         except OSError:
-            await asyncio.sleep(self._host_timeout_s)  # the watch has the word
+            await asyncio.sleep(self._host_timeout_s)  # `_beat` has the word
         finally:
             writer.close()
 
     async def _listen(self) -> None:
-        """Takes what the hub says; its silence is the loss of process 0."""
+        """Acts on the coordinator's messages; their end is the loss of process 0."""
         while True:
             try:
                 message = await receive(self._reader)
@@ -235,7 +245,7 @@ class Member:
             if "told" in message:
                 self._told.set()
             if "pass" in message:
-                self._passes[message["pass"]].set()
+                self._barriers[message["pass"]].set()
             if "bye" in message:
                 self._over.set()
             if not message:
@@ -244,6 +254,7 @@ class Member:
             self._end(f"{self.name_of(0)} is lost: its process ended", 1)
 
     async def _beat(self) -> None:
+        """Sends signs of life, and ends this process where none come back."""
         pause = beat_s(self._host_timeout_s)
         limit = silence_s(self._host_timeout_s)
         before = time.monotonic()
@@ -254,7 +265,7 @@ class Member:
             # While this process itself did not run it could hear nothing.
             self._heard += now - before - pause
             before = now
-            if self.hub is None and now - self._heard > limit:
+            if self.coordinator is None and now - self._heard > limit:
                 how = silence(self._host_timeout_s)
                 self._end(f"{self.name_of(0)} is lost: {how}", 1)
 
@@ -272,7 +283,7 @@ class Member:
 async def _pump_and_hold(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 ) -> None:
-    """As `pump`, but at its end the other connection stays open, and silent."""
+    """Copies bytes like `pump`, but leaves the other connection open at the end."""
     with contextlib.suppress(OSError):
         while data := await reader.read(1 << 16):
             writer.write(data)

@@ -2,7 +2,7 @@
 
 When the word spreads they are not all at the same step, and one that stopped before
 another took its next step would leave that one waiting in a collective for ever. So
-each says how far it has come, and goes no further until it hears what was the farthest.
+each reports its step, and goes no further until it hears which one was the farthest.
 """
 
 import signal
@@ -35,35 +35,38 @@ def on_sigterm(act: Callable[[], None]) -> None:
 
 
 class LastStep:
-    """As one process knows it; `hub.Hub` asks all, and tells the farthest."""
+    """The last step of a run, as one process knows it.
+
+    The coordinator asks all processes for their steps, and tells the farthest.
+    """
 
     def __init__(self) -> None:
-        """Before the first step."""
+        """Starts before the first step, without a last one."""
         self._lock = threading.Lock()
-        self._asked = False  # how far this process has come
+        self._asked = False  # has said its step, and waits
         self._begun = -1  # after how many steps the newest began
         self._last = sys.maxsize
         self._told = threading.Event()
 
     def ask(self) -> int:
-        """After how many steps the newest began, or -1; it now waits for `tell`."""
+        """Returns the steps before the newest, or -1; from now on waits for `tell`."""
         with self._lock:
             self._asked = True
             return self._begun
 
     def tell(self, last: int) -> None:
-        """All are to stop after so many steps."""
+        """Sets the number of steps after which all are to stop."""
         self._last = last
         self._told.set()
 
     def stop_alone(self) -> bool:
-        """A process without others is to stop; False if it has begun no step."""
+        """Stops a process without others; returns False if it has begun no step."""
         with self._lock:
             self._last = 0
             return self._begun >= 0
 
     def reached(self, done: int) -> bool:
-        """Whether to stop after `done` steps; if not, the next one is to begin."""
+        """Returns True if the run stops after `done` steps; else begins the next."""
         with self._lock:
             asked = self._asked
             if not asked:

@@ -53,7 +53,7 @@ def new_llama(cfg: ModelConfig, positions: int, **changed: Any) -> Any:
 
 
 def llama_weights(params: Any) -> dict[str, np.ndarray]:
-    """Trunk and head 1 under the names of Hugging Face's Llama."""
+    """The weights of trunk and head 1 under the names of Hugging Face's Llama."""
     weights = {
         "model.embed_tokens.weight": params["w_embedding"],
         "model.norm.weight": params["norm"],

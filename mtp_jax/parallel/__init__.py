@@ -1,1 +1,1 @@
-"""The mesh, shardings, rows split over devices, and batches put onto devices."""
+"""Parallelism: the mesh, shardings, rows split over devices, batches put onto them."""

@@ -21,6 +21,7 @@ class Chip:
     cores_of_device: int = 1  # where the device does not say
 
     def __mul__(self, share: float) -> "Chip":
+        """The figures of a share of the chip."""
         return dataclasses.replace(
             self,
             peak_flops=self.peak_flops * share,
@@ -76,11 +77,12 @@ def device_figures(device: jax.Device) -> Chip | None:
 
 
 def _chip(device: jax.Device) -> Chip | None:
+    """The whole chip of a device, None if its kind is not in the table."""
     kinds = (kind for kind in _CHIPS if device.device_kind.startswith(kind))
     return _CHIPS.get(next(kinds, ""))
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Peak of one device in FLOP/s, None if it is not in the table."""
+    """Returns the peak of one device in FLOP/s, None if it is not in the table."""
     figures = device_figures(device)
     return figures.peak_flops if figures else None

@@ -1,4 +1,4 @@
-"""Rows split over the devices that share them (context parallelism), and made whole.
+"""Context parallelism: rows split over devices, and made whole again.
 
 Axes: B batch, T positions.
 """
@@ -10,7 +10,7 @@ from mtp_jax.parallel.sharding import spec, time_parts
 
 
 def split_time(x_BT: jax.Array) -> jax.Array:
-    """Whole rows [..., B, T], laid out over the devices that share them."""
+    """Lays whole rows [..., B, T] out over the devices that share them."""
     parts = jax.sharding.get_abstract_mesh().shape["sequence"]
     outer = (None,) * (x_BT.ndim - 2)
     split = spec(*outer, "batch", "time")
@@ -18,7 +18,7 @@ def split_time(x_BT: jax.Array) -> jax.Array:
 
 
 def whole_time(x_BT: jax.Array) -> jax.Array:
-    """The inverse of `split_time`, of [B, T]."""
+    """Makes rows [B, T] whole; the inverse of `split_time`."""
     parts = time_parts(x_BT)
     whole_BT = jax.sharding.reshard(x_BT, spec("batch", None))
     return zigzag.restore(whole_BT, parts, axis=-1)

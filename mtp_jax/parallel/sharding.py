@@ -34,12 +34,15 @@ _MESH_AXES: dict[str | None, tuple[str, ...] | str | None] = {
 
 
 def spec(*axes: str | None) -> PartitionSpec:
-    """`spec("time", "heads", None)` is `PartitionSpec("sequence", "tensor", None)`."""
+    """The partition spec of logical axes.
+
+    `spec("time", "heads", None)` is `PartitionSpec("sequence", "tensor", None)`.
+    """
     return PartitionSpec(*(_MESH_AXES[axis] for axis in axes))
 
 
 def spec_like(x_BTX: jax.Array, *axes: str | None) -> PartitionSpec:
-    """Of activations [B, T, *axes] whose time is laid out as that of x_BTX.
+    """The spec of activations [B, T, *axes] whose time is laid out as that of x_BTX.
 
     So a layer serves training, which splits rows, and decoding, which does not.
     """
@@ -48,27 +51,27 @@ def spec_like(x_BTX: jax.Array, *axes: str | None) -> PartitionSpec:
 
 
 def time_parts(x_BTX: jax.Array) -> int:
-    """Over how many devices the time of activations [B, T, ...] is split."""
+    """The number of devices over which activations [B, T, ...] split their time."""
     mesh = jax.sharding.get_abstract_mesh()
     return shards_of("time", mesh) if spec_like(x_BTX)[1] else 1
 
 
 def axes_of(axis: str) -> tuple[str, ...]:
-    """Mesh axes of a logical one, for collectives: those of "vocab" are ("tensor",)."""
+    """The mesh axes of a logical axis, for collectives: ("tensor",) of "vocab"."""
     axes = _MESH_AXES[axis]
     assert axes is not None, axis
     return (axes,) if isinstance(axes, str) else axes
 
 
 def on_one_cpu() -> bool:
-    """Whether the mesh that is set is one CPU device."""
+    """Returns True if the mesh that is set is one CPU device."""
     mesh = jax.sharding.get_abstract_mesh()
     device = mesh.abstract_device
     return mesh.size == 1 and device is not None and device.platform == "cpu"
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over `devices`, or over all of all processes.
+    """Makes the mesh over `devices`; None: over all devices of all processes.
 
     An axis of -1 takes what is left. Where the devices are of several slices, only
     replicas are on different ones, since slices talk to each other slowly.
@@ -117,14 +120,14 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> M
 
 
 def slice_count(devices: Sequence[jax.Device]) -> int:
-    """Of how many TPU slices devices are; 1 where there are no slices."""
+    """The number of TPU slices of some devices; 1 where there are no slices."""
     if any(device.platform != "tpu" for device in devices):
         return 1  # hosts of GPUs are numbered like slices, but reach each other fast
     return len({getattr(device, "slice_index", None) for device in devices})
 
 
 def abstract_tree(tree: Any, mesh: Mesh) -> Any:
-    """Shapes with shardings on a mesh, from what `eval_shape` gives."""
+    """Gives the shapes that `eval_shape` returns shardings on a mesh."""
 
     def concrete(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         spec = x.sharding.spec if x.sharding else jax.P()
@@ -135,12 +138,12 @@ def abstract_tree(tree: Any, mesh: Mesh) -> Any:
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Over how many shards the rows of a batch are split."""
+    """The number of shards over which the rows of a batch are split."""
     return shards_of("batch", mesh)
 
 
 def shards_of(axis: str, mesh: Mesh | AbstractMesh) -> int:
-    """Over how many devices a logical axis is split."""
+    """The number of devices over which a logical axis is split."""
     return math.prod(mesh.shape[name] for name in axes_of(axis))
 
 

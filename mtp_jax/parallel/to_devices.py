@@ -1,4 +1,4 @@
-"""From rows on a host to arrays on the devices.
+"""Puts rows of a host onto the devices, as arrays of the global batch.
 
 Axes: A microbatches, M rows of a microbatch, S tokens of a row.
 """
@@ -11,7 +11,7 @@ from mtp_jax.parallel.sharding import spec
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> jax.NamedSharding:
-    """Of the arrays of a batch, [A, M, S]: rows are split, microbatches are not."""
+    """The sharding of batch arrays [A, M, S]: rows are split, microbatches are not."""
     return jax.NamedSharding(mesh, spec(None, "batch", None))
 
 
@@ -24,7 +24,7 @@ def rows_of_process(
     are [accumulation, M, S] with M = batch_size / accumulation: microbatches first.
 
     Args:
-      sharding: of such an array; S is not split.
+      sharding: the sharding of such an array; S is not split.
       batch_size: rows of the global batch.
       accumulation: microbatches, a divisor of the batch size.
 
@@ -51,12 +51,12 @@ def place_rows(
     batch_size: int,
     accumulation: int = 1,
 ) -> dict[str, jax.Array]:
-    """Global arrays [A, M, S] from this process's rows of a global batch.
+    """Makes global arrays [A, M, S] of this process's rows of a global batch.
 
     Args:
       batch: arrays [len(rows), S].
-      rows: which rows of the global batch they are, from `rows_of_process`.
-      sharding: of the global arrays.
+      rows: their numbers in the global batch, from `rows_of_process`.
+      sharding: the sharding of the global arrays.
       batch_size: rows of the global batch.
       accumulation: A, microbatches.
     """

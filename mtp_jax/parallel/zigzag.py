@@ -1,4 +1,4 @@
-"""Which positions of a row lie on which of the devices that share it.
+"""The zigzag layout: the positions of a row on each of the devices that share it.
 
 A row is cut into 2 P pieces for P devices, and device p has pieces p and 2 P - 1 - p
 (arXiv:2407.21783, section 3.3.2). So every device has the same share of what causal
@@ -24,12 +24,12 @@ def positions(length: int, parts: int) -> np.ndarray:
 
 
 def deal(x: jax.Array, parts: int, axis: int) -> jax.Array:
-    """From the order of the row along an axis to that of the devices."""
+    """Reorders an axis from the order of the row to that of the devices."""
     return _reorder(x, pieces(parts), axis)
 
 
 def restore(x: jax.Array, parts: int, axis: int) -> jax.Array:
-    """The inverse of `deal`."""
+    """Reorders an axis back to the order of the row; the inverse of `deal`."""
     return _reorder(x, np.argsort(pieces(parts)).tolist(), axis)
 
 

@@ -1,1 +1,1 @@
-"""The training step compiled ahead of time for TPUs, and what its program holds."""
+"""Planning: the training step compiled ahead of time for TPUs, and its cost."""

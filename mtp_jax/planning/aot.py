@@ -1,4 +1,4 @@
-"""The compiled training step of TPUs that are not there.
+"""Compiles the training step for TPUs that are not there.
 
 libtpu compiles for a named topology on a host without a TPU; what it refuses for memory
 would not run on one either.
@@ -43,14 +43,14 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a step: bytes of a device, and the program, if any."""
+    """A compiled step: bytes of a device by the compiler, and the program, if any."""
 
     params: int  # of the whole model
     argument_bytes: int  # the state and the batch
-    temp_bytes: int  # what else is alive at the peak
+    temp_bytes: int  # all else that is alive at the peak
     temp_sum_bytes: int  # XLA's temp_size: more than are ever alive at the same time
     hbm_bytes: int  # arguments, temporaries and code
-    limit_bytes: int | None  # what a device has, if the compiler said
+    limit_bytes: int | None  # memory of a device, if the compiler tells
     program: HloProgram | None  # None: it does not fit
 
 
@@ -67,9 +67,9 @@ def use_no_devices() -> None:
 
 
 def topology_devices(name: str) -> list[jax.Device]:
-    """The devices of a topology such as v5e:4x4, one a chip or one a core.
+    """Returns the devices of a topology such as v5e:4x4, one a chip or one a core.
 
-    With a number in front, as in 2xv5e:4x4, of so many slices.
+    A number in front, as in 2xv5e:4x4, is that of slices.
 
     Raises:
       UserError: libtpu is not installed, or there is no such topology.
@@ -106,7 +106,7 @@ def topology_devices(name: str) -> list[jax.Device]:
 
 @contextlib.contextmanager
 def _silenced_stderr() -> Iterator[None]:
-    """libtpu says on stderr, beside Python, that it has found no TPU."""
+    """Drops stderr, where libtpu says, beside Python, that it has found no TPU."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:
@@ -151,7 +151,7 @@ def compile_step(cfg: Config, devices: list[jax.Device]) -> Compiled:
 
 
 def abstract_batch(cfg: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Shapes, types and shardings of what a step takes, [A, B, ...]."""
+    """Shapes, types and shardings of the batch that a step takes, [A, B, ...]."""
     rows = (cfg.train.accumulation, cfg.data.batch_size // cfg.train.accumulation)
     sharding = batch_sharding(mesh)
 
@@ -164,7 +164,7 @@ def abstract_batch(cfg: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
 
 
 def _refused(message: str, state: TrainState, batch: dict[str, Any]) -> Compiled:
-    """The figures of a refusal for memory; any other one is raised again.
+    """Reads the figures of a refusal for memory; any other one is raised again.
 
     The compiler stops before it has laid out the program, or after.
     """
@@ -194,10 +194,11 @@ def _refused(message: str, state: TrainState, batch: dict[str, Any]) -> Compiled
 
 
 def _count(tree: Any) -> int:
+    """The number of elements of all arrays."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
 
 def _size(text: str) -> int:
-    """Bytes of XLA's 16.97G."""
+    """Bytes of a size as XLA prints it, such as 16.97G."""
     number, unit = re.fullmatch(r"([\d.]+)([KMGT]?)", text).groups()  # type: ignore[union-attr]
     return int(float(number) * _UNITS[unit])

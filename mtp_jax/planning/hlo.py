@@ -1,7 +1,7 @@
-"""What a compiled program holds, read from its optimized HLO.
+"""Collectives and arrays of a compiled program, read from its optimized HLO.
 
-`read_program(compiled.as_text())` works for programs of CPUs and TPUs. It tells what
-the devices send to each other, which arrays there are, and how long the program is.
+`read_hlo(compiled.as_text())` works for programs of CPUs and TPUs. It tells what the
+devices send to each other, which arrays there are, and how long the program is.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ KINDS = (
 )
 
 _BITS = {"pred": 8, "c64": 64, "c128": 128}  # others end in theirs, as bf16, u4, f8e4m3
-# No buffers of their own: they name, or pass on, what others made.
+# Instructions without buffers of their own: they name, or pass on, those of others.
 _VIEWS = {
     "bitcast",
     "conditional",
@@ -29,7 +29,7 @@ _VIEWS = {
     "tuple",
     "while",
 }
-# What they call writes buffers, where a fusion keeps values to itself.
+# Instructions that call computations which write buffers, as fusions do not.
 _RUNS = {"async-start", "call", "conditional", "while"}
 _INSTRUCTION = re.compile(
     r"^\s*(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>.*?) (?P<op>[a-z][a-z0-9\-]*)"
@@ -44,7 +44,7 @@ _CALLED = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What a device sends in collectives of one kind during one run of the program."""
+    """Collectives of one kind, and the bytes a device sends in them, in one run."""
 
     count: int = 0  # collectives
     bytes: float = 0.0  # sent by a device; see `_Counting._sent`
@@ -72,7 +72,7 @@ class Buffer:
 
 @dataclasses.dataclass(frozen=True)
 class HloProgram:
-    """What one device runs."""
+    """The program of one device."""
 
     collectives: dict[str, Traffic]  # by kind; those of `KINDS` that occur
     buffers: tuple[Buffer, ...]  # the largest first
@@ -93,11 +93,13 @@ class HloProgram:
 
 @dataclasses.dataclass(frozen=True)
 class _Instruction:
+    """An instruction of HLO, its line taken apart."""
+
     name: str
     op: str
     type: str
     arguments: str  # between the parentheses
-    attributes: str  # after them
+    attributes: str  # after the parentheses
     root: bool
 
     @property
@@ -111,7 +113,7 @@ class _Instruction:
         return [name.strip(" %") for name in names]
 
     def attribute(self, name: str) -> str:
-        """Of `name=%x`, without the sign; empty if there is none."""
+        """The x of `name=%x`; empty if there is no such attribute."""
         match = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
         return match[1] if match else ""
 
@@ -156,6 +158,7 @@ def read_hlo(text: str) -> HloProgram:
 
 
 def _buffers(computations: dict[str, _Computation], entry: str) -> tuple[Buffer, ...]:
+    """The buffers that a run from the entry computation writes, the largest first."""
     found, reached = [], [entry]
     for computation in reached:  # grows on the way
         for x in computations[computation].values():
@@ -181,7 +184,7 @@ class _Counting:
         self._known: dict[str, dict[str, Traffic]] = {}
 
     def traffic(self, computation: str) -> dict[str, Traffic]:
-        """Of one run of a computation and all that it calls, by kind."""
+        """Traffic of one run of a computation and all that it calls, by kind."""
         if computation in self._known:
             return self._known[computation]
         total: dict[str, Traffic] = {}
@@ -201,7 +204,7 @@ class _Counting:
         return total
 
     def _kind(self, x: _Instruction, computation: str) -> str:
-        """Which kind of collective begins here; empty if none does.
+        """The kind of collective that begins here; empty if none does.
 
         TPU programs have three forms of their own. A reduce-scatter is a fusion named
         all-reduce-scatter, of an all-reduce and the slice that is kept. A collective
@@ -222,7 +225,7 @@ class _Counting:
         return "reduce-scatter" if scattered else kind
 
     def _sent(self, kind: str, x: _Instruction, computation: str) -> float:
-        """Bytes a device sends, on a ring of the g devices of its group.
+        """The bytes that a device sends, on a ring of the g devices of its group.
 
         From the bytes b of its operands, as they are without padding: (g - 1) b for an
         all-gather, (g - 1) b / g for a reduce-scatter and an all-to-all, twice that for
@@ -241,7 +244,7 @@ class _Counting:
         return share * {"all-gather": group, "all-reduce": 2}.get(kind, 1)
 
     def _trips(self, loop: _Instruction, computation: str) -> int:
-        """How often a loop's body runs.
+        """The number of times that a loop's body runs.
 
         TPU programs do not say: there it follows from the constant that a counter is
         compared with, where the counter begins, and what the body adds to it.
@@ -267,26 +270,28 @@ class _Counting:
 
 
 def _through_copies(x: _Instruction, computation: _Computation) -> _Instruction:
+    """The instruction that x is a copy of, directly or not; else x."""
     while x.op in ("copy", "bitcast", "convert") and x.operands:
         x = computation[x.operands[0]]
     return x
 
 
 def _element(x: _Instruction, index: int, computation: _Computation) -> _Instruction:
-    """What stands at `index` of a tuple that is made here; else the tuple itself."""
+    """The instruction at `index` of a tuple made here; else the tuple itself."""
     if x.op != "tuple":
         return x
     return _through_copies(computation[x.operands[index]], computation)
 
 
 def _constant(x: _Instruction, computation: _Computation) -> int | None:
+    """The value of a whole-number constant, None if x is none."""
     x = _through_copies(x, computation)
     number = x.op == "constant" and re.fullmatch(r"-?\d+", x.arguments)
     return int(x.arguments) if number else None
 
 
 def _group_size(attributes: str) -> int:
-    """Devices of a group; 0 if the text does not say, which means all of them.
+    """The devices of a group; 0 if the text does not say, which means all of them.
 
     The forms are {{0,1},{2,3}}, [groups,size]<=[...] and mesh['x'=4,'y'=2] {'x'}.
     """
@@ -304,14 +309,14 @@ def _group_size(attributes: str) -> int:
 
 
 def _slices(attributes: str) -> int:
-    """Of how many slices the ones of _xla_megascale_target="{1,2}x{0:3}" are."""
+    """The number of slices that _xla_megascale_target="{1,2}x{0:3}" names."""
     match = re.search(r'_xla_megascale_target="\{([^}]*)\}', attributes)
     ranges = [part.split(":") for part in match[1].split(",")] if match else []
     return sum(int(of[-1]) - int(of[0]) + 1 for of in ranges)
 
 
 def _arrays(type_: str) -> list[tuple[str, tuple[int, ...]]]:
-    """Element type and shape of each array of a type, tuples taken apart."""
+    """The element type and shape of each array of a type, tuples taken apart."""
     return [
         (dtype, tuple(int(size) for size in shape.split(",") if size))
         for dtype, shape in _ARRAY.findall(type_)
@@ -319,6 +324,7 @@ def _arrays(type_: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def _bytes(dtype: str, shape: tuple[int, ...]) -> float:
+    """Bytes of an array without padding."""
     digits = re.search(r"\d+", dtype)
     bits = _BITS.get(dtype) or int(digits[0] if digits else 0)
     return math.prod(shape) * bits / 8

@@ -1,1 +1,1 @@
-"""A pod in a laptop: a run on processes of this machine, and faults done to it."""
+"""Rehearsal: a run on processes of this machine, and the faults of a pod done to it."""

@@ -1,7 +1,7 @@
-"""What can happen to a run, done to one.
+"""The faults of a rehearsal: everything that can happen to a run, done to one.
 
 A fault finds the group training, and leaves either no group or the group training. It
-returns an `Outcome`, whose `wrong` is empty if what had to follow did.
+returns an `Outcome`, whose `wrong` is empty if what has to follow did follow.
 """
 
 import dataclasses
@@ -21,16 +21,16 @@ _SAVE_S = 120  # a coordinated save and the end of all processes
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How the hosts ended."""
+    """The way in which the hosts ended."""
 
-    said: str
+    said: str  # what most of them printed
     seconds: float
-    wrong: str = ""
+    wrong: str = ""  # what did not follow as it had to
 
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """A name, what is done, what has to follow, and the doing."""
+    """A fault: its name, what is done, what has to follow, and the doing."""
 
     name: str
     does: str
@@ -39,12 +39,12 @@ class Fault:
 
 
 def _limit_s(storm: Storm) -> float:
-    """Within it, hosts that lost another have ended."""
+    """Seconds within which hosts that lost another must have ended."""
     return storm.cfg.train.host_timeout_s + _LOAD_S
 
 
-def _told(lines: Sequence[str]) -> str:
-    """The line that most hosts said."""
+def _most_common(lines: Sequence[str]) -> str:
+    """The line that most hosts printed."""
     return Counter(lines).most_common(1)[0][0] if lines else ""
 
 
@@ -62,8 +62,8 @@ def _ended(
       storm: its group has been hit.
       timeout_s: within which all must have ended.
       well: whether the survivors must end with 0, or with another code.
-      lost: hosts that were killed; they say nothing.
-      names: one of them must be in what was said.
+      lost: hosts that were killed; they print nothing.
+      names: one of them must be in a printed line.
     """
     codes, seconds, lines = storm.down(timeout_s)
     return _judged(codes, seconds, lines, well=well, lost=lost, names=names)
@@ -78,7 +78,8 @@ def _judged(
     lost: Sequence[int] = (),
     names: Sequence[str] = (),
 ) -> Outcome:
-    said, wrong = _told(lines), []
+    """Compares exit codes and printed lines with what they had to be (`_ended`)."""
+    said, wrong = _most_common(lines), []
     late = [i for i, code in codes.items() if code is None]
     if late:
         wrong.append(f"hosts {late} had not ended after {seconds:.0f} s")
@@ -88,11 +89,11 @@ def _judged(
     matching = [line for line in lines if any(name in line for name in names)]
     if names and not matching:
         wrong.append(f"nobody said {' or '.join(names)}")
-    return Outcome(_told(matching) or said, seconds, "; ".join(wrong))
+    return Outcome(_most_common(matching) or said, seconds, "; ".join(wrong))
 
 
 def _stop(storm: Storm, *which: int) -> Outcome:
-    """SIGTERM: one save at the last step, nothing lost."""
+    """Sends SIGTERM: there has to be one save, at the last step, and nothing lost."""
     storm.pause()
     assert storm.group is not None
     storm.group.send(signal.SIGTERM, *which)
@@ -104,35 +105,36 @@ def _stop(storm: Storm, *which: int) -> Outcome:
 
 
 def stop_one(storm: Storm) -> Outcome:
-    """As the notice that one host of a pod is about to be taken away."""
+    """SIGTERM to one host, the notice that it is about to be taken away."""
     return _stop(storm, storm.rng.randrange(storm.hosts))
 
 
 def stop_all(storm: Storm) -> Outcome:
-    """As the end of a job's time."""
+    """SIGTERM to all hosts, as at the end of a job's time."""
     return _stop(storm)
 
 
 def _kill(storm: Storm, which: int) -> Outcome:
+    """Kills one host; the others must end and name it."""
     assert storm.group is not None
     storm.group.send(signal.SIGKILL, which)
     return _ended(storm, _limit_s(storm), lost=[which], names=[f"host {which}"])
 
 
 def kill_one(storm: Storm) -> Outcome:
-    """As a host that crashes, at a random moment."""
+    """SIGKILL of a host at a random moment, like a crash."""
     storm.pause()
     return _kill(storm, storm.rng.randrange(1, storm.hosts))
 
 
 def kill_first(storm: Storm) -> Outcome:
-    """The same for host 0, through which all find each other."""
+    """SIGKILL of host 0, through which all find each other."""
     storm.pause()
     return _kill(storm, 0)
 
 
 def kill_all(storm: Storm) -> Outcome:
-    """As a power cut."""
+    """SIGKILL of all hosts, like a power cut."""
     storm.pause()
     assert storm.group is not None
     storm.group.send(signal.SIGKILL)
@@ -140,7 +142,7 @@ def kill_all(storm: Storm) -> Outcome:
 
 
 def kill_while_saving(storm: Storm) -> Outcome:
-    """A host or all of them, in the moment that a checkpoint is half written."""
+    """SIGKILL of a host or of all, while a checkpoint is half written."""
     assert storm.group is not None
     end = time.monotonic() + _LOAD_S
     while not any(storm.checkpoints.glob("*.orbax-checkpoint-tmp")):
@@ -154,7 +156,7 @@ def kill_while_saving(storm: Storm) -> Outcome:
 
 
 def damage_newest(storm: Storm) -> Outcome:
-    """A byte of the newest checkpoint is another one, or the end of a file is gone."""
+    """Changes a byte of the newest checkpoint, or cuts off the end of its file."""
     storm.wait_for_save()
     outcome = stop_all(storm)
     saved = storm.steps_saved()
@@ -172,11 +174,11 @@ def damage_newest(storm: Storm) -> Outcome:
     except Broken as error:  # one host alone has seen it, and all have ended
         damaged = [str(error)] if "damaged" in str(error) else []
     wrong = outcome.wrong or ("" if damaged else "nobody said that it is damaged")
-    return Outcome(_told(damaged), time.monotonic() - began, wrong)
+    return Outcome(_most_common(damaged), time.monotonic() - began, wrong)
 
 
 def half_written(storm: Storm) -> Outcome:
-    """A checkpoint folder that was never finished, newer than the newest."""
+    """Leaves a checkpoint folder that was never finished, newer than the newest."""
     outcome = kill_all(storm)
     saved = storm.steps_saved()
     if saved:
@@ -189,7 +191,7 @@ def half_written(storm: Storm) -> Outcome:
 
 
 def full_disk(storm: Storm) -> Outcome:
-    """A host can write no file of more than a few bytes, as if its disk were full."""
+    """Lets a host write no file of more than a few bytes, as if its disk were full."""
     assert storm.group is not None
     which = storm.rng.randrange(1, storm.hosts)
     resource.prlimit(storm.group.pid(which), resource.RLIMIT_FSIZE, (64, 64))
@@ -198,7 +200,7 @@ def full_disk(storm: Storm) -> Outcome:
 
 
 def vanished_data(storm: Storm) -> Outcome:
-    """A file of the corpus is gone at the next start, and then it is back."""
+    """Takes a file of the corpus away for the next start, and puts it back then."""
     stopped = stop_all(storm)
     victim = _corpus_file(storm)
     kept = victim.with_name("away")
@@ -212,7 +214,7 @@ def vanished_data(storm: Storm) -> Outcome:
 
 
 def garbage_data(storm: Storm) -> Outcome:
-    """Ids that the model does not have, in a file that is being read."""
+    """Writes ids that the model does not have into a file that is being read."""
     victim = _corpus_file(storm)
     kept = storm.copy_of(victim)
     size = victim.stat().st_size
@@ -226,7 +228,7 @@ def garbage_data(storm: Storm) -> Outcome:
 
 
 def second_run(storm: Storm) -> Outcome:
-    """Another run is started on the workdir of one that trains."""
+    """Starts another run on the workdir of one that trains."""
     other = storm.start(hosts=1)
     codes, seconds = other.wait(storm.patience_s)
     outcome = _judged(
@@ -238,7 +240,7 @@ def second_run(storm: Storm) -> Outcome:
 
 
 def missing_host(storm: Storm) -> Outcome:
-    """A host that never comes."""
+    """Starts all hosts but one, which never comes."""
     stopped = stop_all(storm)
     which, resume_at = storm.rng.randrange(1, storm.hosts), storm.resume_at
     timeout_s = 20
@@ -251,7 +253,7 @@ def missing_host(storm: Storm) -> Outcome:
 
 
 def not_finite(storm: Storm) -> Outcome:
-    """A learning rate so high that losses are no numbers; nothing of it is kept."""
+    """Trains at a learning rate that makes losses no numbers; nothing of it is kept."""
     stopped = stop_all(storm)
     storm.group = storm.start(
         overrides=[
@@ -266,7 +268,7 @@ def not_finite(storm: Storm) -> Outcome:
 
 
 def other_hosts(storm: Storm) -> Outcome:
-    """Stopped, continued on another number of hosts, and stopped there."""
+    """Another number of hosts: stopped, continued there, and stopped again."""
     stopped = stop_all(storm)
     counts = [n for n in host_counts(storm.hosts) if n != storm.hosts]
     count = storm.rng.choice(counts)
@@ -279,7 +281,7 @@ def other_hosts(storm: Storm) -> Outcome:
 
 
 def host_counts(hosts: int) -> list[int]:
-    """On how many hosts a rehearsal trains, the normal number first."""
+    """The numbers of hosts on which a rehearsal trains, the normal one first."""
     return list(dict.fromkeys([hosts, max(1, hosts // 2), 1, 2 * hosts]))
 
 

@@ -1,4 +1,4 @@
-"""Hosts on one machine: a process each of `train`, joined over loopback."""
+"""Hosts on one machine: processes of `train`, joined over loopback."""
 
 import contextlib
 import os
@@ -12,8 +12,8 @@ import time
 from collections.abc import Sequence
 
 
-class Hosts:
-    """Processes of one run. What they print is kept, and written to a file each."""
+class HostGroup:
+    """The processes of one run; the lines they print are kept, and written to files."""
 
     def __init__(
         self,
@@ -24,7 +24,7 @@ class Hosts:
         logs: pathlib.Path,
         missing: Sequence[int] = (),
     ):
-        """Starts them.
+        """Starts the processes.
 
         Args:
           arguments: of the program, `train` first, without those that join the hosts.
@@ -63,11 +63,11 @@ class Hosts:
             self._readers.append(reader)
 
     def codes(self) -> dict[int, int | None]:
-        """Exit code of each host that was started; None: it runs."""
+        """The exit code of each host that was started; None: it runs."""
         return {i: process.poll() for i, process in self._processes.items()}
 
     def running(self) -> bool:
-        """Whether all of them run."""
+        """True if all of them run."""
         return all(code is None for code in self.codes().values())
 
     def send(self, number: signal.Signals, *which: int) -> None:
@@ -77,12 +77,13 @@ class Hosts:
             self._processes[i].send_signal(number)
 
     def pid(self, host: int) -> int:
+        """The process id of a host."""
         return self._processes[host].pid
 
     def wait(self, timeout_s: float) -> tuple[dict[int, int | None], float]:
-        """Waits until all have ended: their exit codes and how many seconds it took.
+        """Waits until all have ended; returns their exit codes and the seconds it took.
 
-        Those that have not by then are killed; their code is None.
+        Those that have not ended by then are killed; their code is None.
         """
         began = time.monotonic()
         while time.monotonic() - began < timeout_s:
@@ -104,10 +105,11 @@ class Hosts:
             reader.join()
 
     def said(self) -> list[str]:
-        """What the program printed for people, all hosts, in the order of hosts."""
+        """Lines that the program printed for people, in the order of hosts."""
         return [line for lines in self.lines for line in lines if _is_ours(line)]
 
     def _read(self, host: int, process: subprocess.Popen[str], path: pathlib.Path):
+        """Keeps the lines of a host, and writes them to its file."""
         assert process.stdout is not None
         with path.open("w", encoding="utf-8") as file, process.stdout:
             for line in process.stdout:
@@ -117,18 +119,19 @@ class Hosts:
 
 
 def _is_ours(line: str) -> bool:
-    """Not a line of a library's log, nor of a traceback."""
+    """True for a line of the program, not of a library's log nor of a traceback."""
     return line.startswith(("mtp-jax:", "mtp_jax:", "told to stop", "done:"))
 
 
 def _free_port() -> int:
+    """A port of loopback that nothing listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
 
 
 def _environment(devices: int) -> dict[str, str]:
-    """Of a host: CPU devices only, and programs that compile fast."""
+    """The environment of a host: CPU devices only, and programs that compile fast."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
     path = pathlib.Path(__file__).parent.parent.parent
     return {

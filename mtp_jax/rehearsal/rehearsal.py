@@ -21,7 +21,7 @@ from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.prepare import main as prepare
 from mtp_jax.errors import UserError
 from mtp_jax.rehearsal.faults import FAULTS, Fault, Outcome, host_counts
-from mtp_jax.rehearsal.processes import Hosts
+from mtp_jax.rehearsal.processes import HostGroup
 from mtp_jax.rehearsal.scale import differences, scale_down
 from mtp_jax.rehearsal.storm import Broken, Storm
 
@@ -257,7 +257,7 @@ def _calm_run(storm: Storm, folder: pathlib.Path) -> list[str]:
         f"--config.train.steps={steps + 1}",
         f"--config.checkpoint.every={steps + 1}",
     ]
-    group: Hosts = calm.start(overrides=ending)
+    group: HostGroup = calm.start(overrides=ending)
     codes, _ = group.wait(_REFERENCE_S)
     if codes != {0: 0}:
         raise Broken(f"the run without faults ended with {codes}: {group.said()}")

@@ -1,4 +1,4 @@
-"""A production config scaled down to what a laptop trains in a blink.
+"""Scales a production config down to a model that a laptop trains in a blink.
 
 The structure stays: which mesh axes there are, the number of heads, grouped queries,
 accumulation, the mixture, precision, how the loss is computed. Sizes shrink.
@@ -19,7 +19,7 @@ _SAVE_EVERY = 5
 
 
 def scaled_mesh(mesh: MeshConfig, devices: int) -> MeshConfig:
-    """The same axes over fewer devices: those of size 1 keep it.
+    """A mesh with the axes of a larger one: those of size 1 keep it.
 
     Each axis that splits something gets 2 as long as that divides the devices; the
     rest goes to the axis of -1, or to the largest.
@@ -39,7 +39,7 @@ def scaled_mesh(mesh: MeshConfig, devices: int) -> MeshConfig:
 def scale_down(
     cfg: Config, sources: Sequence[str], vocab_size: int, device_counts: Sequence[int]
 ) -> Config:
-    """The config of a rehearsal.
+    """Makes the config of a rehearsal.
 
     Args:
       cfg: the production run.
@@ -96,7 +96,7 @@ def scale_down(
 
 
 def differences(before: Config, after: Config) -> list[str]:
-    """What was scaled, as `section: field 4096 -> 32, ...`, a line a section."""
+    """The fields that were scaled, as `section: field 4096 -> 32, ...`, by section."""
     lines = []
     for section in dataclasses.fields(Config):
         old = dataclasses.asdict(getattr(before, section.name))

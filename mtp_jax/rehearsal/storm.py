@@ -1,4 +1,4 @@
-"""A run in the weather: hosts come and go, and leave files behind."""
+"""A run whose hosts are started, ended and started again, and what it has on disk."""
 
 import json
 import pathlib
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mtp_jax.config import Config
-from mtp_jax.rehearsal.processes import Hosts
+from mtp_jax.rehearsal.processes import HostGroup
 from mtp_jax.rehearsal.scale import scaled_mesh
 
 _FIRST_START_S = 900  # compiles; seconds, or minutes on a loaded machine
@@ -20,7 +20,7 @@ _STEPS_AFTER_START = 2
 
 
 class Broken(Exception):
-    """Something that should have held did not; the text says what."""
+    """Raised where something that should hold does not; the text says what."""
 
 
 class Storm:
@@ -35,15 +35,15 @@ class Storm:
         devices: int,
         seed: int,
     ):
-        """Starts nothing.
+        """Prepares a run, and starts nothing.
 
         Args:
-          cfg: what `config_file` says.
+          cfg: the config in `config_file`.
           config_file: the config of the hosts.
           folder: gets the workdir and the logs.
           hosts: on how many the run normally is.
           devices: of each host.
-          seed: of everything that is left to chance.
+          seed: of all random choices.
         """
         self.cfg = cfg
         self.hosts = hosts
@@ -56,13 +56,11 @@ class Storm:
         self._starts = 0
         self.patience_s: float = _FIRST_START_S  # for a start
         self._slowest_s = 0.0
-        self.group: Hosts | None = None
-        self.resume_at = (
-            0  # step of the checkpoint with which the next start must begin
-        )
+        self.group: HostGroup | None = None
+        self.resume_at = 0  # step of the checkpoint that the next start must continue
 
     def arguments(self, hosts: int, overrides: Sequence[str] = ()) -> list[str]:
-        """Of `train`, for so many hosts."""
+        """Arguments of the command `train`, for so many hosts."""
         mesh = vars(scaled_mesh(self.cfg.mesh, hosts * self.devices))
         return [
             "train",
@@ -77,11 +75,11 @@ class Storm:
         hosts: int | None = None,
         overrides: Sequence[str] = (),
         missing: Sequence[int] = (),
-    ) -> Hosts:
-        """Processes of their own, just begun; they are not `group`."""
+    ) -> HostGroup:
+        """Starts processes that train in the workdir; they are not `group`."""
         count = hosts or self.hosts
         self._starts += 1
-        return Hosts(
+        return HostGroup(
             self.arguments(count, overrides),
             hosts=count,
             devices=self.devices,
@@ -89,8 +87,8 @@ class Storm:
             missing=missing,
         )
 
-    def up(self, hosts: int | None = None, overrides: Sequence[str] = ()) -> Hosts:
-        """The group trains: starts one if none does, and waits for new steps.
+    def up(self, hosts: int | None = None, overrides: Sequence[str] = ()) -> HostGroup:
+        """Starts a group if there is none, and waits until it trains.
 
         Raises:
           Broken: it ends, takes too long, or begins at another step than it should.
@@ -112,7 +110,7 @@ class Storm:
         return self.group
 
     def down(self, timeout_s: float) -> tuple[dict[int, int | None], float, list[str]]:
-        """Waits for the group to end: exit codes, seconds, and what was said."""
+        """Waits for the group to end: exit codes by host, seconds, printed lines."""
         assert self.group is not None
         group, self.group = self.group, None
         codes, took_s = group.wait(timeout_s)
@@ -144,7 +142,7 @@ class Storm:
         return [json.loads(line) for line in lines]
 
     def wait_for_save(self) -> None:
-        """Until there is a checkpoint newer than the one the group began with.
+        """Waits for a checkpoint newer than the one the group began with.
 
         Raises:
           Broken: none comes.
@@ -155,11 +153,11 @@ class Storm:
         )
 
     def pause(self, longest_s: float = 1.5) -> None:
-        """A random while."""
+        """Sleeps for a random time."""
         time.sleep(self.rng.uniform(0, longest_s))
 
     def copy_of(self, path: pathlib.Path) -> pathlib.Path:
-        """A copy beside the run, to be put back."""
+        """Copies a file beside the run, to be put back; returns the copy."""
         kept = self._logs.parent / "kept" / path.name
         kept.parent.mkdir(exist_ok=True)
         shutil.copy(path, kept)
@@ -176,6 +174,7 @@ class Storm:
         return None
 
     def _wait_for(self, ready: Callable[[], bool], otherwise: str) -> None:
+        """Waits until `ready`; raises Broken if the group ends or takes too long."""
         assert self.group is not None
         end = time.monotonic() + self.patience_s
         while not ready():

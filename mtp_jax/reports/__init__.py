@@ -1,1 +1,1 @@
-"""What people look at: texts coloured by head, decoders side by side."""
+"""Reports for people: texts coloured by head, decoders side by side."""

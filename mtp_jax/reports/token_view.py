@@ -1,6 +1,6 @@
-"""Texts with each token in the colour of the head that said it first.
+"""Texts with each token in the colour of the head that made it.
 
-For terminals, and as a page that needs nothing but a browser.
+They are for terminals, or a page that needs nothing but a browser.
 """
 
 import dataclasses
@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from mtp_jax.data.tokenizer import Tokenizer
 from mtp_jax.decode.generation import Generation, totals
-from mtp_jax.decode.text_stream import pieces
+from mtp_jax.decode.text_stream import token_texts
 
 _BACK = "\x1b[0m"
-# Of 256 colours; black on each of them can be read, in light and dark windows.
+# Some of 256 colours; black on each can be read, in light and dark windows.
 _TERMINAL = (229, 222, 215, 216, 217, 218, 219, 183, 147, 153, 159, 158, 157, 156)
 
 
@@ -26,10 +26,10 @@ class Span:
 
 
 def spans(result: Generation, tokenizer: Tokenizer) -> list[Span]:
-    """A continuation in pieces, whose texts add up to its text."""
+    """Cuts a continuation into spans, whose texts add up to its text."""
     found, heads, passes, length = [], [], [], 0
     for text, head, forward in zip(
-        pieces(tokenizer, result.tokens), result.heads, result.passes, strict=True
+        token_texts(tokenizer, result.tokens), result.heads, result.passes, strict=True
     ):
         heads.append(head)
         passes.append(forward)
@@ -42,7 +42,7 @@ def spans(result: Generation, tokenizer: Tokenizer) -> list[Span]:
 
 
 def terminal(result: Generation, tokenizer: Tokenizer) -> str:
-    """Prompt and continuation; what head 1 said has no colour."""
+    """Prompt and continuation for a terminal; tokens of head 1 have no colour."""
     parts = [_printable(result.prompt)]
     for span in spans(result, tokenizer):
         head = max(span.heads, default=1)
@@ -52,7 +52,7 @@ def terminal(result: Generation, tokenizer: Tokenizer) -> str:
 
 
 def terminal_legend(results: Sequence[Generation]) -> str:
-    """A line that shows the colour of each head, and how many tokens it said."""
+    """A line that shows the colour of each head, and the number of its tokens."""
     counts = _counts(results)
     shown = [f"head 1: {counts.get(1, 0)}"]
     shown += [_coloured(f"head {h}: {counts[h]}", h) for h in sorted(counts) if h > 1]
@@ -60,7 +60,7 @@ def terminal_legend(results: Sequence[Generation]) -> str:
 
 
 def page(results: Sequence[Generation], tokenizer: Tokenizer, title: str) -> str:
-    """The same as a HTML page: legend, figures, and a note on every token."""
+    """Texts as a HTML page: legend, figures, and a note on every token."""
     heads = max([1, *_counts(results)])
     texts = "\n".join(_article(r, tokenizer, i) for i, r in enumerate(results, 1))
     return (
@@ -73,6 +73,7 @@ def page(results: Sequence[Generation], tokenizer: Tokenizer, title: str) -> str
 
 
 def _counts(results: Sequence[Generation]) -> dict[int, int]:
+    """The number of tokens of each head."""
     counts: dict[int, int] = {}
     for result in results:
         for head in result.heads:
@@ -89,7 +90,7 @@ def _coloured(text: str, head: int) -> str:
 
 
 def _printable(text: str) -> str:
-    """Control characters as their escapes: a text must not steer what shows it."""
+    """Escapes control characters: a text must not steer what shows it."""
     return "".join(
         c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode()
         for c in text
@@ -97,7 +98,7 @@ def _printable(text: str) -> str:
 
 
 def _colour(head: int, heads: int) -> str:
-    """From yellow to violet with the distance, light or dark as the reader's scheme."""
+    """CSS of a head's colour: yellow to violet with the distance, light or dark."""
     hue = 48 + (head - 2) * (285 - 48) // max(1, heads - 2)
     return (
         f".h{head} {{ background: light-dark(hsl({hue} 85% 82%), hsl({hue} 55% 27%)) }}"

@@ -1,1 +1,1 @@
-"""Proofs that drafting changes nothing: greedy texts and sampled distributions."""
+"""Verification: proofs that drafting changes neither texts nor distributions."""

@@ -1,8 +1,9 @@
-"""The exact law of a decoder's first tokens, and head 1's law of the same tokens.
+"""The exact distribution of a decoder's first tokens, and that of head 1 alone.
 
-A decoder's law is that of its own programs: every draw is made to give each of its
-values in turn, and the probabilities of all that leads to a text add up. Head 1's law
-comes from the forward pass of training, which has no cache, and from laws in NumPy.
+A decoder's distribution is that of its own programs: every draw is made to give each of
+its values in turn, and the probabilities of all that leads to a text add up. Head 1's
+comes from the forward pass of training, which has no cache, and from sampling written
+in NumPy.
 
 Axes: B rows, C rows of a call, J draws of a forward pass, T time, V vocabulary.
 """
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax.config import ModelConfig
-from mtp_jax.decode.batch import ladder, put
+from mtp_jax.decode.batch import bucket_size, put
 from mtp_jax.decode.cache import at_slot
 from mtp_jax.decode.decoders.sampling import RandomKeys, Sampling, sampling_arrays
 from mtp_jax.decode.decoders.state import Decoder
@@ -26,13 +27,12 @@ from mtp_jax.model.attention import RowContext, attend_within
 from mtp_jax.model.language_model import model_builder, run_trunk
 from mtp_jax.parallel.sharding import batch_shards, spec
 
-Distribution = dict[
-    tuple[int, ...], float
-]  # texts, end of text included, to probabilities
+# Texts, end of text included, to probabilities.
+Distribution = dict[tuple[int, ...], float]
 NextLogits = Callable[[Sequence[Sequence[int]]], np.ndarray]
 
-_ROWS = 32  # of a call, where nothing else is said
-_NO_RANK = 2**30  # of no value: a draw that is asked for it makes a probability of NaN
+_ROWS_PER_CALL = 32  # where nothing else is asked for
+_NO_RANK = 2**30  # rank of no value: a draw forced to it has a probability of NaN
 
 
 class TooManyDraws(Exception):
@@ -40,9 +40,9 @@ class TooManyDraws(Exception):
 
 
 def head_one(cfg: ModelConfig, params: Any) -> NextLogits:
-    """`f(rows) -> [B, V]`: logits of the token after each row, as training has them.
+    """Returns `f(rows) -> [B, V]`, logits of the token after each row, as in training.
 
-    Float32; rows are token ids from begin of text on. Takes parameters as
+    They are float32; rows are token ids from begin of text on. Takes parameters as
     `model_builder` makes them. Needs the mesh to be set.
     """
     cfg = cfg.keep_heads(1)
@@ -68,8 +68,8 @@ def head_one(cfg: ModelConfig, params: Any) -> NextLogits:
 
     def call(rows: Sequence[Sequence[int]]) -> np.ndarray:
         mesh = jax.sharding.get_mesh()
-        width = ladder(max(map(len, rows)), least=8)
-        size = _whole(min(_ROWS, len(rows)), batch_shards(mesh))
+        width = bucket_size(max(map(len, rows)), least=8)
+        size = _whole(min(_ROWS_PER_CALL, len(rows)), batch_shards(mesh))
         logits = []
         for start in range(0, len(rows), size):
             now = rows[start : start + size]
@@ -86,7 +86,7 @@ def head_one(cfg: ModelConfig, params: Any) -> NextLogits:
 
 
 def next_distribution(logits_V: np.ndarray, text: Sequence[int], sampling: Sampling):
-    """The law of the next token, float64 [V], of the logits after a text."""
+    """The distribution of the next token, float64 [V], of the logits after a text."""
     logits_V = np.asarray(logits_V, np.float64)
     seen = np.unique(np.asarray(text, np.int64))
     penalty = sampling.repetition_penalty
@@ -112,7 +112,7 @@ def head_one_distribution(
     sampling: Sampling,
     eos_id: int,
 ) -> Distribution:
-    """The law of the first `tokens` new tokens, one token after another.
+    """The distribution of the first `tokens` new tokens by head 1, token by token.
 
     Args:
       next_logits: from `head_one`.
@@ -140,7 +140,7 @@ def head_one_distribution(
 
 
 def distance(a: Distribution, b: Distribution) -> float:
-    """Sum of all differences of two laws: 0 for equal ones, 2 at most."""
+    """The sum of all differences of two distributions: 0 if equal, 2 at most."""
     return sum(abs(a.get(text, 0.0) - b.get(text, 0.0)) for text in a.keys() | b.keys())
 
 
@@ -153,22 +153,22 @@ def decoder_distribution(
     sampling: Sampling,
     *,
     most_rows: int = 20_000,
-    rows: int = _ROWS,
+    rows: int = _ROWS_PER_CALL,
 ) -> Distribution:
-    """The law of the first `tokens` new tokens that a decoder gives to a prompt.
+    """The distribution of the first `tokens` new tokens that a decoder writes.
 
     Runs `begin` and `step` of the decoder, compiled as for any other use. States that
     differ in nothing that can matter to the text are merged. Needs the mesh to be set.
 
     Args:
-      programs: of the model.
+      programs: compiled programs of the model.
       params: from `decode_model.unstack`, with the heads that the decoder runs.
-      decoder: how to decode.
+      decoder: the decoder.
       prompt: token ids, begin of text first.
-      tokens: how many; a text may end before.
+      tokens: their number; a text may end before.
       sampling: with a small top_k, unless the vocabulary is small.
-      most_rows: how many rows of a batch this may take.
-      rows: how many of them at a time, which decides the memory.
+      most_rows: the most rows of a batch that this may take.
+      rows: the number of them in a call, which decides the memory.
 
     Returns:
       The probabilities of the texts; they add up to 1 but for rounding.
@@ -178,12 +178,12 @@ def decoder_distribution(
     """
     ranks = sampling.top_k or params["w_embedding"].shape[0]
     ranks = max(ranks, 2)
-    run = _Run(programs, params, decoder, prompt, tokens, sampling, ranks, rows)
+    run = _Enumeration(programs, params, decoder, prompt, tokens, sampling, ranks, rows)
     distribution: Distribution = {}
     frontier = run.begin(most_rows)
     used = run.rows
     while True:
-        going: list[_State] = []
+        going: list[_Branch] = []
         for state in frontier:
             if state.done:
                 distribution[state.text] = (
@@ -198,8 +198,8 @@ def decoder_distribution(
 
 
 @dataclasses.dataclass
-class _State:
-    """A row of a `DecodeState` on the host, and how likely it is."""
+class _Branch:
+    """A row of a `DecodeState` on the host, and its probability."""
 
     row: list[np.ndarray]  # leaves that have rows; none once it is done
     text: tuple[int, ...]
@@ -207,8 +207,8 @@ class _State:
     prob: float
 
 
-class _Run:
-    """A decoder over one prompt, many draws at a time."""
+class _Enumeration:
+    """Runs a decoder over one prompt with prescribed draws, many rows in a call."""
 
     def __init__(
         self, programs, params, decoder, prompt, tokens, sampling, ranks, rows
@@ -222,7 +222,7 @@ class _Run:
         self._j = 4 * width + 8  # draws of a forward pass, at most
         self.rows = 0
         more = slack(decoder, len(params["heads"]))
-        room = ladder(len(prompt) + tokens + more, least=8)
+        room = bucket_size(len(prompt) + tokens + more, least=8)
         tokens_CP = np.tile(np.asarray(prompt, np.int32), (self._c, 1))
         length_C = np.full(self._c, len(prompt), np.int32)
         zeros_CJ = np.zeros((self._c, self._j), np.int32)
@@ -246,18 +246,24 @@ class _Run:
         self._shardings = [leaf.sharding for leaf in leaves]
         self._zeros_C = np.zeros(self._c, np.float32), shapes.keys.log_prob_B.sharding
         self._last: list[np.ndarray] = []
-        self._step_draws: list[int] | None = None
+        self._step_values: list[int] | None = None
 
-    def begin(self, most_rows: int) -> list[_State]:
+    def begin(self, most_rows: int) -> list[_Branch]:
+        """The branches after the pass that reads the prompt."""
+
         def call(_, forced_CJ):
             keys = dataclasses.replace(self._prompts.keys, forced_BJ=forced_CJ)
             prompts = dataclasses.replace(self._prompts, keys=keys)
             return self._begin(self._params, prompts)[0]
 
-        start = [_State([], (), False, 1.0)]
-        return self._expand(call, start, self._draws(call, start[0]), most_rows)
+        start = [_Branch([], (), False, 1.0)]
+        return self._expand(
+            call, start, self._values_per_draw(call, start[0]), most_rows
+        )
 
-    def step(self, states: list[_State], most_rows: int) -> list[_State]:
+    def step(self, states: list[_Branch], most_rows: int) -> list[_Branch]:
+        """The branches after one more forward pass."""
+
         def call(now, forced_CJ):
             state = self._state(now)
             keys = dataclasses.replace(
@@ -268,15 +274,15 @@ class _Run:
             state = dataclasses.replace(state, keys=keys)
             return self._advance(self._params, state, np.int32(1))
 
-        if self._step_draws is None:
-            self._step_draws = self._draws(call, states[0])
-        return self._expand(call, states, self._step_draws, most_rows)
+        if self._step_values is None:
+            self._step_values = self._values_per_draw(call, states[0])
+        return self._expand(call, states, self._step_values, most_rows)
 
-    def _draws(self, call, state: _State) -> list[int]:
-        """How many values each draw of a forward pass can have; 1 past the last draw.
+    def _values_per_draw(self, call, state: _Branch) -> list[int]:
+        """The number of values of each draw of a forward pass; 1 past the last draw.
 
-        A draw that is made to give what it cannot give spoils the probability of its
-        row, and a draw that nobody asks for spoils nothing.
+        A draw that is forced to a value it cannot have makes the probability of its row
+        NaN, and a draw that is never made does nothing.
         """
         values = [*range(1, self._ranks), _NO_RANK]
         asked = list(itertools.product(range(self._j), values))
@@ -296,27 +302,28 @@ class _Run:
             for j in range(self._j)
         ]
 
-    def _call(self, call, states: list[_State], forced: np.ndarray):
-        """Runs a state a row with prescribed draws; more rows fill up the batch."""
+    def _call(self, call, states: list[_Branch], forced: np.ndarray):
+        """Runs a branch a row with prescribed draws; more rows fill up the batch."""
         spare = self._c - len(states)
         forced_CJ = np.pad(forced, ((0, spare), (0, 0)))
         return call([*states, *[states[0]] * spare], put(forced_CJ))
 
-    def _expand(self, call, states, sampler: list[int], most_rows: int) -> list[_State]:
-        """What a forward pass makes of the states, with every value of every draw."""
-        count = len(states) * int(np.prod(sampler, dtype=np.float64))
+    def _expand(self, call, states, values: list[int], most_rows: int) -> list[_Branch]:
+        """The branches after a forward pass, with every value of every draw."""
+        count = len(states) * int(np.prod(values, dtype=np.float64))
         if count > most_rows:
             raise TooManyDraws(f"{count} rows")
         self.rows += count
-        merged: dict[Any, _State] = {}
-        work = itertools.product(states, itertools.product(*map(range, sampler)))
+        merged: dict[Any, _Branch] = {}
+        work = itertools.product(states, itertools.product(*map(range, values)))
         while batch := list(itertools.islice(work, self._c)):
             forced = np.array([ranks for _, ranks in batch], np.int32)
             out = self._call(call, [state for state, _ in batch], forced)
             self._merge(merged, out, [state.prob for state, _ in batch])
         return list(merged.values())
 
-    def _merge(self, merged: dict[Any, _State], out, before: list[float]) -> None:
+    def _merge(self, merged: dict[Any, _Branch], out, before: list[float]) -> None:
+        """Adds the rows of a state, those that go on alike as one branch."""
         p = len(self._prompt)
         tokens_CE, length_C = np.asarray(out.tokens_BE), np.asarray(out.length_B)
         done_C, log_prob_C = np.asarray(out.done_B), np.asarray(out.keys.log_prob_B)
@@ -325,7 +332,7 @@ class _Run:
         self._last = leaves  # for what is the same in all rows
         for b, prob in enumerate(before):
             prob = prob * float(np.exp(np.float64(log_prob_C[b])))
-            if not prob > 0:  # a value that cannot come, or that there is not
+            if not prob > 0:  # a value that a draw cannot have
                 continue
             text = tuple(tokens_CE[b, p : length_C[b]].tolist())
             done = bool(done_C[b])
@@ -334,9 +341,10 @@ class _Run:
                 merged[key].prob += prob
             else:
                 row = [] if done else [x[b] for x in leaves if x.ndim]
-                merged[key] = _State(row, text, done, prob)
+                merged[key] = _Branch(row, text, done, prob)
 
-    def _state(self, states: list[_State]):
+    def _state(self, states: list[_Branch]):
+        """The `DecodeState` of some branches, on the devices."""
         rows = zip(*(state.row for state in states), strict=True)
         leaves = [np.stack(next(rows)) if x.ndim else x for x in self._last]
         placed = map(jax.device_put, leaves, self._shardings)
@@ -344,9 +352,10 @@ class _Run:
 
 
 def _key(x: np.ndarray) -> bytes:
-    """Equal for what a decoder carries of equal states, but for rounding."""
+    """A key that is equal for carries that are equal but for rounding."""
     return (np.round(x, 3) + 0.0 if x.dtype.kind == "f" else x).tobytes()
 
 
 def _whole(count: int, shards: int) -> int:
+    """The first multiple of `shards` that is at least `count`."""
     return -(-count // shards) * shards

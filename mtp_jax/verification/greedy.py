@@ -1,4 +1,4 @@
-"""Whether greedy texts with drafts are those of plain decoding, or where they part."""
+"""Compares greedy texts with drafts to those of plain decoding."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -35,15 +35,15 @@ def first_difference(
     next_logits: NextLogits,
     tie: float,
 ) -> Difference | None:
-    """Where two greedy continuations part; None if they are equal.
+    """The first difference of two greedy continuations; None if they are equal.
 
     Args:
-      number: of the prompt.
+      number: the number of the prompt.
       prompt: its token ids, begin of text first.
-      plain: what plain decoding says.
-      other: what is compared with it.
+      plain: the continuation by plain decoding.
+      other: the one to compare with it.
       eos_id: end of text.
-      next_logits: from `enumerate_law.head_one`.
+      next_logits: from `exact_distribution.head_one`.
       tie: two logits that are no further apart are a near-tie.
     """
     a, b = (written(result, eos_id) for result in (plain, other))

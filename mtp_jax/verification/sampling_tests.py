@@ -1,4 +1,4 @@
-"""Whether texts that are sampled with drafts have the law of head 1's.
+"""Tests that texts sampled with drafts have head 1's distribution, and wrong decoders.
 
 Axes: M drafts, N = M + 1 tokens to commit, B batch, V vocabulary.
 """
@@ -22,7 +22,7 @@ _LEAST_EXPECTED = 5.0  # of a cell; rarer texts share one (Cochran's rule)
 
 @dataclasses.dataclass(frozen=True)
 class ChiSquare:
-    """Pearson's test of how often texts were drawn."""
+    """The result of Pearson's chi-square test."""
 
     statistic: float
     freedom: int
@@ -30,9 +30,9 @@ class ChiSquare:
 
 
 def chi_square(texts: Iterable[Sequence[int]], distribution: Distribution) -> ChiSquare:
-    """Tests that texts were drawn independently from a law.
+    """Tests that texts were drawn independently from a distribution.
 
-    A text that the law does not have gives a p-value of 0.
+    A text that the distribution does not have gives a p-value of 0.
     """
     counts = Counter(map(tuple, texts))
     total = counts.total()
@@ -57,28 +57,28 @@ def chi_square(texts: Iterable[Sequence[int]], distribution: Distribution) -> Ch
 
 @dataclasses.dataclass(frozen=True)
 class Trusting(Blockwise):
-    """Wrong on purpose: every draft passes, so head 1 goes on from wrong ones."""
+    """Wrong on purpose: every draft is accepted, so head 1 goes on from wrong ones."""
 
-    def accepted(self, drafts_BM: jax.Array, predicted_BN: jax.Array) -> jax.Array:
-        """All of them."""
-        del predicted_BN
+    def count_accepted(self, drafts_BM: jax.Array, chosen_BN: jax.Array) -> jax.Array:
+        """All M drafts, int32 [B]."""
+        del chosen_BN
         return jnp.full_like(drafts_BM[:, 0], drafts_BM.shape[1])
 
 
 @dataclasses.dataclass(frozen=True)
 class WithoutRest(Speculative):
-    """Wrong on purpose: a rejected draft is replaced by a draw from p itself.
+    """Wrong on purpose: after a rejection it draws from p, not from the residual.
 
-    The usual mistake; texts look as good as the right ones.
+    This is the usual mistake; texts look as good as the right ones.
     """
 
     def accept(
         self, p_BNV: jax.Array, q_BMV: jax.Array, drafts_BM: jax.Array, sampler: Sampler
     ) -> tuple[jax.Array, jax.Array]:
-        """The rule of the paper but for what follows a rejection."""
-        predicted_BN, accepted_B = accept(p_BNV, q_BMV, drafts_BM, sampler)
-        last_B1 = sampler.pick(at_slot(p_BNV, accepted_B)[:, None])
-        order_1N = jnp.arange(predicted_BN.shape[1])[None]
+        """Accepts by the rule of the paper, but draws from p after a rejection."""
+        chosen_BN, accepted_B = accept(p_BNV, q_BMV, drafts_BM, sampler)
+        last_B1 = sampler.sample(at_slot(p_BNV, accepted_B)[:, None])
+        order_1N = jnp.arange(chosen_BN.shape[1])[None]
         return jnp.where(
-            order_1N == accepted_B[:, None], last_B1, predicted_BN
+            order_1N == accepted_B[:, None], last_B1, chosen_BN
         ), accepted_B

@@ -1,4 +1,7 @@
-"""Ways to turn what the heads say into text, by name; see `state.Decoder`."""
+"""Decoders, one file a strategy: they turn the heads' predictions into text.
+
+Each is a `state.Decoder`; `DECODERS` has them by name.
+"""
 
 from mtp_jax.decode.decoders.beam import Beam
 from mtp_jax.decode.decoders.blockwise import Blockwise

@@ -11,8 +11,8 @@ continuations the first K may end, and the K best others go on; a prompt is done
 hypotheses when the best beam, at its length, is no better than the worst of them.
 
 With look-ahead the choice among continuations counts, times `lookahead`, what the other
-heads say after their common part: the log probability of the most likely token of each.
-It is no part of the score. All heads then read the tree.
+heads predict after their common part: the log probability of the most likely token of
+each. It is no part of the score. All heads then read the tree.
 
 Axes: R rows, K beams of a prompt, B prompts, W nodes of the tree, M drafting heads, C
 continuations of a node, I candidates of a head, E tokens of a text, F what is kept of
@@ -29,9 +29,8 @@ from jax import lax
 
 from mtp_jax.decode.cache import Cache, chain, decode_head, decode_heads_at, keep_path
 from mtp_jax.decode.decode_model import DecodeModel
-from mtp_jax.decode.decoders.beam_search import KEPT, Search, advance
-from mtp_jax.decode.decoders.ngram_ratios import option
-from mtp_jax.decode.decoders.state import DecodeState, next_logits
+from mtp_jax.decode.decoders.beam_search import KEPT, Search, advance_beams
+from mtp_jax.decode.decoders.state import DecodeState, next_logits, option
 from mtp_jax.decode.decoders.token_tree import TokenTree, default_tree
 from mtp_jax.decode.decoders.tree import read_nodes
 from mtp_jax.errors import UserError
@@ -41,7 +40,7 @@ from mtp_jax.parallel.sharding import spec
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Carry:
-    """The search so far; what is of a prompt is the same in all its rows."""
+    """The search so far; values of a prompt are the same in all its rows."""
 
     drafts_RMI: jax.Array  # candidates of the drafting heads
     start_R: jax.Array  # length of the prompt
@@ -78,17 +77,17 @@ class Beam:
         return self.beams
 
     def heads(self, n: int) -> int:
-        """All of them."""
+        """All n heads: head 1 verifies, and the others draft."""
         return n
 
     def width(self, n: int) -> int:
-        """The nodes of the tree."""
+        """The number of nodes of the tree."""
         return len(default_tree(n - 1).paths)
 
     def begin(
         self, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
     ) -> DecodeState:
-        """The first token of each beam, from what the heads say at the prompt's end."""
+        """Commits the first token of each beam, by the heads at the prompt's end."""
         if not state.sampling.greedy:
             raise UserError("beam search draws nothing; leave temperature at 0.")
         start_R = state.length_B
@@ -105,25 +104,25 @@ class Beam:
         state = dataclasses.replace(state, carry=carry)
         logits_R1V = next_logits(model, state, heads_BND[:, :1])
         others = [heads_BND[:, i : i + 1] for i in range(1, len(model.heads))]
-        ahead_R1 = self._lookahead(model, others, start_R[:, None])
-        root_R1 = start_R[:, None]  # whatever: it has no children
-        return self._advance(state, logits_R1V, ahead_R1, default_tree(0), root_R1)[0]
+        bonus_R1 = self._lookahead(model, others, start_R[:, None])
+        root_R1 = start_R[:, None]  # any token will do: the root has no children
+        return self._advance(state, logits_R1V, bonus_R1, default_tree(0), root_R1)[0]
 
     def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
         """Reads the trees, and advances the beams as far as they reach."""
         tree = _tree(depth, model.cfg.vocab_size)
         held = dataclasses.replace(state, carry=state.carry.drafts_RMI)
-        read = read_nodes(model, held, tree)
-        others, cache = [], read.cache
+        out = read_nodes(model, held, tree)
+        others, cache = [], out.cache
         if self.lookahead:
             for i in range(1, len(model.heads)):
-                head_RWD, cache = decode_head(model, i, read.trunk_BWD, read.new, cache)
+                head_RWD, cache = decode_head(model, i, out.trunk_BWD, out.new, cache)
                 others.append(head_RWD)
-        tokens_RW = read.new.tokens_BW
-        ahead_RW = self._lookahead(model, others, tokens_RW)
+        tokens_RW = out.new.tokens_BW
+        bonus_RW = self._lookahead(model, others, tokens_RW)
         state = dataclasses.replace(state, cache=cache)
         after, row_R, last_R = self._advance(
-            state, read.logits_BWV, ahead_RW, tree, tokens_RW
+            state, out.logits_BWV, bonus_RW, tree, tokens_RW
         )
 
         def follow(row_K, last_K, trunk_KWD, tokens_KW):
@@ -133,10 +132,10 @@ class Beam:
             return path_KP, jnp.asarray(tree.depth_W)[last_K], trunk_KPD, tokens_KP
 
         path_RP, accepted_R, trunk_RPD, tokens_RP = self._by_prompt(
-            follow, row_R, last_R, read.trunk_BWD, tokens_RW
+            follow, row_R, last_R, out.trunk_BWD, tokens_RW
         )
         used = len(model.trunk) + 1  # layers whose entries are those of the tree
-        k, v, start_R = after.cache.k_BGSK, after.cache.v_BGSK, read.new.start_B
+        k, v, start_R = after.cache.k_BGSK, after.cache.v_BGSK, out.new.start_B
         kept = keep_path(Cache(k[:used], v[:used]), start_R, path_RP)
         cache = Cache(kept.k_BGSK + k[used:], kept.v_BGSK + v[used:])
         drafting, path = range(1, len(model.heads)), chain(tokens_RP, start_R)
@@ -148,7 +147,7 @@ class Beam:
         return dataclasses.replace(after, cache=cache, carry=carry)
 
     def finish(self, model: DecodeModel, state: DecodeState) -> DecodeState:
-        """The best hypothesis of each prompt; its best beam, if none has ended."""
+        """Reports the best hypothesis of each prompt; the best beam, if none ended."""
         del model
         carry = state.carry
 
@@ -183,27 +182,27 @@ class Beam:
     def _lookahead(
         self, model: DecodeModel, others: list[jax.Array], like_RW: jax.Array
     ) -> jax.Array:
-        """What the other heads add to the choice after each token, float32 [R, W]."""
-        ahead_RW = jnp.zeros_like(like_RW, jnp.float32)
+        """The look-ahead bonus of each token's continuations, float32 [R, W]."""
+        bonus_RW = jnp.zeros_like(like_RW, jnp.float32)
         if not self.lookahead:
-            return ahead_RW
+            return bonus_RW
         for head_RWD in others:
             logits_RWV = model.logits(head_RWD)
             log_p_RWV = jax.nn.log_softmax(logits_RWV, axis=-1)
-            ahead_RW += self.lookahead * jnp.max(log_p_RWV, axis=-1)
-        return ahead_RW
+            bonus_RW += self.lookahead * jnp.max(log_p_RWV, axis=-1)
+        return bonus_RW
 
     def _advance(
         self,
         state: DecodeState,
         logits_RWV: jax.Array,
-        ahead_RW: jax.Array,
+        bonus_RW: jax.Array,
         tree: TokenTree,
         tokens_RW: jax.Array,
     ) -> tuple[DecodeState, jax.Array, jax.Array]:
         """Advances the beams as far as their tokens are in the trees.
 
-        Returns the state, its cache in the order of the new beams, and of each of them
+        Returns the state, its cache in the order of the new beams, and for each of them
         the row and the node that its last token comes after.
         """
         whole, carry = spec("batch", None, None), state.carry
@@ -232,7 +231,7 @@ class Beam:
             )
             bounds = (carry.start_R[0], limit_K[0], state.eos_id)
             penalty = self.length_penalty
-            search = advance(search, tree, penalty, nodes, bounds, forward_K[0])
+            search = advance_beams(search, tree, penalty, nodes, bounds, forward_K[0])
             ended = search.ended_score_K, search.ended_length_K, search.ended_KFE
             of_prompt = zero_K + search.length, (zero_K + search.done) > 0
             beams = search.score_K, search.text_KFE, search.row_K, search.last_K
@@ -247,7 +246,7 @@ class Beam:
                 state.limit_B,
                 state.done_B,
                 forward_R,
-                (top_RWC, ids_RWC, ahead_RW, tokens_RW),
+                (top_RWC, ids_RWC, bonus_RW, tokens_RW),
             )
         )
         seen_BV = state.seen_BV
@@ -273,10 +272,11 @@ class Beam:
         return state, row, last
 
     def _by_prompt(self, f, *args):
-        """f of each prompt, whose rows of arrays [R, ...] it is given as [K, ...]."""
+        """Applies f to each prompt, whose rows of each array it gets as [K, ...]."""
         return self._local(f, spec("batch"), args)
 
     def _reordered(self, cache: Cache, row_R: jax.Array) -> Cache:
+        """The cache with the rows of each prompt in another order."""
         store = spec("batch", "heads", None, None)
 
         def take(x_KGSH, row_K):
@@ -288,6 +288,8 @@ class Beam:
         return jax.tree.map(move, cache)
 
     def _local(self, f, in_specs, args, out_specs=None):
+        """Applies f on each device, to arrays grouped by prompt."""
+
         def local(*args):
             def grouped(x):
                 return x.reshape(-1, self.beams, *x.shape[1:])
@@ -300,6 +302,7 @@ class Beam:
 
 
 def _tree(heads: int, vocab: int) -> TokenTree:
+    """The built-in tree of so many heads, with ranks below the vocabulary's size."""
     tree = default_tree(heads - 1)
     return tree.cut(heads - 1, min(tree.ranks, vocab))
 
@@ -311,7 +314,7 @@ def _texts(state: DecodeState) -> jax.Array:
 
 
 def _with_tokens(seen_KV, row_K, text_KFE, length_K):
-    """Which tokens each beam has, from what the beam before it had."""
+    """Marks the tokens that each beam has, given those of the beam before it."""
     tokens_KE = text_KFE[:, KEPT.index("tokens_BE")]
     inside_KE = jnp.arange(tokens_KE.shape[1])[None] < length_K[:, None]
     rows_K1 = jnp.arange(row_K.size)[:, None]

@@ -1,4 +1,4 @@
-"""The beams of one prompt within a forward pass; see `beam`.
+"""Beam search of one prompt within a forward pass; `beam` is the decoder.
 
 Axes: K beams, W nodes of the tree, C continuations of a node, X the best of all beams,
 E tokens of a text, F what is kept of each token.
@@ -15,7 +15,7 @@ from jax import lax
 
 from mtp_jax.decode.decoders.token_tree import TokenTree
 
-# Of a `DecodeState`, what goes where a beam goes.
+# Arrays of a `DecodeState` that follow a beam when rows are reordered.
 KEPT = ("tokens_BE", "forward_BE", "accepted_BE", "deviated_BE")
 
 
@@ -26,7 +26,7 @@ class Search:
 
     score_K: jax.Array  # sums of log probabilities; -inf: no beam
     text_KFE: jax.Array  # the arrays of KEPT
-    row_K: jax.Array  # which beam of before each comes from
+    row_K: jax.Array  # the beam before this pass that each comes from
     node_K: jax.Array  # the node that the next token comes after
     last_K: jax.Array  # the node that the last token comes after
     ended_score_K: jax.Array  # of hypotheses, best first; -inf: none
@@ -37,7 +37,7 @@ class Search:
     active: jax.Array  # whether it advances once more in this pass
 
 
-def advance(
+def advance_beams(
     search: Search,
     tree: TokenTree,
     length_penalty: float,
@@ -45,14 +45,14 @@ def advance(
     bounds: tuple[Any, ...],
     forward: jax.Array,
 ) -> Search:
-    """The beams of a prompt after as many levels as they stay in their trees.
+    """Advances the beams of a prompt by as many tokens as they stay in their trees.
 
     Args:
       search: all beams at the root of their trees.
       tree: the tree.
       length_penalty: power of the length that scores are over.
       nodes: of each node the log probabilities of its best continuations [K, W, C],
-        these tokens, what is added for the choice alone [K, W], and its token [K, W].
+        these tokens, the look-ahead bonus [K, W], and its token [K, W].
       bounds: length of the prompt, the length that ends a text, the token that does.
       forward: number of the forward pass.
     """
@@ -60,14 +60,14 @@ def advance(
     for level in range(tree.depth + 1):
         marks = (forward, level, first)
         new = _level(search, tree, length_penalty, nodes, bounds, marks)
-        choose = functools.partial(jnp.where, search.active)
-        search = jax.tree.map(choose, new, search)
+        keep = functools.partial(jnp.where, search.active)
+        search = jax.tree.map(keep, new, search)
     return search
 
 
 def _level(old, tree, length_penalty, nodes, bounds, marks):
-    """The search with every beam one token longer."""
-    top_KWC, ids_KWC, ahead_KW, tokens_KW = nodes
+    """Makes every beam one token longer."""
+    top_KWC, ids_KWC, bonus_KW, tokens_KW = nodes
     start, limit, eos_id = bounds
     forward, level, first = marks
     k, c, e = old.score_K.size, top_KWC.shape[-1], old.text_KFE.shape[-1]
@@ -76,7 +76,7 @@ def _level(old, tree, length_penalty, nodes, bounds, marks):
 
     here = (old.row_K, old.node_K)
     score_KC = old.score_K[:, None] + top_KWC[here]
-    choice_KC = score_KC + ahead_KW[here][:, None]
+    choice_KC = score_KC + bonus_KW[here][:, None]
     # Twice as many as go on, for at most as many may end.
     choice_X, which_X = lax.top_k(choice_KC.reshape(-1), min(2 * k, k * c))
     score_X = score_KC.reshape(-1)[which_X]

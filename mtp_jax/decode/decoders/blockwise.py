@@ -1,12 +1,12 @@
 """Self-speculative decoding: heads 2..n draft, head 1 verifies (arXiv:1811.03115).
 
-A forward pass reads the last committed token and the n - 1 drafts after it. Head 1 says
-at each of them what really comes next; the drafts up to the first wrong one are right,
-and so is what head 1 says after them. Verifying and drafting are one forward pass
-(section 4 there). The text is that of `plain`, in fewer forward passes.
+A forward pass reads the last committed token and the n - 1 drafts after it. Head 1
+chooses the next token after each of them; drafts are accepted up to the first that is
+not its choice, and its choice after them is committed too. Verifying and drafting are
+one forward pass (section 4 there). The text is that of `plain`, in fewer passes.
 
-What head 1 says may be its most likely token, or one drawn from its law: a draft is
-right if it is the token that was drawn, so texts have the law of `plain`'s.
+Head 1's choice is its most likely token, or one drawn from its distribution: a draft is
+accepted if it is the token that was drawn, so texts have the distribution of `plain`'s.
 
 Axes: N heads, M = N - 1 drafts, B batch, D model width.
 """
@@ -31,26 +31,26 @@ class Blockwise:
     lossy: ClassVar[bool] = False
 
     def heads(self, n: int) -> int:
-        """All of them."""
+        """All n heads: head 1 verifies, and the others draft."""
         return n
 
     def width(self, n: int) -> int:
-        """The last committed token and the drafts."""
+        """n tokens: the last committed one and n - 1 drafts."""
         return n
 
     def begin(
         self, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
     ) -> DecodeState:
-        """Commits what head 1 says at the prompt's end, and drafts with the others."""
+        """Commits head 1's token at the prompt's end, and drafts with the others."""
         return passes.begin(self, model, state, heads_BND)
 
     def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
-        """Verifies drafts, commits the right ones and one more, and drafts again."""
+        """Verifies drafts, commits the accepted ones and one more, and drafts again."""
         drafts_BM = state.carry[:, : depth - 1]
 
         def verify(logits_BNV, sampler):
-            predicted_BN = choose(state, logits_BNV, sampler)
-            return predicted_BN, self.accepted(drafts_BM, predicted_BN)
+            chosen_BN = choose(state, logits_BNV, sampler)
+            return chosen_BN, self.count_accepted(drafts_BM, chosen_BN)
 
         return passes.step(self, model, state, drafts_BM, verify)
 
@@ -66,7 +66,7 @@ class Blockwise:
         # Indexing a batch of one row may forget that it is split like any other.
         return jax.sharding.reshard(predict(model, heads_BMD), spec("batch", None))
 
-    def accepted(self, drafts_BM: jax.Array, predicted_BN: jax.Array) -> jax.Array:
-        """How many drafts are right: those before the first that head 1 did not say."""
-        right_BM = (drafts_BM == predicted_BN[:, :-1]).astype(jnp.int32)
-        return jnp.sum(jnp.cumprod(right_BM, axis=1), axis=1)
+    def count_accepted(self, drafts_BM: jax.Array, chosen_BN: jax.Array) -> jax.Array:
+        """The number of drafts before the first that head 1 did not choose, [B]."""
+        equal_BM = (drafts_BM == chosen_BN[:, :-1]).astype(jnp.int32)
+        return jnp.sum(jnp.cumprod(equal_BM, axis=1), axis=1)

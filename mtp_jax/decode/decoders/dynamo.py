@@ -1,12 +1,13 @@
 """DynaMo's dynamic multi-token sampling (arXiv:2405.00888, algorithm 1). Lossy.
 
-The laws of the first m heads, multiplied and corrected by how often tokens come
-together in a corpus, are a joint law of the next m tokens. If a run of n tokens is
-likely enough it is drawn from what is left of the joint after its thresholds; if not,
-one of n - 1 is tried, and so on down to one token of head 1's own law. Nothing is
-verified, so a forward pass reads only what the last one committed: 1 to n tokens.
+The distributions of the first m heads, multiplied and corrected by how often tokens
+come together in a corpus, are a joint distribution of the next m tokens. If a run of n
+tokens is likely enough it is drawn from what is left of the joint after its thresholds;
+if not, one of n - 1 is tried, and so on down to one token of head 1's distribution.
+Nothing is verified, so a forward pass reads only what the last one committed: 1 to n
+tokens.
 
-What the source leaves open, as it is here:
+Choices that the source leaves open:
 
 - Scale: a joint is not normalised, but divided by its sum where that is above 1: it is
   compared with thresholds between 0 and 1.
@@ -15,7 +16,7 @@ What the source leaves open, as it is here:
 - Equal to the threshold is too little: so 0 always gives n tokens and 1 always one.
 - Smoothing: none. What was never counted is masked, as in the source; where all is
   masked the run is shorter, but for threshold 0, whose joint then stays uncorrected.
-- Runs longer than three tokens: a Markov chain of what was counted (see `ngrams`).
+- Runs longer than three tokens: a Markov chain of what was counted (`ngram_ratios`).
 - Size: of m heads the best min(candidates, cells^(1/m)) tokens each, so that a joint
   has at most `cells` cells.
 - Blur: along every axis of the joint, 1/4 1/2 1/4, mirrored at the ends: OpenCV's
@@ -23,12 +24,12 @@ What the source leaves open, as it is here:
 - Otsu: every split of the sorted values is tried, so there are no bins to choose.
 - Repetition penalty: a cell's weight is divided once for each of its tokens that the
   text, or the cell before it, has already.
-- Greedy: the heads' laws at temperature 1, and the likeliest cell.
+- Greedy: the heads' distributions at temperature 1, and the likeliest cell.
 
-A token departs if exact rejection by head 1 would have refused it: with probability
-1 - min(1, p / q), q being its law given the tokens before it, p head 1's. The share of
-departures is the distance of the two laws in total variation; for greedy decoding, the
-share of tokens that are not head 1's most likely.
+A token deviates if exact rejection by head 1 would have refused it: with probability
+1 - min(1, p / q), q being its distribution given the tokens before it, p head 1's. The
+share of deviations is the distance of the two distributions in total variation; for
+greedy decoding, the share of tokens that are not head 1's most likely.
 
 Axes: N heads, B batch, V vocabulary, K candidates, E tokens of a text, X places to draw
 from: tokens of the vocabulary, or cells of a joint.
@@ -54,7 +55,6 @@ from mtp_jax.decode.decoders.ngram_ratios import (
     Tables,
     check_correction,
     log_joint_ratio,
-    option,
     read_tables,
 )
 from mtp_jax.decode.decoders.sampling import Sampler
@@ -63,6 +63,7 @@ from mtp_jax.decode.decoders.state import (
     commit,
     head_probs,
     next_logits,
+    option,
     target_probs,
 )
 from mtp_jax.errors import UserError
@@ -101,34 +102,34 @@ class Dynamo:
             raise UserError(f"cells is {self.cells}; it must be at least 1.")
 
     def heads(self, n: int) -> int:
-        """All of them."""
+        """All n heads: each predicts a token of a run."""
         return n
 
     def width(self, n: int) -> int:
-        """What the last pass committed, and one: `finish` reads once more."""
+        """n + 1: a run of up to n tokens, and one, since `finish` reads once more."""
         return n + 1
 
     def tables(self, fingerprint: str, vocab_size: int) -> Tables | None:
-        """The counts; None without correction."""
+        """Reads the file of counts; None without correction."""
         return read_tables(self.counts, self.alpha, fingerprint, vocab_size)
 
     def begin(
         self, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
     ) -> DecodeState:
-        """Commits the first run, from what the heads say at the prompt's end."""
+        """Commits the first run, which the heads predict at the prompt's end."""
         sampler = Sampler(state.keys, state.length_B)
-        law_B1V = target_probs(state, next_logits(model, state, heads_BND[:, :1]))
-        return self._write(model, state, law_B1V[:, 0], heads_BND, sampler)
+        target_B1V = target_probs(state, next_logits(model, state, heads_BND[:, :1]))
+        return self._write(model, state, target_B1V[:, 0], heads_BND, sampler)
 
     def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
-        """Reads what is new, and commits a run of up to `depth` tokens."""
+        """Reads the last run, and commits one of up to `depth` tokens."""
         sampler = Sampler(state.keys, state.length_B)
         state, target_BNV, heads_BND = _read(model, state, sampler)
         target_BV = at_slot(target_BNV, state.carry.count_B - 1)
         return self._write(model, state, target_BV, heads_BND[:, :depth], sampler)
 
     def finish(self, model: DecodeModel, state: DecodeState) -> DecodeState:
-        """The state with the departures of the last run, too."""
+        """Returns the state with the deviations of the last run marked too."""
         return _read(model, state, Sampler(state.keys, state.length_B))[0]
 
     def _write(
@@ -139,22 +140,23 @@ class Dynamo:
         heads_BND: jax.Array,
         sampler: Sampler,
     ) -> DecodeState:
+        """Draws a run from the heads' outputs, and commits it."""
         probs_BNV = head_probs(model, state, heads_BND)
         weight_BX, level_B, ids_BNK = self._weigh(model, state, target_BV, probs_BNV)
         if state.sampling.greedy:
             index_B = jnp.argmax(weight_BX, axis=-1).astype(jnp.int32)
         else:
-            index_B = sampler.pick(weight_BX[:, None])[:, 0]
+            index_B = sampler.sample(weight_BX[:, None])[:, 0]
         n = len(model.heads)
         counts = self._counts(target_BV.shape[-1], heads_BND.shape[1])
         tokens_BN, q_BN = _tokens(n, counts, weight_BX, level_B, ids_BNK, index_B)
         if state.sampling.greedy:
             q_BN = jnp.ones_like(q_BN)
 
-        departs_B1 = _deviates(
+        deviates_B1 = _deviates(
             target_BV[:, None], tokens_BN[:, :1], q_BN[:, :1], sampler
         )
-        deviated_BN = jnp.pad(departs_B1, ((0, 0), (0, n - 1)))
+        deviated_BN = jnp.pad(deviates_B1, ((0, 0), (0, n - 1)))
         after = commit(state, tokens_BN, level_B, level_B - 1, deviated_BN)
         new_B = after.length_B - state.length_B
         carry = _Unread(new_B, q_BN, state.seen_BV)
@@ -166,7 +168,7 @@ class Dynamo:
             )
         else:
             carry = dataclasses.replace(carry, count_B=jnp.maximum(new_B, 1))
-        return dataclasses.replace(after, carry=carry, keys=sampler.after())
+        return dataclasses.replace(after, carry=carry, keys=sampler.next_keys())
 
     def _counts(self, vocab: int, n: int) -> dict[int, int]:
         """Candidates of each head, by the length of a run."""
@@ -180,7 +182,7 @@ class Dynamo:
         target_BV: jax.Array,
         probs_BNV: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The weights to draw from, how many tokens that gives, and the candidates."""
+        """The weights to draw from, the length of the run, and the candidates."""
         _, n, vocab = probs_BNV.shape
         counts = self._counts(vocab, n)
         most = max(counts.values(), default=1)
@@ -215,7 +217,7 @@ class Dynamo:
         )
 
     def _left(self, tables, log_probs_NK, ids):
-        """The log of a joint law after its thresholds, an axis a head."""
+        """The log of a joint distribution after its thresholds, an axis a head."""
         m = len(ids)
         log_joint = sum(_along(log_probs_NK[i], i, m) for i in range(m))
         if self.alpha > 0:
@@ -235,17 +237,18 @@ class Dynamo:
         return log_joint
 
     def _judged(self, log_joint, m):
-        """Weights, the largest of them 1, and whether the run is likely enough."""
+        """Weights, the largest of them 1, and True if the run is likely enough."""
         top = jnp.max(log_joint)
         lives = top > self._bound(m)
         return jnp.exp(log_joint - jnp.where(lives, top, 0.0)), lives
 
     def _bound(self, m: int) -> float:
+        """The log probability that a run of m tokens must exceed."""
         return (m - 1) * math.log(self.threshold) if self.threshold else -math.inf
 
 
 def blur(x: jax.Array) -> jax.Array:
-    """1/4 1/2 1/4 along every axis, mirrored at the ends without repeating them."""
+    """Blurs by 1/4 1/2 1/4 along every axis, mirrored at the ends without repeats."""
     for axis in range(x.ndim):
         if x.shape[axis] > 1:
             ends = [(1, 1) if i == axis else (0, 0) for i in range(x.ndim)]
@@ -270,9 +273,10 @@ def otsu(x: jax.Array) -> jax.Array:
 def _read(
     model: DecodeModel, state: DecodeState, sampler: Sampler
 ) -> tuple[DecodeState, jax.Array, jax.Array]:
-    """Reads the unread tokens and marks which of them depart.
+    """Reads the unread tokens and marks which of them deviate.
 
-    Returns the state, head 1's law after each token, and all heads' output at the last.
+    Returns the state, head 1's distribution after each token, [B, N, V], and all heads'
+    outputs at the last, [B, N, D].
     """
     unread, n = state.carry, len(model.heads)
     start_B = state.length_B - unread.count_B
@@ -303,7 +307,7 @@ def _read(
 
 
 def _tokens(n, counts, weight_BX, level_B, ids_BNK, index_B):
-    """The tokens that a place stands for, [B, n], and how likely each was."""
+    """The tokens that a place stands for, [B, n], and the probability of each."""
 
     def one(weight_X, level, ids_NK, index):
         tokens_N = jnp.zeros(n, jnp.int32).at[0].set(index)
@@ -336,22 +340,22 @@ def _tokens(n, counts, weight_BX, level_B, ids_BNK, index_B):
 def _deviates(
     target_BWV: jax.Array, tokens_BW: jax.Array, q_BW: jax.Array, sampler: Sampler
 ) -> jax.Array:
-    """Whether exact rejection refuses tokens that were drawn with probability q."""
+    """Marks tokens, drawn with probability q, that exact rejection refuses, [B, W]."""
     if not tokens_BW.shape[1]:
         return tokens_BW > 0
     is_token_BWV = tokens_BW[:, :, None] == jnp.arange(target_BWV.shape[-1])[None, None]
     p_BW = jnp.sum(jnp.where(is_token_BWV, target_BWV, 0.0), axis=-1)
     yes_BW = jnp.minimum(p_BW / q_BW, 1.0)
-    return sampler.pick(jnp.stack([yes_BW, 1.0 - yes_BW], axis=-1)) == 1
+    return sampler.sample(jnp.stack([yes_BW, 1.0 - yes_BW], axis=-1)) == 1
 
 
 def _along(x_K: jax.Array, axis: int, m: int) -> jax.Array:
-    """A vector as one axis of m."""
+    """A vector as axis `axis` of an array of m axes."""
     return jnp.expand_dims(x_K, tuple(i for i in range(m) if i != axis))
 
 
 def _repeated(ids: list[jax.Array], seen: list[jax.Array]) -> jax.Array:
-    """How many tokens of each cell the text or the cell has before, int32."""
+    """The number of tokens of each cell that came before it or within it, int32."""
     m = len(ids)
     count: Any = 0
     for i in range(m):
@@ -363,4 +367,5 @@ def _repeated(ids: list[jax.Array], seen: list[jax.Array]) -> jax.Array:
 
 
 def _like(mask_B: jax.Array, x: jax.Array) -> jax.Array:
+    """A mask of rows with as many axes as x."""
     return mask_B[:, None] if x.ndim == 2 else mask_B

@@ -1,9 +1,9 @@
-"""DynaMo's corrected joint law as a proposal: speculative sampling from it. Exact.
+"""DynaMo's corrected joint distribution as a proposal of speculative sampling. Exact.
 
 Heads 2..n do not know what the tokens before theirs turn out to be. Counts of a corpus
-do: draft i is drawn from q(d | the tokens before), in proportion to the law of its head
-times (phat(d | the two tokens before) / phat(d))^alpha. Head 1 accepts or refuses it as
-in `speculative`, whose proof holds for any proposals.
+do: draft i is drawn from q(d | the tokens before), in proportion to its head's
+probability times (phat(d | the two tokens before) / phat(d))^alpha. Head 1 accepts or
+rejects it as in `speculative`, whose proof holds for any proposals.
 
 Axes: M drafts, B batch, D model width, V vocabulary, K candidates.
 """
@@ -22,12 +22,11 @@ from mtp_jax.decode.decoders.ngram_ratios import (
     Tables,
     check_correction,
     log_next_ratio,
-    option,
     read_tables,
 )
 from mtp_jax.decode.decoders.sampling import Sampler
 from mtp_jax.decode.decoders.speculative import Drafts, choose_from
-from mtp_jax.decode.decoders.state import DecodeState, head_probs
+from mtp_jax.decode.decoders.state import DecodeState, head_probs, option
 from mtp_jax.parallel.sharding import spec
 
 
@@ -45,25 +44,25 @@ class DynamoExact:
         check_correction(self.counts, self.alpha, self.candidates)
 
     def heads(self, n: int) -> int:
-        """All of them."""
+        """All n heads: head 1 verifies, and the others draft."""
         return n
 
     def width(self, n: int) -> int:
-        """The last committed token and the drafts."""
+        """n tokens: the last committed one and n - 1 drafts."""
         return n
 
     def tables(self, fingerprint: str, vocab_size: int) -> Tables | None:
-        """The counts; None without correction."""
+        """Reads the file of counts; None without correction."""
         return read_tables(self.counts, self.alpha, fingerprint, vocab_size)
 
     def begin(
         self, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
     ) -> DecodeState:
-        """Commits a draw of head 1 at the prompt's end, and drafts with the others."""
+        """Commits head 1's token at the prompt's end, and drafts with the others."""
         return passes.begin(self, model, state, heads_BND)
 
     def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
-        """Verifies drafts, commits the right ones and one more, and drafts again."""
+        """Verifies drafts, commits the accepted ones and one more, and drafts again."""
         return speculative.step(self, model, state, depth)
 
     def draft(
@@ -73,7 +72,7 @@ class DynamoExact:
         heads_BMD: jax.Array,
         sampler: Sampler,
     ) -> Drafts:
-        """A draw of each drafting head, given those before it."""
+        """Draws a token of each drafting head, given those before it."""
         probs_BMV = head_probs(model, state, heads_BMD)
         before_B, last_B = (
             at_slot(state.tokens_BE, state.length_B - i) for i in (2, 1)
@@ -94,11 +93,11 @@ class DynamoExact:
     def accept(
         self, p_BNV: jax.Array, q_BMV: jax.Array, drafts_BM: jax.Array, sampler: Sampler
     ) -> tuple[jax.Array, jax.Array]:
-        """`speculative.accept`."""
+        """Accepts or rejects drafts by the rule of `speculative.accept`."""
         return speculative.accept(p_BNV, q_BMV, drafts_BM, sampler)
 
     def _corrected(self, tables, before_B, last_B, probs_BV):
-        """The law of a draft after two tokens, [B, V]."""
+        """The distribution of a draft after two tokens, float32 [B, V]."""
         k = min(self.candidates, probs_BV.shape[-1])
 
         def one(tables, before, last, probs_V):

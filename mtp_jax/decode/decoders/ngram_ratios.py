@@ -1,7 +1,7 @@
-"""What counted runs of tokens say about a joint law, within a compiled program.
+"""Ratios of n-gram frequencies, which correct joint distributions of tokens.
 
 The ratio of a run x_1 ... x_m is phat(x_1 ... x_m) / prod_i phat(x_i): how much more
-often its tokens come together than chance would have it. Runs longer than what was
+often its tokens come together than if they were independent. Runs longer than what was
 counted are taken as a Markov chain of the longest counted ones, by the chain rule.
 Nothing is smoothed: what was never seen has ratio 0.
 
@@ -10,7 +10,6 @@ Axes: V vocabulary, E entries, R rows, X any shape.
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +25,8 @@ _BACK_OFF = 0.4  # stupid back-off (Brants et al. 2007, section 4)
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Level:
-    """Runs of one length, as `cooccurrence.Level`; frequencies instead of counts."""
+class FrequencyLevel:
+    """Runs of one length, as in `ngram_counts.CountLevel`, with log frequencies."""
 
     start_R: Array  # int32
     token_E: Array  # int32
@@ -37,20 +36,15 @@ class Level:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tables:
-    """Counts as a program takes them."""
+    """Log frequencies of runs of 1, 2 and 3 tokens, for a compiled program."""
 
     log_freq_V: Array  # of single tokens, float32
-    pairs: Level
-    triples: Level | None
-
-
-def option(default: Any, text: str) -> Any:
-    """A field of a decoder that is an option, with its help."""
-    return dataclasses.field(default=default, metadata={"help": text})
+    pairs: FrequencyLevel
+    triples: FrequencyLevel | None
 
 
 def check_correction(counts: str, alpha: float, candidates: int) -> None:
-    """Checks the fields of a decoder that corrects joint laws.
+    """Checks the fields of a decoder that corrects joint distributions.
 
     Raises:
       UserError: naming the field.
@@ -69,9 +63,9 @@ def check_correction(counts: str, alpha: float, candidates: int) -> None:
 def read_tables(
     path: str, alpha: float, fingerprint: str, vocab_size: int
 ) -> Tables | None:
-    """The tables of a file of `count`, for a model whose ids end at vocab_size.
+    """Reads the tables of a file of `count`, for a model of `vocab_size` ids.
 
-    None if alpha is 0: then nothing is corrected.
+    Returns None if alpha is 0: then nothing is corrected.
 
     Raises:
       UserError: no such file, one that does not fit, or one that is too large.
@@ -82,7 +76,7 @@ def read_tables(
 
 
 def tables_of(ngrams: NGrams, vocab_size: int) -> Tables:
-    """Counts as arrays of 32 bits.
+    """Turns counts into log frequencies, arrays of 32 bits.
 
     Raises:
       UserError: too many runs for that.
@@ -91,25 +85,28 @@ def tables_of(ngrams: NGrams, vocab_size: int) -> Tables:
         raise UserError("a table of counts has 2^31 runs or more; count fewer texts.")
     spare = vocab_size - ngrams.count_V.size  # the model may have ids to spare
     count_V = np.pad(ngrams.count_V, (0, spare))
-    levels: list[Level] = []
+    levels: list[FrequencyLevel] = []
     for level in ngrams.levels:
         rows = vocab_size if not levels else level.start_R.size - 1
         start_R = np.pad(level.start_R, (0, rows + 1 - level.start_R.size), "edge")
         # One more entry that no row has: a gather must find something.
         token_E, count_E = np.append(level.token_E, 0), np.append(level.count_E, 1)
         freq = _log_freq(count_E, level.count_E.sum())
-        levels.append(Level(start_R.astype(np.int32), token_E.astype(np.int32), freq))
+        levels.append(
+            FrequencyLevel(start_R.astype(np.int32), token_E.astype(np.int32), freq)
+        )
     log_freq_V = _log_freq(count_V, count_V.sum())
     return Tables(log_freq_V, levels[0], levels[1] if len(levels) > 1 else None)
 
 
 def _log_freq(count: np.ndarray, total: int) -> np.ndarray:
+    """log(count / total), float32; -inf for a count of 0."""
     with np.errstate(divide="ignore"):
         return (np.log(count) - np.log(max(int(total), 1))).astype(np.float32)
 
 
-def find(level: Level, row_X: jax.Array, token_X: jax.Array) -> jax.Array:
-    """Where a row has a token, int32; -1 where it does not, or where the row is -1.
+def find(level: FrequencyLevel, row_X: jax.Array, token_X: jax.Array) -> jax.Array:
+    """The index of a token in a row, int32; -1 if it is not there, or the row is -1.
 
     Rows and tokens are broadcast; the number of axes must be the same.
     """
@@ -196,11 +193,12 @@ def log_next_ratio(
 
 
 def _pair_at(tables: Tables, a_K: jax.Array, b_K: jax.Array) -> jax.Array:
-    """Where the pairs of two lists of tokens are, int32 [K, K]."""
+    """The indices of the pairs of two lists of tokens, int32 [K, K]; -1: none."""
     return find(tables.pairs, a_K[:, None], b_K[None])
 
 
-def _log_freq_at(level: Level, at_X: jax.Array) -> jax.Array:
+def _log_freq_at(level: FrequencyLevel, at_X: jax.Array) -> jax.Array:
+    """Log frequencies at indices; -inf for an index of -1."""
     return jnp.where(at_X >= 0, level.log_freq_E[jnp.maximum(at_X, 0)], -jnp.inf)
 
 
@@ -210,4 +208,5 @@ def _unless(x: jax.Array, run: jax.Array) -> jax.Array:
 
 
 def _plus(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a + b; -inf where one of them is."""
     return jnp.where((a > -jnp.inf) & (b > -jnp.inf), a + b, -jnp.inf)

@@ -20,24 +20,24 @@ class Plain:
     lossy: ClassVar[bool] = False
 
     def heads(self, n: int) -> int:
-        """Head 1, whatever there is."""
+        """One head: head 1, however many the model has."""
         del n
         return 1
 
     def width(self, n: int) -> int:
-        """The last committed token."""
+        """One token: the last committed one."""
         del n
         return 1
 
     def begin(
         self, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
     ) -> DecodeState:
-        """Commits what head 1 says at the prompt's end."""
+        """Commits head 1's token at the prompt's end."""
         return write_one(state, next_logits(model, state, heads_BND[:, :1]))
 
     def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
         """Reads the last committed token and commits the next."""
         del depth
-        seen = read(model, state, last_token(state))
-        state = dataclasses.replace(state, cache=seen.cache)
-        return write_one(state, seen.logits_BWV)
+        out = read(model, state, last_token(state))
+        state = dataclasses.replace(state, cache=out.cache)
+        return write_one(state, out.logits_BWV)

@@ -1,4 +1,4 @@
-"""From logits to the law of the next token, and the one door of chance.
+"""Next-token distributions, and the one place where random draws are made.
 
 Axes: B batch, W tokens of a forward pass, V vocabulary, J draws of a forward pass.
 """
@@ -13,7 +13,7 @@ from mtp_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """What a user sets; it applies in this order, as in Hugging Face's generate."""
+    """A user's sampling settings, applied in the order of Hugging Face's generate."""
 
     repetition_penalty: float = 1.0  # 1: none (CTRL, arXiv:1909.05858, section 4.1)
     temperature: float = 0.0  # 0: the most likely token
@@ -35,6 +35,7 @@ class Sampling:
 
 
 def _require(ok: bool, name: str, value: float, right: str) -> None:
+    """Raises UserError, naming a field, if its value is not ok."""
     if not ok:  # also where the value is not a number
         raise UserError(f"{name} is {value}; it must be {right}.")
 
@@ -42,7 +43,7 @@ def _require(ok: bool, name: str, value: float, right: str) -> None:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingArrays:
-    """The same in a compiled program: numbers are arguments of it, kinds are not."""
+    """Sampling settings of a compiled program: numbers are arguments, kinds static."""
 
     penalty: jax.Array  # float32
     temperature: jax.Array  # float32
@@ -54,7 +55,7 @@ class SamplingArrays:
 
 
 def sampling_arrays(sampling: Sampling, vocab_size: int) -> SamplingArrays:
-    """The numbers as arrays of one value."""
+    """Turns settings into arrays of one value each."""
     return SamplingArrays(
         penalty=jnp.float32(sampling.repetition_penalty),
         temperature=jnp.float32(sampling.temperature or 1.0),
@@ -70,7 +71,7 @@ def sampling_arrays(sampling: Sampling, vocab_size: int) -> SamplingArrays:
 def penalize(
     sampling: SamplingArrays, logits_BWV: jax.Array, seen_BWV: jax.Array | None
 ) -> jax.Array:
-    """Logits with tokens that were there before made less likely (CTRL)."""
+    """Makes tokens that the text has already less likely, float32 [B, W, V] (CTRL)."""
     if not sampling.penalized or seen_BWV is None:
         return logits_BWV
     less_BWV = jnp.where(
@@ -80,9 +81,9 @@ def penalize(
 
 
 def probabilities(sampling: SamplingArrays, logits_BWV: jax.Array) -> jax.Array:
-    """What the next token is drawn from, float32 [B, W, V], of penalized logits.
+    """Next-token distributions of penalized logits, float32 [B, W, V].
 
-    Greedy laws have all their mass on the most likely token, the first of equals.
+    Greedy ones have all their mass on the most likely token, the first of equals.
     """
     if sampling.greedy:
         return jax.nn.one_hot(most_likely(logits_BWV), logits_BWV.shape[-1])
@@ -93,7 +94,7 @@ def probabilities(sampling: SamplingArrays, logits_BWV: jax.Array) -> jax.Array:
 
 
 def _filter(sampling: SamplingArrays, logits_BWV: jax.Array) -> jax.Array:
-    """-inf outside of the top k and, of what these leave, of the top p.
+    """Sets logits to -inf outside of the top k and, within these, of the top p.
 
     Tokens as likely as the last one that is kept are kept too.
     """
@@ -115,12 +116,12 @@ def _filter(sampling: SamplingArrays, logits_BWV: jax.Array) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RandomKeys:
-    """Where the draws of a text come from.
+    """Random keys of a batch: the source of the draws of each text.
 
-    Ordinarily from its key and the place in the text, so that they do not depend on the
-    other texts of a batch. For proofs, `forced` says what every draw gives: its j-th
-    column is the rank, by likelihood, of what the j-th draw of a forward pass gives;
-    `log_prob` adds up how likely that was.
+    Ordinarily draws depend on the text's key and the position in it alone, not on the
+    other texts of a batch. For proofs, `forced` prescribes every draw: its j-th column
+    is the rank, by likelihood, of the result of the j-th draw of a forward pass;
+    `log_prob` adds up the log probabilities of these results.
     """
 
     key_B2: jax.Array  # uint32
@@ -129,15 +130,15 @@ class RandomKeys:
 
 
 class Sampler:
-    """The draws of one forward pass, in the order in which they are asked for."""
+    """Makes the random draws of one forward pass, in the order they are asked for."""
 
     def __init__(self, keys: RandomKeys, length_B: jax.Array):
         self._keys = keys
         self._length_B = length_B
         self._asked = 0  # known while tracing: every pass asks for the same
 
-    def pick(self, probs_BWV: jax.Array) -> jax.Array:
-        """An index for each of the distributions, independently, int32 [B, W].
+    def sample(self, probs_BWV: jax.Array) -> jax.Array:
+        """Draws an index from each distribution, independently, int32 [B, W].
 
         The distributions need not be normalised.
         """
@@ -155,6 +156,7 @@ class Sampler:
         return jax.vmap(one)(self._keys.key_B2, self._length_B, probs_BWV)
 
     def _forced(self, probs_BWV: jax.Array, width: int) -> jax.Array:
+        """Gives the prescribed indices, and adds up their log probabilities."""
         keys = self._keys
         assert keys.forced_BJ is not None and keys.log_prob_B is not None
         rank_BW = keys.forced_BJ[:, self._asked : self._asked + width]
@@ -167,8 +169,8 @@ class Sampler:
         self._keys = dataclasses.replace(keys, log_prob_B=log_prob_B)
         return index_BW1[..., 0].astype(jnp.int32)
 
-    def after(self) -> RandomKeys:
-        """For the next forward pass."""
+    def next_keys(self) -> RandomKeys:
+        """The random keys of the next forward pass."""
         return self._keys
 
 

@@ -1,9 +1,10 @@
 """Speculative sampling with the model's own heads (arXiv:2211.17192, algorithm 1).
 
-Head i draws a draft from its own law q; head 1, with law p, accepts it with probability
-min(1, p / q), and at the first rejection draws from the rest, max(0, p - q), instead.
-Texts have exactly the law of `plain`'s, whatever the heads say. All that the proof
-there asks for is that each draft was drawn from its q, given the text before it.
+Head i draws a draft from its own distribution q. Head 1, with distribution p, accepts
+it with probability min(1, p / q), and at the first rejection draws from the residual,
+max(0, p - q), instead. Texts have exactly the distribution of `plain`'s, whatever the
+heads propose. All that the proof there asks for is that each draft was drawn from its
+q, given the text before it.
 
 Axes: N heads, M = N - 1 drafts, B batch, D model width, V vocabulary.
 """
@@ -28,7 +29,7 @@ class Drafts:
     """Tokens that heads 2..n propose."""
 
     token_BM: jax.Array  # int32
-    target_BMV: jax.Array  # what each was drawn from, given those before it, float32
+    probs_BMV: jax.Array  # distribution of each, given those before it, float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,21 +39,21 @@ class Speculative:
     lossy: ClassVar[bool] = False
 
     def heads(self, n: int) -> int:
-        """All of them."""
+        """All n heads: head 1 verifies, and the others draft."""
         return n
 
     def width(self, n: int) -> int:
-        """The last committed token and the drafts."""
+        """n tokens: the last committed one and n - 1 drafts."""
         return n
 
     def begin(
         self, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
     ) -> DecodeState:
-        """Commits a draw of head 1 at the prompt's end, and drafts with the others."""
+        """Commits head 1's token at the prompt's end, and drafts with the others."""
         return passes.begin(self, model, state, heads_BND)
 
     def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
-        """Verifies drafts, commits the right ones and one more, and drafts again."""
+        """Verifies drafts, commits the accepted ones and one more, and drafts again."""
         return step(self, model, state, depth)
 
     def draft(
@@ -62,38 +63,38 @@ class Speculative:
         heads_BMD: jax.Array,
         sampler: Sampler,
     ) -> Drafts:
-        """A draw of each drafting head, and what it was drawn from."""
-        # Tokens that the text repeats are not penalized: any law of drafts will do.
-        target_BMV = target_probs(state, model.logits(heads_BMD))
-        token_BM = choose_from(target_BMV, state, sampler)
-        return Drafts(jax.sharding.reshard(token_BM, spec("batch", None)), target_BMV)
+        """Draws a token from each drafting head's distribution."""
+        # Tokens that the text repeats are not penalized: any proposal will do.
+        probs_BMV = target_probs(state, model.logits(heads_BMD))
+        token_BM = choose_from(probs_BMV, state, sampler)
+        return Drafts(jax.sharding.reshard(token_BM, spec("batch", None)), probs_BMV)
 
     def accept(
         self, p_BNV: jax.Array, q_BMV: jax.Array, drafts_BM: jax.Array, sampler: Sampler
     ) -> tuple[jax.Array, jax.Array]:
-        """`accept`, the rule of the paper."""
+        """Accepts or rejects drafts by the rule of the paper, the function `accept`."""
         return accept(p_BNV, q_BMV, drafts_BM, sampler)
 
 
 class Proposing(Drafter, Protocol):
-    """A decoder whose drafts are drawn from laws, `Drafts`, and may be refused."""
+    """A decoder whose drafts, `Drafts`, are drawn and may be rejected."""
 
     def accept(
         self, p_BNV: jax.Array, q_BMV: jax.Array, drafts_BM: jax.Array, sampler: Sampler
     ) -> tuple[jax.Array, jax.Array]:
-        """As the function `accept`."""
+        """Returns tokens and counts of accepted drafts like the function `accept`."""
         ...
 
 
 def step(
     decoder: Proposing, model: DecodeModel, state: DecodeState, depth: int
 ) -> DecodeState:
-    """Verifies what was drafted, commits what is right, and has it draft again."""
+    """Verifies the drafts, commits the accepted ones and one more, and drafts again."""
     drafts = jax.tree.map(lambda x: x[:, : depth - 1], state.carry)
 
     def verify(logits_BNV, sampler):
         p_BNV = target_probs(state, logits_BNV)
-        return decoder.accept(p_BNV, drafts.target_BMV, drafts.token_BM, sampler)
+        return decoder.accept(p_BNV, drafts.probs_BMV, drafts.token_BM, sampler)
 
     return passes.step(decoder, model, state, drafts.token_BM, verify)
 
@@ -101,42 +102,42 @@ def step(
 def accept(
     p_BNV: jax.Array, q_BMV: jax.Array, drafts_BM: jax.Array, sampler: Sampler
 ) -> tuple[jax.Array, jax.Array]:
-    """The tokens to commit, int32 [B, N], and how many drafts are among them, [B].
+    """Returns the tokens to commit, int32 [B, N], and how many are drafts, [B].
 
     Args:
-      p_BNV: head 1's law after the last committed token and after each draft.
-      q_BMV: the law that each draft was drawn from.
+      p_BNV: head 1's distribution after the last committed token and each draft.
+      q_BMV: the distribution that each draft was drawn from.
       drafts_BM: the drafts.
-      draws: chance.
+      sampler: the source of random draws.
     """
     m = drafts_BM.shape[1]
     is_draft_BMV = drafts_BM[:, :, None] == jnp.arange(p_BNV.shape[-1])[None, None]
 
-    def of_draft(target_BMV):
-        return jnp.sum(jnp.where(is_draft_BMV, target_BMV, 0.0), axis=-1)
+    def of_draft(probs_BMV):
+        return jnp.sum(jnp.where(is_draft_BMV, probs_BMV, 0.0), axis=-1)
 
     # A draft was drawn, so q is above 0; a quotient of more than 1 is a sure yes.
     ratio_BM = of_draft(p_BNV[:, :m]) / of_draft(q_BMV)
     yes_BM = jnp.minimum(ratio_BM, 1.0)
     coin_BM2 = jnp.stack([yes_BM, 1.0 - yes_BM], axis=-1)
-    right_BM = (sampler.pick(coin_BM2) == 0).astype(jnp.int32)
-    accepted_B = jnp.sum(jnp.cumprod(right_BM, axis=1), axis=1)
+    accepts_BM = (sampler.sample(coin_BM2) == 0).astype(jnp.int32)
+    accepted_B = jnp.sum(jnp.cumprod(accepts_BM, axis=1), axis=1)
 
-    rest_BMV = jnp.maximum(p_BNV[:, :m] - q_BMV, 0.0)
+    residual_BMV = jnp.maximum(p_BNV[:, :m] - q_BMV, 0.0)
     # p and q may be equal but for rounding; then any rejection is rounding, too.
-    nothing_BM1 = jnp.sum(rest_BMV, axis=-1, keepdims=True) == 0
-    rest_BMV = jnp.where(nothing_BM1, p_BNV[:, :m], rest_BMV)
-    rest_BNV = jnp.concatenate([rest_BMV, p_BNV[:, m:]], axis=1)
-    last_B1 = sampler.pick(at_slot(rest_BNV, accepted_B)[:, None])
+    nothing_BM1 = jnp.sum(residual_BMV, axis=-1, keepdims=True) == 0
+    residual_BMV = jnp.where(nothing_BM1, p_BNV[:, :m], residual_BMV)
+    residual_BNV = jnp.concatenate([residual_BMV, p_BNV[:, m:]], axis=1)
+    last_B1 = sampler.sample(at_slot(residual_BNV, accepted_B)[:, None])
     order_1N = jnp.arange(m + 1)[None]
     drafts_BN = jnp.pad(drafts_BM, ((0, 0), (0, 1)))
     return jnp.where(order_1N < accepted_B[:, None], drafts_BN, last_B1), accepted_B
 
 
 def choose_from(
-    target_BMV: jax.Array, state: DecodeState, sampler: Sampler
+    probs_BMV: jax.Array, state: DecodeState, sampler: Sampler
 ) -> jax.Array:
-    """A draw from each law; of a greedy one there is nothing to draw."""
+    """Draws a token from each distribution, int32 [B, M]; greedy: the most likely."""
     if state.sampling.greedy:
-        return jnp.argmax(target_BMV, axis=-1).astype(jnp.int32)
-    return sampler.pick(target_BMV)
+        return jnp.argmax(probs_BMV, axis=-1).astype(jnp.int32)
+    return sampler.sample(probs_BMV)

@@ -1,4 +1,4 @@
-"""What decoding carries from one forward pass to the next, and how tokens enter it.
+"""The state of decoding, the interface of decoders, and how tokens are committed.
 
 Axes: B batch, E tokens of a text at most, W tokens of a forward pass, N heads, D model
 width, V vocabulary.
@@ -27,9 +27,9 @@ from mtp_jax.parallel.sharding import spec
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Alone:
-    """What is left behind for drafting heads that are not asked; see `adaptive`."""
+    """Trunk outputs kept for drafting heads that are left alone (`adaptive`)."""
 
-    trunk_BED: jax.Array  # what the trunk said, where they have not read it
+    trunk_BED: jax.Array  # the trunk's outputs, where the heads have not read them
     since_B: jax.Array  # the first position that they have not read
     entropy: jax.Array  # min-entropy of head 1, nats, a running mean; -1: not known
 
@@ -45,14 +45,16 @@ class DecodeState:
 
     tokens_BE: jax.Array  # prompt, then the committed tokens, int32
     forward_BE: jax.Array  # which forward pass committed each of them; 0: the prompt
-    accepted_BE: jax.Array  # how many drafts that forward pass found to be right
-    # 1 where a lossy decoder departed from the exact choice, int32; None: exact ones
+    accepted_BE: jax.Array  # how many drafts that forward pass accepted
+    # 1 where a lossy decoder deviated from the exact choice, int32; None: exact ones
     deviated_BE: jax.Array | None
     length_B: jax.Array  # prompt and committed tokens
     limit_B: jax.Array  # the length that ends a text
     done_B: jax.Array  # a text that no longer changes
     forward: jax.Array  # forward passes so far; the prompt is the first
-    passes_BN: jax.Array  # forward passes with 0, 1 ... right drafts, int32
+    passes_BN: (
+        jax.Array
+    )  # number of forward passes with 0, 1 ... accepted drafts, int32
     seen_BV: jax.Array | None  # tokens of the text, where repetition is penalized
     cache: Cache
     carry: Any  # whatever else the decoder wants to keep
@@ -62,27 +64,32 @@ class DecodeState:
     eos_id: int = dataclasses.field(metadata={"static": True})
 
 
+def option(default: Any, text: str) -> Any:
+    """A dataclass field that is an option of a decoder, with its help text."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
 class Decoder(Protocol):
     """A way of decoding: a frozen dataclass, whose fields are its options."""
 
-    lossy: ClassVar[bool]  # whether texts may be others than plain's, or of another law
+    lossy: ClassVar[bool]  # True if texts may differ from plain's in distribution
 
     def heads(self, n: int) -> int:
-        """How many of a model's n heads it runs."""
+        """The number of heads that it runs, of a model's n."""
         ...
 
     def width(self, n: int) -> int:
-        """Tokens that a forward pass of a model with n heads reads, at most."""
+        """The most tokens that a forward pass of a model with n heads reads."""
         ...
 
     def begin(
         self, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
     ) -> DecodeState:
-        """Commits the first token, from what the heads say at the prompt's end."""
+        """Commits the first token, from the heads' outputs at the prompt's end."""
         ...
 
     def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
-        """One forward pass; commits at least one token of each unfinished text.
+        """Runs a forward pass; commits at least one token of each unfinished text.
 
         `depth` heads are used: up to depth - 1 drafts in a row are verified.
         """
@@ -99,7 +106,7 @@ class Drafter(Decoder, Protocol):
         heads_BMD: jax.Array,
         sampler: Sampler,
     ) -> Any:
-        """What it carries to the next pass, from what the drafting heads say."""
+        """Returns the carry of the next pass, made of the drafting heads' outputs."""
         ...
 
 
@@ -108,7 +115,7 @@ class ReadsTables(Protocol):
     """A decoder that reads more than the model: a file of its own."""
 
     def tables(self, fingerprint: str, vocab_size: int) -> Any:
-        """A tree of arrays, `DecodeModel.tables` of every program.
+        """Returns a tree of arrays, `DecodeModel.tables` of every program.
 
         Args:
           fingerprint: of the model's tokenizer.
@@ -125,7 +132,7 @@ class Finishing(Protocol):
     """A decoder whose texts are not reported as they stand in its state."""
 
     def finish(self, model: DecodeModel, state: DecodeState) -> DecodeState:
-        """What is reported of a state; decoding goes on from the state itself."""
+        """Returns the state to report; decoding goes on from the given one."""
         ...
 
 
@@ -142,8 +149,8 @@ def commit(
       state: before; its cache already holds what the forward pass read.
       tokens_BW: candidates.
       count_B: how many of them, from the first on.
-      agreed_B: how many drafts the forward pass found to be right.
-      departed_BW: which candidates are not the exact choice, bool; None: all are.
+      accepted_B: how many drafts the forward pass accepted.
+      deviated_BW: which candidates are not the exact choice, bool; None: all are.
     """
     room_B = jnp.where(state.done_B, 0, state.limit_B - state.length_B)
     ends_BW = tokens_BW == state.eos_id
@@ -227,14 +234,14 @@ def next_logits(
 
 
 def choose(state: DecodeState, logits_BWV: jax.Array, sampler: Sampler) -> jax.Array:
-    """A next token from each of the logits by the law of the state, int32 [B, W]."""
+    """Chooses a next token for each position, as the state samples, int32 [B, W]."""
     if state.sampling.greedy:
         return most_likely(logits_BWV)
-    return sampler.pick(target_probs(state, logits_BWV))
+    return sampler.sample(target_probs(state, logits_BWV))
 
 
 def target_probs(state: DecodeState, logits_BWV: jax.Array) -> jax.Array:
-    """The law of the next token, float32 [B, W, V], whole on every device."""
+    """Target distributions of the next token, float32 [B, W, V], whole per device."""
     whole = spec("batch", None, None)
     return probabilities(state.sampling, jax.sharding.reshard(logits_BWV, whole))
 
@@ -242,9 +249,9 @@ def target_probs(state: DecodeState, logits_BWV: jax.Array) -> jax.Array:
 def head_probs(
     model: DecodeModel, state: DecodeState, heads_BWD: jax.Array
 ) -> jax.Array:
-    """What heads think likely, float32 [B, W, V], whole on every device.
+    """Distributions that heads predict, float32 [B, W, V], whole on every device.
 
-    The law of the state without its penalty; for a greedy one, that of temperature 1.
+    As the state samples, but without its penalty; for a greedy one, at temperature 1.
     """
     logits_BWV = model.logits(heads_BWD)
     if not state.sampling.greedy:
@@ -254,5 +261,5 @@ def head_probs(
 
 
 def _one_hot(tokens_BW: jax.Array, vocab: int) -> jax.Array:
-    """bool [B, W, V]; all false for a token of -1."""
+    """One-hot tokens, bool [B, W, V]; all false for a token of -1."""
     return tokens_BW[:, :, None] == jnp.arange(vocab)[None, None]

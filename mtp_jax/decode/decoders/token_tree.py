@@ -17,8 +17,8 @@ import numpy as np
 
 from mtp_jax.errors import UserError
 
-_FIRST = 0.6  # assumed: how often the best candidate of a head is right
-_LEAST = 0.02  # a node of the built-in tree is right at least so often
+_FIRST = 0.6  # assumed: how often the best candidate of a head is accepted
+_LEAST = 0.02  # a node of the built-in tree is accepted at least so often
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class TokenTree:
 
     @functools.cached_property
     def parent_W(self) -> np.ndarray:
-        """Number of the node before, int32; -1 for the root."""
+        """Number of the parent, int32; -1 for the root."""
         number = {path: w for w, path in enumerate(self.paths)}
         parents = [number[path[:-1]] if path else -1 for path in self.paths]
         return np.array(parents, np.int32)
@@ -56,7 +56,7 @@ class TokenTree:
 
     @functools.cached_property
     def ancestors_WW(self) -> np.ndarray:
-        """[w, u] is true if w is u or descends from it."""
+        """Ancestors of nodes, bool: [w, u] is true if w is u or descends from it."""
         ancestors_WW = np.eye(len(self.paths), dtype=bool)
         for w, parent in enumerate(self.parent_W):
             if parent >= 0:
@@ -70,7 +70,7 @@ class TokenTree:
 
     @property
     def ranks(self) -> int:
-        """How many candidates of a head are used, at most."""
+        """The most candidates of a head that are used."""
         return 1 + int(self.rank_W.max())
 
     def cut(self, depth: int, ranks: int) -> "TokenTree":
@@ -85,9 +85,9 @@ def tree_of(paths: Any) -> TokenTree:
 
 
 def default_tree(depth: int) -> TokenTree:
-    """All nodes that are right often enough, if every head were right equally often.
+    """The built-in tree: all nodes that are accepted often enough, if heads were alike.
 
-    The r-th candidate of a head, counted from 1, is assumed to be right with
+    The r-th candidate of a head, counted from 1, is assumed to be accepted with
     probability 0.6 / r^2, given that the path before it is.
     """
 
@@ -139,6 +139,7 @@ def read_tree(file: str) -> TokenTree:
 
 
 def _path(node: Any, where: str) -> tuple[int, ...]:
+    """The path of a node in a file; raises UserError if it has none."""
     path = node.get("path") if isinstance(node, dict) else None
     if not isinstance(path, list) or not path:
         raise UserError(f'{where} has no "path"; right is {{"path": [0, 2]}}.')

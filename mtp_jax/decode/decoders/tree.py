@@ -1,12 +1,12 @@
 """Drafts as a tree: several candidates of each head, verified in one forward pass.
 
 The tree is Medusa's (arXiv:2401.10774, section 2.1.2), with heads that are transformer
-layers and with exact verification: head 1 says at every node what comes next, and the
-longest path of nodes that it says is committed, and one token more. If head 1 draws
-instead, so it does at each node of that path: a draw that is among the node's children
+layers and with exact verification: head 1 chooses the next token at every node, and the
+longest path of nodes that are its choices is committed, and one token more. If head 1
+samples, it draws at each node of that path: a draw that is among the node's children
 goes on there, any other ends the path. That is multi-round rejection (SpecInfer,
 arXiv:2305.09781, algorithm 2) of proposals that are certain of one token each, so texts
-have the law of `plain`'s.
+have the distribution of `plain`'s.
 
 The trunk and head 1 read the whole tree; their entries in the cache then move to where
 the committed path has them. The other heads read that path only.
@@ -33,7 +33,7 @@ from mtp_jax.decode.cache import (
 )
 from mtp_jax.decode.decode_model import DecodeModel
 from mtp_jax.decode.decoders import passes
-from mtp_jax.decode.decoders.passes import Read
+from mtp_jax.decode.decoders.passes import PassOutput
 from mtp_jax.decode.decoders.sampling import Sampler, most_likely
 from mtp_jax.decode.decoders.state import DecodeState, commit, last_token, target_probs
 from mtp_jax.decode.decoders.token_tree import TokenTree, default_tree, read_tree
@@ -50,7 +50,7 @@ class Tree:
         default="",
         metadata={"help": "file that calibrate wrote; if not given, a built-in tree"},
     )
-    # What the file says, read once.
+    # The tree of the file, read once.
     given: TokenTree | None = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
@@ -58,11 +58,11 @@ class Tree:
         object.__setattr__(self, "given", given)
 
     def heads(self, n: int) -> int:
-        """Those that the tree has candidates of."""
+        """Head 1 and those of the n - 1 others that the tree has candidates of."""
         return self.used(n).depth + 1
 
     def width(self, n: int) -> int:
-        """All nodes."""
+        """The number of nodes of the tree."""
         return len(self.used(n).paths)
 
     def used(self, heads: int, vocab: int | None = None) -> TokenTree:
@@ -73,17 +73,17 @@ class Tree:
     def begin(
         self, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
     ) -> DecodeState:
-        """Commits what head 1 says at the prompt's end; the others give candidates."""
+        """Commits head 1's token at the prompt's end; the others give candidates."""
         return passes.begin(self, model, state, heads_BND)
 
     def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
-        """Reads the tree, commits its longest right path and one token more."""
+        """Reads the tree, commits its longest accepted path and one token more."""
         tree = self.used(depth, model.cfg.vocab_size)
-        read = read_nodes(model, state, tree)
+        out = read_nodes(model, state, tree)
         sampler = Sampler(state.keys, state.length_B)
-        end_B, said_B1 = exact_path(state, tree, read, sampler)
-        state = dataclasses.replace(state, keys=sampler.after())
-        return commit_path(model, state, tree, read, end_B, said_B1)
+        end_B, next_B1 = exact_path(state, tree, out, sampler)
+        state = dataclasses.replace(state, keys=sampler.next_keys())
+        return commit_path(model, state, tree, out, end_B, next_B1)
 
     def draft(
         self,
@@ -98,8 +98,8 @@ class Tree:
         return _candidates(model, heads_BMD, ranks)
 
 
-def read_nodes(model: DecodeModel, state: DecodeState, tree: TokenTree) -> Read:
-    """Runs the trunk and head 1 over the nodes, candidates that are carried."""
+def read_nodes(model: DecodeModel, state: DecodeState, tree: TokenTree) -> PassOutput:
+    """Runs the trunk and head 1 over the nodes, the candidates of the carry."""
     b, m, k = state.carry.shape
     # By comparison, as in `at_slot`: a gather would have to be told how it is split.
     which_W = (tree.depth_W - 1) * k + tree.rank_W  # the root: -k, none of them
@@ -119,24 +119,24 @@ def read_nodes(model: DecodeModel, state: DecodeState, tree: TokenTree) -> Read:
 
 
 def exact_path(
-    state: DecodeState, tree: TokenTree, read: Read, sampler: Sampler
+    state: DecodeState, tree: TokenTree, out: PassOutput, sampler: Sampler
 ) -> tuple[jax.Array, jax.Array]:
-    """The node where the longest right path ends, [B], and what comes next, [B, 1]."""
+    """The node that ends the longest accepted path, [B], and the next token, [B, 1]."""
     if state.sampling.greedy:
-        predicted_BW = most_likely(read.logits_BWV)
+        chosen_BW = most_likely(out.logits_BWV)
     node_B = jnp.zeros_like(state.length_B)
     ended_B = jnp.zeros_like(state.done_B)
     next_B = node_B
     for _ in range(tree.depth + 1):
         # Draws after the end of a path are for nothing: the shapes are static.
         if state.sampling.greedy:
-            predicted_B = at_slot(predicted_BW, node_B)
+            chosen_B = at_slot(chosen_BW, node_B)
         else:
-            logits_B1V = at_slot(read.logits_BWV, node_B)[:, None]
-            predicted_B = sampler.pick(target_probs(state, logits_B1V))[:, 0]
-        next_B = jnp.where(ended_B, next_B, predicted_B)
+            logits_B1V = at_slot(out.logits_BWV, node_B)[:, None]
+            chosen_B = sampler.sample(target_probs(state, logits_B1V))[:, 0]
+        next_B = jnp.where(ended_B, next_B, chosen_B)
         is_child_BW = tree.parent_W[None] == node_B[:, None]
-        goes_on_BW = is_child_BW & (read.new.tokens_BW == predicted_B[:, None])
+        goes_on_BW = is_child_BW & (out.new.tokens_BW == chosen_B[:, None])
         goes_on_BW &= ~ended_B[:, None]
         ended_B = ~jnp.any(goes_on_BW, axis=1)
         # Siblings are different tokens, so there is one child at most.
@@ -149,7 +149,7 @@ def commit_path(
     model: DecodeModel,
     state: DecodeState,
     tree: TokenTree,
-    read: Read,
+    out: PassOutput,
     end_B: jax.Array,
     next_B1: jax.Array,
     deviated_BW: jax.Array | None = None,
@@ -160,10 +160,10 @@ def commit_path(
       model: the model.
       state: before; its carry has the candidates that the tree was made of.
       tree: the tree.
-      read: what reading it gave.
+      out: the output of the pass that read it.
       end_B: the node at the end of the path.
-      next_B1: what comes after it, of the exact choice.
-      departed_BW: which nodes are not the exact choice after their parents.
+      next_B1: the token after it, the exact choice.
+      deviated_BW: which nodes are not the exact choice after their parents.
     """
     path_BP = _of_node(tree.path_WP, end_B)
     accepted_B = _of_node(tree.depth_W, end_B)
@@ -173,15 +173,15 @@ def commit_path(
         return jnp.stack([at_slot(x_BWX, path_BP[:, p]) for p in nodes], axis=1)
 
     used = len(model.trunk) + 1  # layers that read the tree: the trunk and head 1
-    k, v = read.cache.k_BGSK, read.cache.v_BGSK
-    kept = keep_path(Cache(k[:used], v[:used]), read.new.start_B, path_BP)
+    k, v = out.cache.k_BGSK, out.cache.v_BGSK
+    kept = keep_path(Cache(k[:used], v[:used]), out.new.start_B, path_BP)
     cache = Cache(kept.k_BGSK + k[used:], kept.v_BGSK + v[used:])
-    tokens_BP = along(read.new.tokens_BW)
+    tokens_BP = along(out.new.tokens_BW)
     heads_BMD, cache = decode_heads_at(
         model,
         range(1, len(model.heads)),
-        along(read.trunk_BWD),
-        chain(tokens_BP, read.new.start_B),
+        along(out.trunk_BWD),
+        chain(tokens_BP, out.new.start_B),
         accepted_B,
         cache,
     )

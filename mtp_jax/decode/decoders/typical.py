@@ -1,10 +1,10 @@
-"""Typical acceptance: a draft need not be what head 1 says, only likely enough for it.
+"""Typical acceptance: a draft need not be head 1's choice, only likely enough for it.
 
-Medusa's rule (arXiv:2401.10774, section 2.3.1): where head 1 has the law p, of entropy
-H, a draft x is accepted if p(x) > min(epsilon, delta exp(-H)). The longest path of
-accepted nodes is committed, of equally long ones the most likely, and then what head 1
-finds most likely. Nothing is drawn. Texts follow neither head 1's choice nor its law;
-the tokens that are not its most likely ones are counted. Greedy, it is `tree`.
+Medusa's rule (arXiv:2401.10774, section 2.3.1): where head 1 has the distribution p,
+of entropy H, a draft x is accepted if p(x) > min(epsilon, delta exp(-H)). The longest
+path of accepted nodes is committed, of equally long ones the most likely, and then head
+1's most likely token. Nothing is drawn. Texts follow neither head 1's choice nor its
+distribution; tokens that are not its most likely are counted. Greedy, it is `tree`.
 
 Axes: W nodes of the tree with the root, N heads, B batch, D model width, V vocabulary.
 """
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from mtp_jax.decode.cache import at_slot
 from mtp_jax.decode.decode_model import DecodeModel
-from mtp_jax.decode.decoders.passes import Read
+from mtp_jax.decode.decoders.passes import PassOutput
 from mtp_jax.decode.decoders.sampling import Sampler, most_likely
 from mtp_jax.decode.decoders.state import DecodeState, commit, next_logits, target_probs
 from mtp_jax.decode.decoders.token_tree import TokenTree
@@ -52,61 +52,61 @@ class Typical:
         object.__setattr__(self, "exact", Tree(self.tree))
 
     def heads(self, n: int) -> int:
-        """Those that the tree has candidates of."""
+        """Head 1 and those of the n - 1 others that the tree has candidates of."""
         return self.exact.heads(n)
 
     def width(self, n: int) -> int:
-        """All nodes."""
+        """The number of nodes of the tree."""
         return self.exact.width(n)
 
     def begin(
         self, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
     ) -> DecodeState:
-        """Commits what head 1 finds most likely at the prompt's end."""
-        said_B1 = most_likely(next_logits(model, state, heads_BND[:, :1]))
+        """Commits head 1's most likely token at the prompt's end."""
+        next_B1 = most_likely(next_logits(model, state, heads_BND[:, :1]))
         sampler = Sampler(state.keys, state.length_B)
         carry_BMK = self.exact.draft(model, state, heads_BND[:, 1:], sampler)
         state = dataclasses.replace(state, carry=carry_BMK)
         none_B = jnp.zeros_like(state.length_B)
-        return commit(state, said_B1, none_B + 1, none_B)
+        return commit(state, next_B1, none_B + 1, none_B)
 
     def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
         """Reads the tree, commits its longest accepted path and one token more."""
         if state.sampling.greedy:
             return self.exact.step(model, state, depth)
         tree = self.exact.used(depth, model.cfg.vocab_size)
-        read = read_nodes(model, state, tree)
-        target_BWV = target_probs(state, read.logits_BWV)
-        prob_BW = _of_drafts(tree, read, target_BWV)
+        out = read_nodes(model, state, tree)
+        target_BWV = target_probs(state, out.logits_BWV)
+        prob_BW = _of_drafts(tree, out, target_BWV)
         accepted_BW = prob_BW > _after_parent(tree, self._least(target_BWV))
-        predicted_BW = most_likely(read.logits_BWV)
+        predicted_BW = most_likely(out.logits_BWV)
         end_B = _longest(tree, accepted_BW, prob_BW)
         return commit_path(
             model,
             state,
             tree,
-            read,
+            out,
             end_B,
             at_slot(predicted_BW, end_B)[:, None],
-            read.new.tokens_BW != _after_parent(tree, predicted_BW),
+            out.new.tokens_BW != _after_parent(tree, predicted_BW),
         )
 
     def _least(self, target_BWV: jax.Array) -> jax.Array:
-        """What a draft must be more likely than, after each node, [B, W]."""
+        """The probability that a draft after each node must exceed, float32 [B, W]."""
         entropy_BW = -jnp.sum(jax.scipy.special.xlogy(target_BWV, target_BWV), axis=-1)
         return jnp.minimum(self.epsilon, self.delta * jnp.exp(-entropy_BW))
 
 
 def _after_parent(tree: TokenTree, x_BWX: jax.Array) -> jax.Array:
-    """At each node what its parent has; at the root, something."""
+    """Gives each node its parent's entry, [B, W, ...]; the root gets any entry."""
     out = spec("batch", *[None] * (x_BWX.ndim - 1))
     return x_BWX.at[:, tree.parent_W].get(out_sharding=out)
 
 
-def _of_drafts(tree: TokenTree, read: Read, target_BWV: jax.Array) -> jax.Array:
-    """How likely head 1 finds each node after its parent, [B, W]."""
+def _of_drafts(tree: TokenTree, out: PassOutput, target_BWV: jax.Array) -> jax.Array:
+    """The probability of each node after its parent by head 1, float32 [B, W]."""
     ids_11V = jnp.arange(target_BWV.shape[-1])[None, None]
-    is_draft_BWV = read.new.tokens_BW[:, :, None] == ids_11V
+    is_draft_BWV = out.new.tokens_BW[:, :, None] == ids_11V
     return jnp.sum(
         jnp.where(is_draft_BWV, _after_parent(tree, target_BWV), 0.0), axis=-1
     )

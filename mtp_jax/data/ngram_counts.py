@@ -1,4 +1,4 @@
-"""How often tokens follow each other in a corpus: counted, kept in a file, read back.
+"""Counts of tokens that follow each other in a corpus: made, kept in a file, read.
 
 Counts of single tokens, of pairs and of triples, within documents, begin and end of
 text included. They are a tree, of which only what was seen is kept: the pairs are the

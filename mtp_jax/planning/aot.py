@@ -1,4 +1,4 @@
-"""The compiled training step of TPUs that are not there.
+"""Compiles the training step for TPUs that are not there.
 
 libtpu compiles for a named topology on a host without a TPU; what it refuses for memory
 would not run on one either.
@@ -43,7 +43,7 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a step: bytes of a device, and the program, if any."""
+    """A compiled step: bytes of a device by the compiler, and the program, if any."""
 
     params: int  # of the whole model
     argument_bytes: int  # the state and the batch
@@ -117,7 +117,7 @@ def topology_devices(name: str) -> list[jax.Device]:
 
 @contextlib.contextmanager
 def _silenced_stderr() -> Iterator[None]:
-    """libtpu says on stderr, beside Python, that it has found no TPU."""
+    """Drops stderr, where libtpu says, beside Python, that it has found no TPU."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:
@@ -162,7 +162,7 @@ def compile_step(cfg: Config, devices: list[jax.Device]) -> Compiled:
 
 
 def abstract_batch(cfg: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Shapes, types and shardings of what a step takes, [A, B, ...]."""
+    """Shapes, types and shardings of the batch that a step takes, [A, B, ...]."""
     rows = (cfg.train.accumulation, cfg.data.batch_size // cfg.train.accumulation)
     sharding = batch_sharding(mesh)
 

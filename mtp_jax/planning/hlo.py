@@ -1,7 +1,7 @@
-"""What a compiled program holds, read from its optimized HLO.
+"""Collectives and arrays of a compiled program, read from its optimized HLO.
 
-`read_program(compiled.as_text())` works for programs of CPUs and TPUs. It tells what
-the devices send to each other, which arrays there are, and how long the program is.
+`read_hlo(compiled.as_text())` works for programs of CPUs and TPUs. It tells what the
+devices send to each other, which arrays there are, and how long the program is.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ _CALLED = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What a device sends in collectives of one kind during one run of the program."""
+    """Collectives of one kind, and the bytes a device sends in them, in one run."""
 
     count: int = 0  # collectives
     bytes: float = 0.0  # sent by a device; see `_Counting._sent`
@@ -72,7 +72,7 @@ class Buffer:
 
 @dataclasses.dataclass(frozen=True)
 class HloProgram:
-    """What one device runs."""
+    """The program of one device."""
 
     collectives: dict[str, Traffic]  # by kind; those of `KINDS` that occur
     buffers: tuple[Buffer, ...]  # the largest first
@@ -111,7 +111,7 @@ class _Instruction:
         return [name.strip(" %") for name in names]
 
     def attribute(self, name: str) -> str:
-        """Of `name=%x`, without the sign; empty if there is none."""
+        """The x of `name=%x`; empty if there is no such attribute."""
         match = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
         return match[1] if match else ""
 
@@ -181,7 +181,7 @@ class _Counting:
         self._known: dict[str, dict[str, Traffic]] = {}
 
     def traffic(self, computation: str) -> dict[str, Traffic]:
-        """Of one run of a computation and all that it calls, by kind."""
+        """Traffic of one run of a computation and all that it calls, by kind."""
         if computation in self._known:
             return self._known[computation]
         total: dict[str, Traffic] = {}
@@ -201,7 +201,7 @@ class _Counting:
         return total
 
     def _kind(self, x: _Instruction, computation: str) -> str:
-        """Which kind of collective begins here; empty if none does.
+        """The kind of collective that begins here; empty if none does.
 
         TPU programs have three forms of their own. A reduce-scatter is a fusion named
         all-reduce-scatter, of an all-reduce and the slice that is kept. A collective
@@ -241,7 +241,7 @@ class _Counting:
         return share * {"all-gather": group, "all-reduce": 2}.get(kind, 1)
 
     def _trips(self, loop: _Instruction, computation: str) -> int:
-        """How often a loop's body runs.
+        """The number of times that a loop's body runs.
 
         TPU programs do not say: there it follows from the constant that a counter is
         compared with, where the counter begins, and what the body adds to it.
@@ -273,7 +273,7 @@ def _through_copies(x: _Instruction, computation: _Computation) -> _Instruction:
 
 
 def _element(x: _Instruction, index: int, computation: _Computation) -> _Instruction:
-    """What stands at `index` of a tuple that is made here; else the tuple itself."""
+    """The instruction at `index` of a tuple that is made here; else the tuple itself."""
     if x.op != "tuple":
         return x
     return _through_copies(computation[x.operands[index]], computation)
@@ -304,7 +304,7 @@ def _group_size(attributes: str) -> int:
 
 
 def _slices(attributes: str) -> int:
-    """Of how many slices the ones of _xla_megascale_target="{1,2}x{0:3}" are."""
+    """The number of slices that _xla_megascale_target="{1,2}x{0:3}" names."""
     match = re.search(r'_xla_megascale_target="\{([^}]*)\}', attributes)
     ranges = [part.split(":") for part in match[1].split(",")] if match else []
     return sum(int(of[-1]) - int(of[0]) + 1 for of in ranges)

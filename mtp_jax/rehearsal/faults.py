@@ -1,4 +1,4 @@
-"""What can happen to a run, done to one.
+"""The faults of a rehearsal: everything that can happen to a run, done to one.
 
 A fault finds the group training, and leaves either no group or the group training. It
 returns an `Outcome`, whose `wrong` is empty if what had to follow did.
@@ -21,16 +21,16 @@ _SAVE_S = 120  # a coordinated save and the end of all processes
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How the hosts ended."""
+    """The way in which the hosts ended."""
 
-    said: str
+    said: str  # what most of them printed
     seconds: float
-    wrong: str = ""
+    wrong: str = ""  # what did not follow as it had to
 
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """A name, what is done, what has to follow, and the doing."""
+    """A fault: its name, what is done, what has to follow, and the doing."""
 
     name: str
     does: str
@@ -39,7 +39,7 @@ class Fault:
 
 
 def _limit_s(storm: Storm) -> float:
-    """Within it, hosts that lost another have ended."""
+    """Seconds within which hosts that lost another must have ended."""
     return storm.cfg.train.host_timeout_s + _LOAD_S
 
 
@@ -92,7 +92,7 @@ def _judged(
 
 
 def _stop(storm: Storm, *which: int) -> Outcome:
-    """SIGTERM: one save at the last step, nothing lost."""
+    """Sends SIGTERM: there has to be one save, at the last step, and nothing lost."""
     storm.pause()
     assert storm.group is not None
     storm.group.send(signal.SIGTERM, *which)
@@ -104,12 +104,12 @@ def _stop(storm: Storm, *which: int) -> Outcome:
 
 
 def stop_one(storm: Storm) -> Outcome:
-    """As the notice that one host of a pod is about to be taken away."""
+    """SIGTERM to one host, the notice that it is about to be taken away."""
     return _stop(storm, storm.rng.randrange(storm.hosts))
 
 
 def stop_all(storm: Storm) -> Outcome:
-    """As the end of a job's time."""
+    """SIGTERM to all hosts, as at the end of a job's time."""
     return _stop(storm)
 
 
@@ -120,19 +120,19 @@ def _kill(storm: Storm, which: int) -> Outcome:
 
 
 def kill_one(storm: Storm) -> Outcome:
-    """As a host that crashes, at a random moment."""
+    """SIGKILL of a host at a random moment, like a crash."""
     storm.pause()
     return _kill(storm, storm.rng.randrange(1, storm.hosts))
 
 
 def kill_first(storm: Storm) -> Outcome:
-    """The same for host 0, through which all find each other."""
+    """SIGKILL of host 0, through which all find each other."""
     storm.pause()
     return _kill(storm, 0)
 
 
 def kill_all(storm: Storm) -> Outcome:
-    """As a power cut."""
+    """SIGKILL of all hosts, like a power cut."""
     storm.pause()
     assert storm.group is not None
     storm.group.send(signal.SIGKILL)
@@ -140,7 +140,7 @@ def kill_all(storm: Storm) -> Outcome:
 
 
 def kill_while_saving(storm: Storm) -> Outcome:
-    """A host or all of them, in the moment that a checkpoint is half written."""
+    """SIGKILL of a host or of all, while a checkpoint is half written."""
     assert storm.group is not None
     end = time.monotonic() + _LOAD_S
     while not any(storm.checkpoints.glob("*.orbax-checkpoint-tmp")):
@@ -266,7 +266,7 @@ def not_finite(storm: Storm) -> Outcome:
 
 
 def other_hosts(storm: Storm) -> Outcome:
-    """Stopped, continued on another number of hosts, and stopped there."""
+    """Another number of hosts: stopped, continued there, and stopped again."""
     stopped = stop_all(storm)
     counts = [n for n in host_counts(storm.hosts) if n != storm.hosts]
     count = storm.rng.choice(counts)
@@ -279,7 +279,7 @@ def other_hosts(storm: Storm) -> Outcome:
 
 
 def host_counts(hosts: int) -> list[int]:
-    """On how many hosts a rehearsal trains, the normal number first."""
+    """The numbers of hosts on which a rehearsal trains, the normal one first."""
     return list(dict.fromkeys([hosts, max(1, hosts // 2), 1, 2 * hosts]))
 
 

@@ -67,7 +67,7 @@ class Hosts:
         return {i: process.poll() for i, process in self._processes.items()}
 
     def running(self) -> bool:
-        """Whether all of them run."""
+        """True if all of them run."""
         return all(code is None for code in self.codes().values())
 
     def send(self, number: signal.Signals, *which: int) -> None:
@@ -104,7 +104,7 @@ class Hosts:
             reader.join()
 
     def said(self) -> list[str]:
-        """What the program printed for people, all hosts, in the order of hosts."""
+        """Lines that the program printed for people, in the order of hosts."""
         return [line for lines in self.lines for line in lines if _is_ours(line)]
 
     def _read(self, host: int, process: subprocess.Popen[str], path: pathlib.Path):
@@ -117,7 +117,7 @@ class Hosts:
 
 
 def _is_ours(line: str) -> bool:
-    """Not a line of a library's log, nor of a traceback."""
+    """True for a line of the program, not of a library's log nor of a traceback."""
     return line.startswith(("mtp-jax:", "mtp_jax:", "told to stop", "done:"))
 
 
@@ -128,7 +128,7 @@ def _free_port() -> int:
 
 
 def _environment(devices: int) -> dict[str, str]:
-    """Of a host: CPU devices only, and programs that compile fast."""
+    """The environment of a host: CPU devices only, and programs that compile fast."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
     path = pathlib.Path(__file__).parent.parent.parent
     return {

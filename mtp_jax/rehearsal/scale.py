@@ -19,7 +19,7 @@ _SAVE_EVERY = 5
 
 
 def scaled_mesh(mesh: MeshConfig, devices: int) -> MeshConfig:
-    """The same axes over fewer devices: those of size 1 keep it.
+    """A mesh with the axes of a larger one: those of size 1 keep it.
 
     Each axis that splits something gets 2 as long as that divides the devices; the
     rest goes to the axis of -1, or to the largest.
@@ -96,7 +96,7 @@ def scale_down(
 
 
 def differences(before: Config, after: Config) -> list[str]:
-    """What was scaled, as `section: field 4096 -> 32, ...`, a line a section."""
+    """The fields that were scaled, as `section: field 4096 -> 32, ...`, by section."""
     lines = []
     for section in dataclasses.fields(Config):
         old = dataclasses.asdict(getattr(before, section.name))

@@ -1,4 +1,4 @@
-"""A run in the weather: hosts come and go, and leave files behind."""
+"""A run whose hosts are started, ended and started again, and what it has on disk."""
 
 import json
 import pathlib
@@ -20,7 +20,7 @@ _STEPS_AFTER_START = 2
 
 
 class Broken(Exception):
-    """Something that should have held did not; the text says what."""
+    """Raised where something that should hold does not; the text says what."""
 
 
 class Storm:
@@ -57,12 +57,10 @@ class Storm:
         self.patience_s: float = _FIRST_START_S  # for a start
         self._slowest_s = 0.0
         self.group: Hosts | None = None
-        self.resume_at = (
-            0  # step of the checkpoint with which the next start must begin
-        )
+        self.resume_at = 0  # step of the checkpoint that the next start must continue
 
     def arguments(self, hosts: int, overrides: Sequence[str] = ()) -> list[str]:
-        """Of `train`, for so many hosts."""
+        """Arguments of the command `train`, for so many hosts."""
         mesh = vars(scaled_mesh(self.cfg.mesh, hosts * self.devices))
         return [
             "train",
@@ -78,7 +76,7 @@ class Storm:
         overrides: Sequence[str] = (),
         missing: Sequence[int] = (),
     ) -> Hosts:
-        """Processes of their own, just begun; they are not `group`."""
+        """Starts processes that train in the workdir; they are not `group`."""
         count = hosts or self.hosts
         self._starts += 1
         return Hosts(
@@ -90,7 +88,7 @@ class Storm:
         )
 
     def up(self, hosts: int | None = None, overrides: Sequence[str] = ()) -> Hosts:
-        """The group trains: starts one if none does, and waits for new steps.
+        """Starts a group if there is none, and waits until it trains.
 
         Raises:
           Broken: it ends, takes too long, or begins at another step than it should.
@@ -112,7 +110,7 @@ class Storm:
         return self.group
 
     def down(self, timeout_s: float) -> tuple[dict[int, int | None], float, list[str]]:
-        """Waits for the group to end: exit codes, seconds, and what was said."""
+        """Waits for the group to end: exit codes by host, seconds, and printed lines."""
         assert self.group is not None
         group, self.group = self.group, None
         codes, took_s = group.wait(timeout_s)
@@ -144,7 +142,7 @@ class Storm:
         return [json.loads(line) for line in lines]
 
     def wait_for_save(self) -> None:
-        """Until there is a checkpoint newer than the one the group began with.
+        """Waits for a checkpoint newer than the one the group began with.
 
         Raises:
           Broken: none comes.
@@ -155,7 +153,7 @@ class Storm:
         )
 
     def pause(self, longest_s: float = 1.5) -> None:
-        """A random while."""
+        """Sleeps for a random time."""
         time.sleep(self.rng.uniform(0, longest_s))
 
     def copy_of(self, path: pathlib.Path) -> pathlib.Path:

@@ -273,7 +273,7 @@ def _through_copies(x: _Instruction, computation: _Computation) -> _Instruction:
 
 
 def _element(x: _Instruction, index: int, computation: _Computation) -> _Instruction:
-    """The instruction at `index` of a tuple that is made here; else the tuple itself."""
+    """The instruction at `index` of a tuple made here; else the tuple itself."""
     if x.op != "tuple":
         return x
     return _through_copies(computation[x.operands[index]], computation)

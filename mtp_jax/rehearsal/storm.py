@@ -110,7 +110,7 @@ class Storm:
         return self.group
 
     def down(self, timeout_s: float) -> tuple[dict[int, int | None], float, list[str]]:
-        """Waits for the group to end: exit codes by host, seconds, and printed lines."""
+        """Waits for the group to end: exit codes by host, seconds, printed lines."""
         assert self.group is not None
         group, self.group = self.group, None
         codes, took_s = group.wait(timeout_s)

@@ -3,9 +3,7 @@
 python -m benchmarks.input_pipeline --rounds=10
 """
 
-import contextlib
 import dataclasses
-import io
 import itertools
 import pathlib
 import sys
@@ -27,8 +25,8 @@ from benchmarks.timing import (
 )
 from mtp_jax.cli.args import config_from
 from mtp_jax.config import Config
-from mtp_jax.data import prepare
 from mtp_jax.data.batches import open_sources, train_batches
+from mtp_jax.data.prepare import prepare
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -88,8 +86,7 @@ def main(argv: list[str]) -> int:
 def _prepared(source: str, folder: str) -> str:
     """Prepares a corpus of the bytes of `source` in `folder`; returns its path."""
     output = f"{folder}/corpus"
-    with contextlib.redirect_stdout(io.StringIO()):
-        prepare.main([f"--input={source}", f"--output={output}", "--workers=1"])
+    prepare(source, output, workers=1)
     return output
 
 

@@ -27,16 +27,16 @@ Multi-token prediction: train a model with n heads, and let it draft for itself.
 mtp-jax VERB --help tells the options of a verb."""
 
 _MODULES = {
-    "prepare": "mtp_jax.data.prepare",
+    "prepare": "mtp_jax.cli.prepare",
     "count": "mtp_jax.cli.count",
     "train": "mtp_jax.cli.train",
     "evaluate": "mtp_jax.eval.heldout",
     "generate": "mtp_jax.cli.generate",
     "verify": "mtp_jax.verification.verifier",
     "calibrate": "mtp_jax.decode.calibrate",
-    "audit": "mtp_jax.run.audit",
-    "plan": "mtp_jax.planning.plan",
-    "rehearse": "mtp_jax.rehearsal.rehearsal",
+    "audit": "mtp_jax.cli.audit",
+    "plan": "mtp_jax.cli.plan",
+    "rehearse": "mtp_jax.cli.rehearse",
 }
 _VERBS = tuple(_MODULES)
 

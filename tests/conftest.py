@@ -71,9 +71,9 @@ def rehearsals(request):
 @pytest.fixture(scope="session")
 def corpus_dir(tmp_path_factory):
     """The package's own source, prepared as bytes."""
-    from mtp_jax.data import prepare
+    from mtp_jax.data.prepare import prepare
 
     source = os.path.join(os.path.dirname(__file__), "..", "mtp_jax")
     output = tmp_path_factory.mktemp("corpus") / "source"
-    prepare.main([f"--input={source}", f"--output={output}", "--heldout=0.2"])
+    prepare(source, output, heldout=0.2)
     return output

@@ -9,9 +9,10 @@ import pytest
 from runs import ROOT
 
 from mtp_jax import __main__
+from mtp_jax.cli import prepare as prepare_verb
 from mtp_jax.cli import train
 from mtp_jax.cli.args import config_from
-from mtp_jax.data import prepare
+from mtp_jax.data.prepare import prepare
 
 TINY = f"--config={ROOT / 'configs' / 'tiny.py'}"
 
@@ -141,7 +142,7 @@ def test_a_corpus_shorter_than_a_row_is_refused(program, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("one short document")
     output = tmp_path / "short"
-    prepare.main([f"--input={short}", f"--output={output}", "--heldout=0"])
+    prepare(short, output, heldout=0)
 
     result = program(
         "train",
@@ -237,7 +238,7 @@ def test_bugs_keep_their_traceback(monkeypatch):
     def bug(argv):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(prepare, "main", bug)
+    monkeypatch.setattr(prepare_verb, "main", bug)
     monkeypatch.setattr(sys, "argv", ["mtp-jax", "prepare"])
 
     with pytest.raises(ZeroDivisionError):
@@ -276,7 +277,7 @@ def test_a_workdir_of_another_tokenizer_is_refused(program, corpus_dir, tmp_path
 def test_nothing_held_out_is_refused_before_the_run(program, tmp_path):
     text, data = tmp_path / "text.txt", tmp_path / "data"
     text.write_text("some words " * 100)
-    prepare.main([f"--input={text}", f"--output={data}", "--heldout=0"])
+    prepare(text, data, heldout=0)
 
     result = program(
         "train", TINY, f"--workdir={tmp_path / 'run'}", f"--config.data.sources={data}"

@@ -14,8 +14,9 @@ import pytest
 from models import mesh_of
 
 from mtp_jax.config import freeze
-from mtp_jax.data import batches, packing, prepare
+from mtp_jax.data import batches, packing
 from mtp_jax.data.corpus import Corpus
+from mtp_jax.data.prepare import prepare
 from mtp_jax.errors import UserError
 from mtp_jax.parallel import to_devices
 
@@ -24,12 +25,11 @@ B, T, N = 4, 16, 3
 S = T + N
 
 
-def make_corpus(folder, texts, *options):
+def make_corpus(folder, texts, **options):
     folder.mkdir(parents=True)
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     (folder / "texts.jsonl").write_text(lines)
-    argv = [f"--input={folder / 'texts.jsonl'}", f"--output={folder / 'corpus'}"]
-    prepare.main([*argv, "--workers=1", *options])
+    prepare(folder / "texts.jsonl", folder / "corpus", workers=1, **options)
     return str(folder / "corpus")
 
 
@@ -43,7 +43,7 @@ def story(tmp_path_factory):
         for i in range(80)
     ]
     folder = tmp_path_factory.mktemp("story") / "s"
-    return make_corpus(folder, texts, "--heldout=0.2", "--shard_tokens=500")
+    return make_corpus(folder, texts, heldout=0.2, shard_tokens=500)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def digits(tmp_path_factory):
     """A second source, of digits alone."""
     texts = [str(i) * 20 for i in range(40)]
     folder = tmp_path_factory.mktemp("digits") / "d"
-    return make_corpus(folder, texts, "--heldout=0.2")
+    return make_corpus(folder, texts, heldout=0.2)
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_the_order_of_documents_is_a_permutation_that_depends_on_the_seed():
 
 @pytest.mark.parametrize("length", [2, 3, S - 1, S, S + 1, T, T + 1, T + 2, 2 * T + 1])
 def test_every_target_of_every_head_occurs_once_an_epoch(tmp_path, length):
-    corpus = make_corpus(tmp_path / "c", ["a" * (length - 2) or "a"], "--heldout=0")
+    corpus = make_corpus(tmp_path / "c", ["a" * (length - 2) or "a"], heldout=0)
     documents = Corpus.open(corpus).documents("train")
     rows = packing.PackedRows(documents, S, T, 256, None)
     total = int(documents.lengths[0])
@@ -179,7 +179,7 @@ def test_the_seed_changes_the_order_of_documents_and_of_rows(story, tmp_path):
     assert sorted(found[0]) != sorted(found[2])  # other documents beside each other
 
     text = "".join(random.Random(0).choices("abcdef", k=20 * T))
-    single = make_corpus(tmp_path / "single", [text], "--heldout=0")
+    single = make_corpus(tmp_path / "single", [text], heldout=0)
     found = [rows_of(make_config([single], seed=s), 20)[:20] for s in (0, 1)]
     assert found[0] != found[1]
 
@@ -324,7 +324,7 @@ def test_heldout_batches_of_other_corpora_and_of_none(cfg, digits, tmp_path):
     )
     assert not ((tokens >= ord("a")) & (tokens <= ord("z"))).any()
 
-    bare = make_corpus(tmp_path / "bare", ["text " * 20], "--heldout=0")
+    bare = make_corpus(tmp_path / "bare", ["text " * 20], heldout=0)
     with pytest.raises(UserError, match=r"no held-out documents in .*bare"):
         batches.heldout_batches(make_config([bare]))
 
@@ -339,7 +339,7 @@ def test_a_vocabulary_larger_than_the_models_is_refused(cfg):
 
 def test_sources_of_different_tokenizers_are_refused(story, tmp_path):
     texts = [f"some text {i}" for i in range(50)]
-    other = make_corpus(tmp_path / "other", texts, "--train_tokenizer=280")
+    other = make_corpus(tmp_path / "other", texts, train_tokenizer=280)
     run = make_config([story, other])
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, vocab_size=280))
 
@@ -350,16 +350,16 @@ def test_sources_of_different_tokenizers_are_refused(story, tmp_path):
 
 
 def test_a_corpus_shorter_than_a_row_is_refused(tmp_path):
-    short = make_corpus(tmp_path / "short", ["a" * (S - 3)], "--heldout=0")
+    short = make_corpus(tmp_path / "short", ["a" * (S - 3)], heldout=0)
     with pytest.raises(UserError, match=f"{S - 1} tokens to train on, less than .*{S}"):
         batches.train_batches(make_config([short]), np.arange(B), 0)
 
-    enough = make_corpus(tmp_path / "enough", ["a" * (S - 2)], "--heldout=0")
+    enough = make_corpus(tmp_path / "enough", ["a" * (S - 2)], heldout=0)
     assert take(make_config([enough]), 1)[0]["tokens"].shape == (B, S)
 
 
 def test_damage_is_found_before_the_first_batch_unless_not_asked_for(tmp_path):
-    corpus = make_corpus(tmp_path / "c", ["text " * 50], "--heldout=0")
+    corpus = make_corpus(tmp_path / "c", ["text " * 50], heldout=0)
     path = pathlib.Path(corpus) / "train-00000.tokens"
     content = bytearray(path.read_bytes())
     content[50] ^= 1
@@ -447,8 +447,7 @@ def test_real_text_comes_through_whole(tmp_path):
     path = SHARED / "tinyshakespeare" / "input.txt"
     if not path.exists():
         pytest.skip("no development data here")
-    argv = [f"--input={path}", f"--output={tmp_path / 'c'}", "--heldout=0"]
-    prepare.main(argv)
+    prepare(path, tmp_path / "c", heldout=0)
 
     run = make_config([str(tmp_path / "c")], seq_len=1024)
     corpus = batches.open_sources(run)[0]

@@ -116,6 +116,26 @@ def test_tables_hold_what_loops_count(monkeypatch, piece):
         assert dict(zip(rows, level.count_E.tolist(), strict=True)) == slow[m]
 
 
+def test_from_python_a_corpus_is_counted_as_by_the_verb(corpus_dir, tmp_path):
+    found = ngram_counts.count_corpus(corpus_dir, tmp_path / "python")
+    count.main([f"--input={corpus_dir}", f"--output={tmp_path / 'verb'}"])
+
+    kept = [ngram_counts.load(tmp_path / name, found.fingerprint) for name in
+            ("python", "verb")]  # fmt: skip
+    for other in kept:
+        assert other.order == found.order == 3
+        np.testing.assert_array_equal(other.count_V, found.count_V)
+        for level, wanted in zip(other.levels, found.levels, strict=True):
+            np.testing.assert_array_equal(level.token_E, wanted.token_E)
+            np.testing.assert_array_equal(level.count_E, wanted.count_E)
+    opened = ngram_counts.count_corpus(Corpus.open(corpus_dir), tmp_path / "p", order=2)
+    np.testing.assert_array_equal(opened.count_V, found.count_V)
+    assert opened.order == 2
+    with pytest.raises(UserError, match="order is 4"):
+        ngram_counts.count_corpus(corpus_dir, tmp_path / "no", order=4)
+    assert not (tmp_path / "no").exists()
+
+
 def test_the_verb_counts_the_train_split(corpus_dir, tmp_path, capsys):
     output = tmp_path / "counts.npz"
     assert count.main([f"--input={corpus_dir}", f"--output={output}", "--order=2"]) == 0

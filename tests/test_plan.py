@@ -1,5 +1,6 @@
 """The planner: its arithmetic, its search, its refusals, and real compiles for TPUs."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -15,7 +16,9 @@ from models import TINY, placed_params, random_params
 from runs import ROOT, finish, start
 
 from mtp_jax import __main__
+from mtp_jax.cli import plan as verb
 from mtp_jax.cli.args import config_from
+from mtp_jax.cli.plan_table import table
 from mtp_jax.config import Config, DataConfig, LossConfig, MeshConfig, TrainConfig
 from mtp_jax.errors import UserError
 from mtp_jax.model.attention import causal_attention
@@ -28,12 +31,13 @@ from mtp_jax.model.flops import (
 from mtp_jax.model.language_model import model_builder, run_trunk
 from mtp_jax.parallel.chips import device_figures
 from mtp_jax.parallel.sharding import make_mesh, spec
-from mtp_jax.planning import aot, plan
+from mtp_jax.planning import aot, costs, plan, remedies
 from mtp_jax.planning.aot import Compiled
 from mtp_jax.planning.hlo import HloProgram, Traffic
 from mtp_jax.training.train_step import TrainState
 
 TINY_FILE = ROOT / "configs" / "tiny.py"
+CONFIGURED = ("jax_platforms", "jax_enable_compilation_cache")
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
 )
@@ -151,18 +155,18 @@ def test_breakeven_is_the_ratio_of_weights_read():
     layer, table = layer_params(model), model.vocab_size * model.d_model
 
     # The table is read by head 1, and again by the head that drafts after it.
-    assert plan.breakeven(model) == (3 * layer + 2 * table) / (2 * layer + table)
-    assert plan.breakeven(dataclasses.replace(model, n_future_tokens=1)) == 1.0
+    assert costs.breakeven(model) == (3 * layer + 2 * table) / (2 * layer + table)
+    assert costs.breakeven(dataclasses.replace(model, n_future_tokens=1)) == 1.0
 
 
 def test_overhead_compares_what_both_have():
     base = {"compute_s": 2.0, "hbm_s": 1.0, "links_s": 4.0, "dcn_s": 3.0}
 
-    assert plan.overhead({**base, "links_s": 5.0}, base) == 0.25
-    assert plan.overhead({**base, "dcn_s": 6.0}, base) == 0.5
+    assert costs.overhead({**base, "links_s": 5.0}, base) == 0.25
+    assert costs.overhead({**base, "dcn_s": 6.0}, base) == 0.5
     refused = {"compute_s": 3.0, "hbm_s": 1.0, "links_s": None, "dcn_s": None}
-    assert plan.overhead(refused, base) == 0.5
-    assert plan.overhead(base, refused) == pytest.approx(2 / 3 - 1)
+    assert costs.overhead(refused, base) == 0.5
+    assert costs.overhead(base, refused) == pytest.approx(2 / 3 - 1)
 
 
 def test_other_numbers_of_heads_drop_the_weights(cfg):
@@ -186,22 +190,24 @@ def four_chips(monkeypatch):
     mesh = types.SimpleNamespace(
         shape={"replica": 1, "fsdp": 4, "sequence": 1, "tensor": 1}
     )
-    monkeypatch.setattr(plan, "topology_devices", lambda name: devices)
-    monkeypatch.setattr(plan, "make_mesh", lambda cfg, devices: mesh)
+    for module in (plan, remedies):
+        monkeypatch.setattr(module, "topology_devices", lambda name: devices)
+    for module in (plan, costs, remedies):
+        monkeypatch.setattr(module, "make_mesh", lambda cfg, devices: mesh)
 
 
 def test_remedies_are_tried_in_order(cfg, four_chips):
     compute = dataclasses.replace(cfg.compute, remat="none", chunk_tokens=8192)
     data = DataConfig(seq_len=1024, batch_size=48)  # 12 rows a chip
     cfg = dataclasses.replace(cfg, compute=compute, data=data)
-    tried = []
+    tried, told = [], []
 
     def compile_(changed, topology):
         tried.append((changed, topology))
         return TOO_LARGE
 
-    assert plan.find_remedy(cfg, "v5e:2x2", compile_) is None
-    options = [option for option, _, _ in plan.remedies(cfg, "v5e:2x2")]
+    assert remedies.find_remedy(cfg, "v5e:2x2", compile_, told.append) is None
+    options = [option for option, _, _ in remedies.remedies(cfg, "v5e:2x2")]
     assert options == [
         "--config.compute.remat=full",
         "--config.compute.chunk_tokens=2048",
@@ -210,6 +216,7 @@ def test_remedies_are_tried_in_order(cfg, four_chips):
         "--config.compute.remat=offload",
         "--topology=v5e:2x4",
     ]
+    assert told == [f"trying {option}" for option in options]
     assert tried[0][0].compute.remat == "full"
     assert tried[0][0].compute.chunk_tokens == 8192  # one change at a time
     assert tried[3][0].train.accumulation == 4
@@ -217,19 +224,24 @@ def test_remedies_are_tried_in_order(cfg, four_chips):
 
 
 def test_the_first_remedy_that_fits_is_told(cfg, four_chips):
+    told = []
+
     def compile_(changed, topology):
         if changed.compute.remat == "offload":
             raise UserError("not on this mesh")
         return FITS if topology == "v5e:2x4" else TOO_LARGE
 
-    assert plan.find_remedy(cfg, "v5e:2x2", compile_) == "--topology=v5e:2x4"
+    assert (
+        remedies.find_remedy(cfg, "v5e:2x2", compile_, told.append)
+        == "--topology=v5e:2x4"
+    )
 
 
 def test_a_naive_head_loss_is_the_first_to_go(cfg, four_chips):
     compute = dataclasses.replace(cfg.compute, head_loss="naive")
     cfg = dataclasses.replace(cfg, compute=compute)
 
-    options = [option for option, _, _ in plan.remedies(cfg, "v5e:2x2")]
+    options = [option for option, _, _ in remedies.remedies(cfg, "v5e:2x2")]
     assert options[:2] == [
         "--config.compute.head_loss=fused",
         "--config.train.accumulation=2",
@@ -237,11 +249,11 @@ def test_a_naive_head_loss_is_the_first_to_go(cfg, four_chips):
 
 
 def test_larger_topologies():
-    assert plan.larger_topology("v5e:2x2") == "v5e:2x4"
-    assert plan.larger_topology("v5e:4x8") == "v5e:8x8"
-    assert plan.larger_topology("v5p:2x2x1") == "v5p:2x2x2"
-    assert plan.larger_topology("v5p:4x4x8") == "v5p:4x8x8"
-    assert plan.larger_topology("2xv5p:2x2x1") == "2xv5p:2x2x2"
+    assert remedies.larger_topology("v5e:2x2") == "v5e:2x4"
+    assert remedies.larger_topology("v5e:4x8") == "v5e:8x8"
+    assert remedies.larger_topology("v5p:2x2x1") == "v5p:2x2x2"
+    assert remedies.larger_topology("v5p:4x4x8") == "v5p:4x8x8"
+    assert remedies.larger_topology("2xv5p:2x2x1") == "2xv5p:2x2x2"
 
 
 def test_rows_and_table(four_chips):
@@ -252,7 +264,7 @@ def test_rows_and_table(four_chips):
         large = n == 4 and changed.train.accumulation == 1
         return TOO_LARGE if large else FITS
 
-    rows = plan.plan_topology(cfg, "v5e:16x16", [1, 2, 4], compile_)
+    rows = plan.plan_topology(cfg, "v5e:16x16", [1, 2, 4], compile_, print)
 
     assert [row["heads"] for row in rows] == [1, 2, 4]
     assert [row["fits"] for row in rows] == [True, True, False]
@@ -269,10 +281,55 @@ def test_rows_and_table(four_chips):
     work = executed_flops(plan.same_size_with_heads(cfg, 4)).total * positions
     assert last["compute_s"] == work / 4 / 197e12
     assert last["hbm_bytes"] == 60 and last["hbm_limit_bytes"] == 40
-    text = plan.table(rows, [1, 2, 4])
+    text = table(rows, [1, 2, 4])
     assert "v5e:16x16, n = 4: fits with --config.train.accumulation=2" in text
     assert max(map(len, text.splitlines())) <= 100
     assert json.loads(json.dumps(rows)) == rows
+
+
+def test_plan_from_python_gives_the_rows_of_the_verb(four_chips, monkeypatch, capsys):
+    def compile_(cfg, devices):
+        large = cfg.model.n_future_tokens == 4 and cfg.compute.remat != "full"
+        return TOO_LARGE if large else FITS
+
+    monkeypatch.setattr(plan, "compile_step", compile_)
+    monkeypatch.setattr(plan, "check_attention", lambda cfg, mesh: None)
+    options = ["--config.compute.remat=none"]
+    cfg = config_from(str(TINY_FILE), options)
+    names = ["v5e:2x2", "v5e:2x4"]
+    kept = {name: getattr(jax.config, name) for name in CONFIGURED}
+    progress = []
+
+    rows = plan.plan(cfg, names, heads=[4, 2, 4], progress=progress.append)
+
+    topologies = f"--topology={','.join(names)}"
+    argv = [f"--config={TINY_FILE}", topologies, "--heads=2,4", *options]
+    assert verb.main([*argv, "--json"]) == 0
+    printed = capsys.readouterr()
+    assert rows == json.loads(printed.out)
+    assert [(row["topology"], row["heads"]) for row in rows] == [
+        (name, n) for name in names for n in (1, 2, 4)
+    ]
+    assert rows[2]["remedy"] == rows[5]["remedy"] == "--config.compute.remat=full"
+    assert [re.sub(r"\d+ s\)", "0 s)", line) for line in progress[:5]] == [
+        "v5e:2x2, n = 1: compiled (0 s)",
+        "v5e:2x2, n = 2: compiled (0 s)",
+        "v5e:2x2, n = 4: does not fit (0 s)",
+        "trying --config.compute.remat=full",
+        "v5e:2x2, n = 4: compiled (0 s)",
+    ]
+    assert printed.err.splitlines() == progress
+    assert kept == {name: getattr(jax.config, name) for name in CONFIGURED}
+    assert plan.plan(cfg, names[0], heads=[4])[0] == rows[0]
+    assert verb.main(argv) == 0
+    assert capsys.readouterr().out == table(rows, [2, 4]) + "\n"
+
+
+def test_more_heads_than_layers_are_refused_from_python(cfg):
+    with pytest.raises(UserError, match="--heads=6 is more than config"):
+        plan.plan(cfg, "v5e:2x2", heads=[1, 6])
+    with pytest.raises(UserError, match="0 is not a whole number above 0"):
+        plan.plan(cfg, "v5e:2x2", heads=[0])
 
 
 def test_hbm_traffic(cfg):
@@ -288,7 +345,7 @@ def test_hbm_traffic(cfg):
         changed = dataclasses.replace(
             cfg, compute=compute, train=TrainConfig(accumulation=2)
         )
-        traffic = plan.hbm_traffic(changed, compiled, tensor=2)
+        traffic = costs.hbm_traffic(changed, compiled, tensor=2)
         assert traffic == 128 + 2 * read * 4 / 2
 
 
@@ -326,8 +383,8 @@ def test_refusals_for_memory_are_read():
 @pytest.fixture
 def refused(monkeypatch, capsys):
     """The one line of a command that is refused before anything is compiled."""
-    monkeypatch.setattr(plan, "use_no_devices", lambda: None)
-    monkeypatch.setattr(plan, "_compile", None)
+    monkeypatch.setattr(plan, "no_devices", contextlib.nullcontext)
+    monkeypatch.setattr(plan, "compile_step", None)
 
     def run(*options):
         argv = ["mtp-jax", "plan", f"--config={TINY_FILE}", *options]

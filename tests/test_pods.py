@@ -1,5 +1,6 @@
 """Runs of several processes, as a user starts them: the same numbers, nothing lost."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -33,7 +34,7 @@ SMALL = ("--config.data.seq_len=32", "--config.optim.peak_lr=3e-3")
 @pytest.fixture(scope="module")
 def two_corpora(tmp_path_factory, corpus_dir):
     """Two sources whose epochs end within a few steps, and the options of a mixture."""
-    from mtp_jax.data import prepare
+    from mtp_jax.data.prepare import prepare
 
     folder = tmp_path_factory.mktemp("sources")
     options = []
@@ -44,7 +45,7 @@ def two_corpora(tmp_path_factory, corpus_dir):
         ]
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
         source, output = folder / f"{name}.jsonl", folder / name
-        prepare.main([f"--input={source}", f"--output={output}", "--heldout=0"])
+        prepare(source, output, heldout=0)
         options.append(str(output))
     return [
         f"--config.data.sources={tuple(options)}",
@@ -212,19 +213,37 @@ def test_audit_tells_the_first_batch_that_differs(
     assert "the batch of step 4 is not the one" in told(err)[0]
 
 
+def test_audit_from_python_tells_what_its_verb_prints(alone_and_together):
+    from mtp_jax.run.audit import audit
+
+    workdir = alone_and_together[1]
+    found = audit(workdir, step=2)
+
+    assert dataclasses.asdict(found) == audited(workdir, "--step=2")
+    assert (found.steps, found.last_step, found.runs) == (6, 6, 1)
+    text = complete(["audit", f"--workdir={workdir}", "--step=2"]).splitlines()
+    assert found.rows is not None and len(text) == len(found.rows) + 1
+    first = found.rows[0][0]
+    cut = f"{first.name} [{first.begin}:{first.end}] of {first.source}"
+    assert text[0].startswith(f"row 0: {cut}")
+    assert "step" not in audited(workdir) and audit(workdir).rows is None
+
+
 def test_audit_tells_what_a_run_has_not(alone_and_together, tmp_path):
-    from mtp_jax.run import audit
+    from mtp_jax.run.audit import audit
 
     workdir = tmp_path / "run"
     shutil.copytree(alone_and_together[0], workdir)
 
+    with pytest.raises(UserError, match="counted from 1"):
+        audit(workdir, step=0)
     with pytest.raises(UserError, match="--step=7: the run ends at step 6"):
-        audit.main([f"--workdir={workdir}", "--step=7"])
+        audit(workdir, step=7)
     run = json.loads((workdir / "run.json").read_text())
     run["runs"][0]["after"] = 2
     (workdir / "run.json").write_text(json.dumps(run))
     with pytest.raises(UserError, match="tells of no start before step 1"):
-        audit.main([f"--workdir={workdir}"])
+        audit(workdir)
 
 
 def test_a_second_run_on_a_workdir_is_refused_and_a_kill_frees_it(tmp_path, corpus_dir):

@@ -1,5 +1,6 @@
 """The verb prepare, and what Corpus says of its output."""
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -8,7 +9,8 @@ import pickle
 import numpy as np
 import pytest
 
-from mtp_jax.data import prepare
+from mtp_jax.cli import prepare
+from mtp_jax.data import prepare as library
 from mtp_jax.data.corpus import Corpus, verify_files
 from mtp_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from mtp_jax.errors import UserError
@@ -84,6 +86,57 @@ def test_the_files_are_flat_little_endian_arrays_with_their_sha256(source, tmp_p
         data = (tmp_path / "out" / f"train-00000.{kind}").read_bytes()
         assert recorded["bytes"] == len(data)
         assert recorded["sha256"] == hashlib.sha256(data).hexdigest()
+
+
+def test_from_python_the_corpus_is_that_of_the_verb(source, tmp_path):
+    run(source, tmp_path / "verb", "--shard_tokens=300", "--exclude=f1*", "--heldout=0")
+
+    manifest = library.prepare(
+        [source], tmp_path / "python",
+        shard_tokens=300, exclude=("f1*",), heldout=0, workers=1,
+    )  # fmt: skip
+
+    assert contents(tmp_path / "python") == contents(tmp_path / "verb")
+    on_disk = json.loads((tmp_path / "python" / "manifest.json").read_text())
+    assert manifest == on_disk == Corpus.open(tmp_path / "python").manifest
+    assert manifest["splits"]["train"]["documents"] == 50
+
+
+def test_progress_is_told_in_bytes_of_the_input(source, tmp_path):
+    size = sum(path.stat().st_size for path in source.iterdir())
+    begun, ended, read = [], [], []
+
+    @contextlib.contextmanager
+    def progress(title, size):
+        begun.append((title, size))
+        yield read.append
+        ended.append(sum(read))
+
+    options = {"train_tokenizer": 285, "workers": 1, "progress": progress}
+    library.prepare(source, tmp_path / "out", **options)
+
+    assert begun == [("training a tokenizer", size), ("preparing", size)]
+    assert ended == [size, 2 * size]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"heldout": 1}, "heldout is 1; give a share"),
+        ({"heldout": float("nan")}, "heldout is nan; give a share"),
+        ({"shard_tokens": 0}, "shard_tokens is 0; .*above 0"),
+        ({"workers": 0}, "workers is 0; .*above 0"),
+        ({"tokenizer": "a.model", "train_tokenizer": 300}, "exclude each other"),
+        ({"output": " "}, "output is empty"),
+    ],
+)
+def test_bad_arguments_from_python_are_refused(source, tmp_path, options, match):
+    before = set(tmp_path.iterdir())
+
+    with pytest.raises(UserError, match=match):
+        library.prepare(source, **{"output": tmp_path / "out", **options})
+
+    assert set(tmp_path.iterdir()) == before
 
 
 def test_shards_split_between_documents_only(source, tmp_path):

@@ -1,12 +1,15 @@
 """The rehearsal: what it scales, what it notices, and a small one for real."""
 
 import dataclasses
+import json
 import math
+import shutil
 
 import pytest
 from models import tiny_config
 from runs import CACHE, ROOT, finish, start
 
+from mtp_jax.cli import rehearse as verb
 from mtp_jax.cli.args import config_from
 from mtp_jax.config import Config, MeshConfig
 from mtp_jax.errors import UserError
@@ -14,6 +17,7 @@ from mtp_jax.rehearsal import rehearsal
 from mtp_jax.rehearsal.faults import FAULTS, Outcome, _judged, host_counts
 from mtp_jax.rehearsal.processes import HostGroup
 from mtp_jax.rehearsal.scale import differences, scale_down, scaled_mesh
+from mtp_jax.rehearsal.storm import Broken, Storm
 
 COUNTS = (8, 4, 2, 16)
 MESHES = [
@@ -77,10 +81,10 @@ def test_too_many_devices_for_a_machine_are_refused():
 
 
 def test_a_script_is_decided_by_its_seed_and_has_every_fault():
-    names = [fault.name for fault in rehearsal._script(None, 2 * len(FAULTS), 3)]
+    names = [fault.name for fault in rehearsal._script((), 2 * len(FAULTS), 3)]
 
-    again = [fault.name for fault in rehearsal._script(None, 2 * len(FAULTS), 3)]
-    other = [fault.name for fault in rehearsal._script(None, 2 * len(FAULTS), 4)]
+    again = [fault.name for fault in rehearsal._script((), 2 * len(FAULTS), 3)]
+    other = [fault.name for fault in rehearsal._script((), 2 * len(FAULTS), 4)]
 
     assert names == again != other
     assert sorted(names) == sorted(2 * [fault.name for fault in FAULTS])
@@ -119,20 +123,130 @@ def test_an_end_that_is_not_as_it_had_to_be_is_noticed(codes, lines, options, wr
 
 
 def test_other_batches_are_noticed(capsys, tmp_path):
-    calm = ["a", "b", "c"]
-    rows = [
-        rehearsal.Row("kill_one", Outcome("host 1 is lost", 2.0), "", ("a", "b")),
-        rehearsal.Row("kill_all", Outcome("", 2.0), "", ("a", "x", "c")),
-        rehearsal.Row("stop_all", Outcome("", 2.0), "began after step 1", ("a",)),
-        rehearsal.Row("full_disk", Outcome("", 2.0, "nobody said"), "", ("a",)),
-    ]
+    calm = ("a", "b", "c")
+    result = rehearsal.FaultResult
+    rows = (
+        result("kill_one", Outcome("host 1 is lost", 2.0), "", ("a", "b")),
+        result("kill_all", Outcome("", 2.0), "", ("a", "x", "c")),
+        result("stop_all", Outcome("", 2.0), "began after step 1", ("a",)),
+        result("full_disk", Outcome("", 2.0, "nobody said"), "", ("a",)),
+    )
+    good = rehearsal.Rehearsal(rows[:1], calm, tmp_path, 1.0)
+    bad = rehearsal.Rehearsal(rows, calm, tmp_path, 1.0)
 
-    good = rehearsal._report(rows[:1], calm, 1.0, tmp_path)
-    assert "1 of 1 held" in capsys.readouterr().out
-    bad = rehearsal._report(rows, calm, 1.0, tmp_path)
-
-    assert (good, bad) == (0, 1)
+    assert good.held and not bad.held
+    assert [row.held(calm) for row in rows] == [True, False, False, False]
+    verb._print_table(good)
+    assert "1 of 1 held; 2 steps, the hashes of 3" in capsys.readouterr().out
+    verb._print_table(bad)
     assert "1 of 4 held" in capsys.readouterr().out
+
+
+class Fake(Storm):
+    """A storm without processes; each start brings two new steps."""
+
+    closed = 0
+
+    def up(self, hosts=None, overrides=()):
+        self.group = Hosts.__new__(Hosts)
+        self.workdir.mkdir(exist_ok=True)
+        with (self.workdir / "metrics.jsonl").open("a") as file:
+            for step in (self.step() + 1, self.step() + 2):
+                file.write(json.dumps({"step": step, "batch_hash": f"h{step}"}) + "\n")
+        return self.group
+
+    def close(self):
+        self.group = None
+        Fake.closed += 1
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Rehearsals without processes; gives a function that sets how faults end."""
+    monkeypatch.setattr(rehearsal, "Storm", Fake)
+    monkeypatch.setattr(Fake, "closed", 0)
+    reference = [f"h{step}" for step in range(1, 100)]
+    monkeypatch.setattr(rehearsal, "_calm_run", lambda storm, folder: reference)
+
+    def ends(inject):
+        faults = [dataclasses.replace(fault, inject=inject) for fault in FAULTS]
+        monkeypatch.setattr(rehearsal, "FAULTS", faults)
+
+    return ends
+
+
+def rehearsed(**options):
+    """A rehearsal of the tiny config, and the lines of its report."""
+    lines = []
+    cfg = config_from(f"{ROOT}/configs/tiny.py", [])
+    return rehearsal.rehearse(cfg, hosts=2, report=lines.append, **options), lines
+
+
+def test_a_rehearsal_from_python_gives_rows_and_a_report(fake, tmp_path):
+    fake(lambda storm: Outcome("told to stop", 1.5))
+
+    result, lines = rehearsed(only=["stop_all", "kill_one"], workdir=tmp_path / "r")
+
+    assert result.held and not result.broken
+    assert [row.fault for row in result.rows] == ["stop_all", "kill_one"]
+    assert [len(row.hashes) for row in result.rows] == [4, 6]
+    assert result.folder == tmp_path / "r" and (tmp_path / "r" / "config.py").exists()
+    assert lines[-2:] == ["stop_all: told to stop", "kill_one: told to stop"]
+    assert any(line.startswith("scaled  model: ") for line in lines)
+
+
+def test_a_temporary_folder_is_kept_if_anything_did_not_hold(fake):
+    fake(lambda storm: Outcome("", 1.5))
+    good, _ = rehearsed(only=["stop_all"])
+    fake(lambda storm: Outcome("", 1.5, "it did not end"))
+    bad, _ = rehearsed(only=["stop_all"])
+
+    assert good.held and not good.folder.exists()
+    assert not bad.held and bad.folder.is_dir()
+    shutil.rmtree(bad.folder)
+
+
+def test_a_rehearsal_that_breaks_off_says_why(fake, tmp_path, monkeypatch, capsys):
+    def calm(storm, folder):
+        raise Broken("the run without faults ended")
+
+    fake(lambda storm: Outcome("", 1.5))
+    monkeypatch.setattr(rehearsal, "_calm_run", calm)
+
+    result, _ = rehearsed(only=["stop_all"], workdir=tmp_path / "r")
+    options = ["--hosts=2", "--only=stop_all", f"--workdir={tmp_path / 'v'}"]
+    code = verb.main([f"--config={ROOT}/configs/tiny.py", *options])
+
+    assert not result.held and result.broken == "the run without faults ended"
+    assert len(result.rows) == 1 and code == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    logs = tmp_path / "v" / "logs"
+    assert last == f"mtp-jax rehearse: {result.broken}; the logs are in {logs}"
+
+
+def test_hosts_are_ended_when_a_rehearsal_is_interrupted(fake, tmp_path):
+    def interrupted(storm):
+        raise KeyboardInterrupt
+
+    fake(interrupted)
+
+    with pytest.raises(KeyboardInterrupt):
+        rehearsed(only=["stop_all"], workdir=tmp_path / "r")
+
+    assert Fake.closed == 1
+
+
+def test_arguments_that_no_pod_has_are_refused(tmp_path):
+    cfg = tiny_config()
+    for options, match in (
+        ({"hosts": 1}, "--hosts=1; a pod has at least 2"),
+        ({"devices_per_host": 0}, "above 0"),
+        ({"faults": 0}, "above 0"),
+        ({"only": ["kill"]}, "no such fault"),
+    ):
+        with pytest.raises(UserError, match=match):
+            rehearsal.rehearse(cfg, workdir=tmp_path / "r", **options)
+    assert not (tmp_path / "r").exists()
 
 
 def test_a_written_config_is_the_config(tmp_path):

@@ -3,8 +3,7 @@
 import time
 
 from mtp_jax.cli.args import Parser
-from mtp_jax.data import ngram_counts
-from mtp_jax.data.corpus import Corpus
+from mtp_jax.data.ngram_counts import count_corpus
 
 
 def main(argv: list[str]) -> int:
@@ -29,15 +28,7 @@ def main(argv: list[str]) -> int:
     )
     args = parser.parse_args(argv)
     began = time.monotonic()
-    corpus = Corpus.open(args.input)
-    tokenizer = corpus.tokenizer
-    ngrams = ngram_counts.count(
-        corpus.documents("train"),
-        tokenizer.vocab_size,
-        tokenizer.fingerprint,
-        args.order,
-    )
-    ngram_counts.save(ngrams, args.output)
+    ngrams = count_corpus(args.input, args.output, order=args.order)
     names = ("pairs", "triples")
     runs = zip(names, ngrams.levels, strict=False)
     sizes = ", ".join(f"{level.token_E.size:,} {name}" for name, level in runs)

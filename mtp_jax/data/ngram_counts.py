@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mtp_jax.data.corpus import Documents
+from mtp_jax.data.corpus import Corpus, Documents
 from mtp_jax.errors import UserError
 
 FORMAT = 1
@@ -45,6 +45,30 @@ class NGrams:
     def order(self) -> int:
         """Tokens of the longest runs."""
         return 1 + len(self.levels)
+
+
+def count_corpus(
+    corpus: Corpus | str | pathlib.Path, output: str | pathlib.Path, *, order: int = 3
+) -> NGrams:
+    """Counts the train split of a corpus, writes the file, and returns the counts.
+
+    Args:
+      corpus: a prepared corpus, or its folder.
+      output: the .npz file; one that is there is replaced.
+      order: tokens of the longest runs that are counted, 2 or 3. Triples take most of
+        the file.
+
+    Raises:
+      UserError: another order, no corpus, or an output that cannot be written.
+    """
+    if order not in (2, 3):
+        raise UserError(f"order is {order}; give 2 or 3.")
+    source = corpus if isinstance(corpus, Corpus) else Corpus.open(corpus)
+    tokenizer = source.tokenizer
+    documents = source.documents("train")
+    ngrams = count(documents, tokenizer.vocab_size, tokenizer.fingerprint, order)
+    save(ngrams, output)
+    return ngrams
 
 
 def count(

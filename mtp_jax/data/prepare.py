@@ -1,24 +1,26 @@
-"""The verb `prepare`: text files in, a corpus of token shards out.
+"""Text files in, a corpus of token shards out.
 
 The output depends on the input files and the options alone, not on how many processes
 work: parts of the input are tokenized anywhere and written in order.
 """
 
-import argparse
 import contextlib
 import os
 import pathlib
 import secrets
 import shutil
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import rich.console
-import rich.progress
+import numpy as np
 
-from mtp_jax.cli.args import Parser, positive_int
-from mtp_jax.data.corpus import SPLITS, own_files, token_dtype, write_manifest
+from mtp_jax.data.corpus import (
+    SPLITS,
+    own_files,
+    read_manifest,
+    token_dtype,
+    write_manifest,
+)
 from mtp_jax.data.documents import InputFile, find_files, split_into_parts
 from mtp_jax.data.shard_writer import ShardWriter
 from mtp_jax.data.tokenizer import (
@@ -31,76 +33,127 @@ from mtp_jax.data.tokenizer import (
 from mtp_jax.data.tokenizing import ReadOptions, TaskResult, tokenized, training_texts
 from mtp_jax.errors import UserError
 
+SHARD_TOKENS = 100_000_000  # of a shard, where nothing else is asked for
+Advance = Callable[[int], None]  # takes the bytes that were read since the last call
+Progress = Callable[[str, int], contextlib.AbstractContextManager[Advance]]
+StrPath = str | os.PathLike[str]
 
-def main(argv: list[str]) -> int:
-    """Runs `prepare` with its command line; 0 when the corpus stands.
+
+def prepare(
+    inputs: StrPath | Sequence[StrPath],
+    output: StrPath,
+    *,
+    tokenizer: str = "bytes",
+    train_tokenizer: int | None = None,
+    text_field: str = "text",
+    exclude: Sequence[str] = (),
+    heldout: float = 0.05,
+    shard_tokens: int = SHARD_TOKENS,
+    workers: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Tokenizes text files into a corpus and returns its manifest.
+
+    The folder appears complete or not at all. With several workers, processes are
+    spawned, so a script that calls this needs `if __name__ == "__main__":`.
+
+    Args:
+      inputs: a file or folder, or several, of .txt, .md, .rst, .py or .jsonl files,
+        also with .gz; a file that is named itself may have any suffix.
+      output: folder for the corpus; new, empty, or with `force` an earlier corpus.
+      tokenizer: "bytes" of UTF-8, or the path of a SentencePiece model.
+      train_tokenizer: pieces of a SentencePiece model to be trained on the train split.
+      text_field: field of the text in .jsonl lines.
+      exclude: names or globs of files and folders to leave out.
+      heldout: share of documents held out, in [0, 1); chosen by their content.
+      shard_tokens: tokens of a shard, at most; a longer document has its own.
+      workers: processes; by default one a core. They do not change the output.
+      force: replace an earlier corpus, when the new one is complete.
+      progress: called with a title and the bytes of the input on disk; returns a
+        context manager that gives a function to call with bytes that were read.
+
+    Returns:
+      The content of the corpus's `manifest.json`: tokenizer, splits with their shards
+      and numbers of documents, tokens and bytes, skipped_empty, options.
 
     Raises:
       UserError: a bad option or bad input; the output folder is then untouched.
     """
-    args = _parse(argv)
-    output = pathlib.Path(args.output)
-    _check_output(output, args.force)
-    files = find_files(args.input, args.exclude)
-    reading = ReadOptions(args.text_field, args.heldout)
-    tokenizer = _make_tokenizer(args, files, reading)
-    partial = _make_partial(output)
+    _check_options(output, tokenizer, train_tokenizer, heldout, shard_tokens, workers)
+    texts = [inputs] if isinstance(inputs, str | os.PathLike) else inputs
+    names = [os.fspath(path) for path in texts]
+    folder = pathlib.Path(output)
+    _check_output(folder, force)
+    files = find_files(names, list(exclude))
+    reading = ReadOptions(text_field, heldout)
+    progress = progress or _no_progress
+    used = _make_tokenizer(tokenizer, train_tokenizer, files, reading, progress)
+    partial = _make_partial(folder)
     try:
         size = sum(file.size for file in files)
-        with _progress("preparing", size) as advance:
+        with progress("preparing", size) as advance:
             parts = split_into_parts(files)
-            results = tokenized(parts, tokenizer, reading, args.workers)
-            counts = _write_shards(partial, results, tokenizer, args, advance)
-        save_tokenizer(tokenizer, partial)
-        manifest = _describe(tokenizer, counts, args)
-        write_manifest(partial, manifest)
-        _put_in_place(partial, output)
+            results = tokenized(parts, used, reading, workers or os.cpu_count() or 1)
+            counts = _write_shards(
+                partial, results, token_dtype(used.vocab_size), shard_tokens, advance
+            )
+        _check_splits(counts["splits"], counts["skipped_empty"], heldout)
+        save_tokenizer(used, partial)
+        options = {
+            "input": [_without_machine(name) for name in names],
+            "exclude": list(exclude),
+            "text_field": text_field,
+            "heldout": float(heldout),
+            "shard_tokens": shard_tokens,
+            "train_tokenizer": train_tokenizer,
+        }
+        described = {"tokenizer": _describe(used), **counts, "options": options}
+        write_manifest(partial, described)
+        _put_in_place(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    _print_summary(manifest, output)
-    return 0
+    return read_manifest(folder)
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(
-        "mtp-jax prepare", "Tokenizes text files into a corpus for training."
-    )
-    add = parser.add_argument
-    add("--input", action="append", required=True, metavar="PATH",
-        help="a file or directory of .txt, .md, .rst, .py or .jsonl files, also "
-        "with .gz; may be given several times")  # fmt: skip
-    add("--output", required=True, metavar="DIR", help="where the corpus goes")
-    add("--tokenizer", default="bytes", metavar="bytes|FILE.model",
-        help="the bytes of UTF-8 (default), or a SentencePiece model")  # fmt: skip
-    add("--train_tokenizer", type=positive_int, metavar="V",
-        help="train a SentencePiece model of V pieces on the train split")  # fmt: skip
-    add("--text_field", default="text", help="field of the text in .jsonl lines")
-    add("--exclude", action="append", default=[], metavar="NAME",
-        help="name or glob of files and directories to leave out; may be given "
-        "several times")  # fmt: skip
-    add("--heldout", type=_share, default=0.05,
-        help="share of documents held out (default 0.05); 0: none")  # fmt: skip
-    add("--shard_tokens", type=positive_int, default=100_000_000,
-        help="tokens of a shard (default 100000000)")  # fmt: skip
-    add("--workers", type=positive_int, default=os.cpu_count() or 1,
-        help="processes (default: one a core)")  # fmt: skip
-    add("--force", action="store_true", help="replace an earlier result")
-    args = parser.parse_args(argv)
-    if not args.output.strip():
-        parser.error("--output is empty; name a directory")
-    if args.train_tokenizer and args.tokenizer != "bytes":
-        parser.error("--tokenizer and --train_tokenizer exclude each other; keep one")
-    return args
+def summary(manifest: dict[str, Any]) -> list[str]:
+    """Lines for people about a manifest: the sizes of both splits, what was skipped."""
+    lines = []
+    for split, entry in manifest["splits"].items():
+        line = (
+            f"{split}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, "
+            f"{entry['bytes']:,} bytes"
+        )
+        if entry["tokens"]:
+            line += f", {entry['bytes'] / entry['tokens']:.3f} bytes per token"
+        lines.append(line)
+    if manifest["skipped_empty"]:
+        lines.append(f"{manifest['skipped_empty']:,} empty documents skipped")
+    return lines
 
 
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number in [0, 1)")
-    return value
+def _check_options(
+    output: StrPath,
+    tokenizer: str,
+    train_tokenizer: int | None,
+    heldout: float,
+    shard_tokens: int,
+    workers: int | None,
+) -> None:
+    if not os.fspath(output).strip():
+        raise UserError("output is empty; name a directory.")
+    if train_tokenizer is not None and tokenizer != "bytes":
+        raise UserError("tokenizer and train_tokenizer exclude each other; keep one.")
+    if not 0 <= heldout < 1:
+        raise UserError(f"heldout is {heldout}; give a share in [0, 1).")
+    counts = {
+        "train_tokenizer": train_tokenizer,
+        "shard_tokens": shard_tokens,
+        "workers": workers,
+    }
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; give a whole number above 0.")
 
 
 def _check_output(output: pathlib.Path, force: bool) -> None:
@@ -148,32 +201,35 @@ def _put_in_place(partial: pathlib.Path, output: pathlib.Path) -> None:
 
 
 def _make_tokenizer(
-    args: argparse.Namespace, files: list[InputFile], reading: ReadOptions
+    name: str,
+    pieces: int | None,
+    files: list[InputFile],
+    reading: ReadOptions,
+    progress: Progress,
 ) -> Tokenizer:
-    if not args.train_tokenizer:
-        return load_tokenizer(args.tokenizer)
+    if pieces is None:
+        return load_tokenizer(name)
     size = sum(file.size for file in files)
-    with _progress("training a tokenizer", size) as advance:
+    with progress("training a tokenizer", size) as advance:
         texts = training_texts(split_into_parts(files), reading, size, advance)
         # Drawn before the trainer runs: it would swallow an error in the texts.
-        model = train_sentencepiece(iter(list(texts)), args.train_tokenizer)
+        model = train_sentencepiece(iter(list(texts)), pieces)
     return SentencePieceTokenizer(model, "tokenizer.model")
 
 
 def _write_shards(
     directory: pathlib.Path,
     results: Iterable[TaskResult],
-    tokenizer: Tokenizer,
-    args: argparse.Namespace,
-    advance: Callable[[int], None],
+    dtype: np.dtype,
+    shard_tokens: int,
+    advance: Advance,
 ) -> dict[str, Any]:
-    """Writes all shards; what the manifest says of them."""
-    dtype = token_dtype(tokenizer.vocab_size)
+    """Writes all shards; returns `splits` and `skipped_empty` of the manifest."""
     skipped_empty = 0
     with contextlib.ExitStack() as stack:
         writers = {
             split: stack.enter_context(
-                ShardWriter(directory, split, dtype, args.shard_tokens)
+                ShardWriter(directory, split, dtype, shard_tokens)
             )
             for split in SPLITS
         }
@@ -184,7 +240,6 @@ def _write_shards(
                 writer.add(document.tokens, document.name, document.n_bytes)
             advance(result.read_bytes)
         splits = {split: writer.finish() for split, writer in writers.items()}
-    _check_splits(splits, skipped_empty, args.heldout)
     return {"splits": splits, "skipped_empty": skipped_empty}
 
 
@@ -209,25 +264,12 @@ def _check_splits(splits: dict[str, Any], skipped_empty: int, heldout: float) ->
         )
 
 
-def _describe(
-    tokenizer: Tokenizer, counts: dict[str, Any], args: argparse.Namespace
-) -> dict[str, Any]:
+def _describe(tokenizer: Tokenizer) -> dict[str, Any]:
     return {
-        "tokenizer": {
-            "kind": tokenizer.kind,
-            "name": tokenizer.name,
-            "vocab_size": tokenizer.vocab_size,
-            "fingerprint": tokenizer.fingerprint,
-        },
-        **counts,
-        "options": {
-            "input": [_without_machine(text) for text in args.input],
-            "exclude": args.exclude,
-            "text_field": args.text_field,
-            "heldout": args.heldout,
-            "shard_tokens": args.shard_tokens,
-            "train_tokenizer": args.train_tokenizer,
-        },
+        "kind": tokenizer.kind,
+        "name": tokenizer.name,
+        "vocab_size": tokenizer.vocab_size,
+        "fingerprint": tokenizer.fingerprint,
     }
 
 
@@ -238,26 +280,5 @@ def _without_machine(text: str) -> str:
 
 
 @contextlib.contextmanager
-def _progress(title: str, size: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr that advances by bytes read; nothing without a terminal."""
-    console = rich.console.Console(stderr=True)
-    hidden = not sys.stderr.isatty()
-    with rich.progress.Progress(
-        console=console, disable=hidden, transient=True
-    ) as progress:
-        task = progress.add_task(title, total=size)
-        yield lambda read_bytes: progress.advance(task, read_bytes)
-
-
-def _print_summary(manifest: dict[str, Any], output: pathlib.Path) -> None:
-    for split, entry in manifest["splits"].items():
-        line = (
-            f"{split}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, "
-            f"{entry['bytes']:,} bytes"
-        )
-        if entry["tokens"]:
-            line += f", {entry['bytes'] / entry['tokens']:.3f} bytes per token"
-        print(line)
-    if manifest["skipped_empty"]:
-        print(f"{manifest['skipped_empty']:,} empty documents skipped")
-    print(f"corpus in {output}")
+def _no_progress(title: str, size: int) -> Iterator[Advance]:
+    yield lambda read_bytes: None

@@ -54,16 +54,27 @@ class Compiled:
     program: HloProgram | None  # None: it does not fit
 
 
-def use_no_devices() -> None:
-    """Keeps jax and libtpu from looking for devices. Call before any are asked for."""
+@contextlib.contextmanager
+def no_devices() -> Iterator[None]:
+    """Keeps JAX and libtpu from looking for devices within the context.
+
+    A JAX that has not looked for devices before may stay on the CPU afterwards.
+    """
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     # Compiling takes no device, so several processes may do it at once.
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
-    jax.config.update("jax_platforms", "cpu")
-    # jax could write such programs to its cache, but not read them without a device.
-    jax.config.update("jax_enable_compilation_cache", False)
+    # JAX could write such programs to its cache, but not read them without a device.
+    wanted = {"jax_platforms": "cpu", "jax_enable_compilation_cache": False}
+    kept = {name: getattr(jax.config, name) for name in wanted}
+    try:
+        for name, value in wanted.items():
+            jax.config.update(name, value)
+        yield
+    finally:
+        for name, value in kept.items():
+            jax.config.update(name, value)
 
 
 def topology_devices(name: str) -> list[jax.Device]:

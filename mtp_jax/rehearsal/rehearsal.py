@@ -1,132 +1,142 @@
-"""The verb `rehearse`: a pod on this machine, and everything that can happen to it.
+"""A pod on this machine, and everything that can happen to it.
 
 A config is scaled down and trained by real processes on loopback. Faults are injected
 one after another; after each of them the run must go on from the right checkpoint, and
 its batches must be those of a run that nothing ever interrupted.
 """
 
-import argparse
 import dataclasses
+import os
 import pathlib
 import pprint
 import random
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from mtp_jax.cli.args import Parser, config_from, positive_int
 from mtp_jax.config import Config
-from mtp_jax.data.corpus import Corpus
-from mtp_jax.data.prepare import main as prepare
 from mtp_jax.errors import UserError
+from mtp_jax.rehearsal.corpora import corpora_for
 from mtp_jax.rehearsal.faults import FAULTS, Fault, Outcome, host_counts
-from mtp_jax.rehearsal.processes import HostGroup
 from mtp_jax.rehearsal.scale import differences, scale_down
 from mtp_jax.rehearsal.storm import Broken, Storm
 
-_SMALL_CORPUS = 64 * 2**20  # bytes; a larger one is not copied
-_VOCABULARY = 512  # two bytes an id, so that there are ids that no model here has
 _HOST_TIMEOUT_S = 20
 _JOIN_TIMEOUT_S = 240
 _SAVE_TIMEOUT_S = 60
 _REFERENCE_S = 600
+Report = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """A fault, and what became of it."""
+class FaultResult:
+    """A fault, how the hosts ended, and how the run went on."""
 
     fault: str
     outcome: Outcome
-    recovered: str  # empty: yes
-    hashes: tuple[str, ...]  # of all steps, when it had recovered
+    not_recovered: str  # why the run did not go on as it had to; empty: it did
+    hashes: tuple[str, ...]  # of the batches of all steps until it had recovered
 
-    def cells(self, reference: Sequence[str]) -> list[str]:
-        """For the table: fault, said, seconds, recovered, hashes."""
-        intact = self.hashes == tuple(reference[: len(self.hashes)])
-        return [
-            self.fault,
-            self.outcome.said[:100],
-            f"{self.outcome.seconds:.1f}",
-            "yes" if not self.recovered else f"NO: {self.recovered}",
-            f"{len(self.hashes)} steps" if intact else "NO",
-        ]
+    def same_batches(self, reference: Sequence[str]) -> bool:
+        """True if the batches so far are those of the run without faults."""
+        return self.hashes == tuple(reference[: len(self.hashes)])
 
     def held(self, reference: Sequence[str]) -> bool:
-        intact = self.hashes == tuple(reference[: len(self.hashes)])
-        return intact and not self.recovered and not self.outcome.wrong
+        """True if everything was as it had to be."""
+        good = not self.not_recovered and not self.outcome.wrong
+        return good and self.same_batches(reference)
 
 
-def main(argv: list[str]) -> int:
-    """Runs the verb. The exit code is 1 if anything did not hold."""
-    args, overrides = _parser().parse_known_args(argv)
-    if args.list:
-        for fault in FAULTS:
-            print(f"{fault.name:18} {fault.does}: {fault.follows}")
-        return 0
-    if args.config is None:
-        raise UserError("--config=F is missing; configs/tiny.py is one.")
-    if args.hosts < 2:
-        raise UserError(f"--hosts={args.hosts}; a pod has at least 2.")
-    production = config_from(args.config, overrides)
-    faults = _script(args.only, args.faults, args.seed)
-    folder = _folder(args.workdir)
-    sources, vocab_size = _corpora(production, folder)
-    counts = [n * args.devices_per_host for n in host_counts(args.hosts)]
-    cfg = _with_times(scale_down(production, sources, vocab_size, counts))
-    for line in differences(production, cfg):
-        print(f"scaled  {line}")
+@dataclasses.dataclass(frozen=True)
+class Rehearsal:
+    """The result of a rehearsal."""
+
+    rows: tuple[FaultResult, ...]  # in the order of the faults
+    reference: tuple[str, ...]  # hashes of the run without faults, by step
+    folder: pathlib.Path  # of the run and its logs; gone if temporary and all held
+    seconds: float
+    broken: str = ""  # why it was given up before its end; empty: it was not
+
+    @property
+    def held(self) -> bool:
+        """True if every fault held."""
+        held = all(row.held(self.reference) for row in self.rows)
+        return held and not self.broken
+
+
+def rehearse(
+    config: Config,
+    *,
+    hosts: int = 4,
+    devices_per_host: int = 2,
+    faults: int | None = None,
+    only: Sequence[str] = (),
+    seed: int = 0,
+    workdir: str | os.PathLike[str] | None = None,
+    report: Report = print,
+) -> Rehearsal:
+    """Trains a config, scaled down, on hosts of this machine, and breaks it.
+
+    The hosts are processes of their own, on CPU devices; they end before this returns
+    or raises. It takes minutes.
+
+    Args:
+      config: a production run.
+      hosts: processes that train together, at least 2.
+      devices_per_host: CPU devices of each.
+      faults: how many are injected; by default each of `only`, or of all, once.
+      only: names of faults, of `mtp_jax.rehearsal.faults.FAULTS`; by default all.
+      seed: of the order of the faults and of everything else that is left to chance.
+      workdir: new or empty folder for the run and its logs. By default a temporary one,
+        which is kept if anything did not hold.
+      report: gets lines about the scaled config, and about each fault when it is over.
+
+    Returns:
+      A row for each fault; `held` tells if all went as it had to.
+
+    Raises:
+      UserError: an unknown fault, too few or too many hosts, devices or faults, or a
+        folder that is not empty.
+    """
+    if hosts < 2:
+        raise UserError(f"--hosts={hosts}; a pod has at least 2.")
+    if devices_per_host < 1 or (faults is not None and faults < 1):
+        raise UserError("devices_per_host and faults are whole numbers above 0.")
+    script = _script(only, faults, seed)
+    folder = _folder(workdir)
+    sources, vocab_size = corpora_for(config, folder, report)
+    counts = [n * devices_per_host for n in host_counts(hosts)]
+    cfg = _with_times(scale_down(config, sources, vocab_size, counts))
+    for line in differences(config, cfg):
+        report(f"scaled  {line}")
     config_file = _write_config(cfg, folder)
-    print(f"{len(faults)} faults, {args.hosts} hosts, in {folder}", flush=True)
-    storm = Storm(
-        cfg, config_file, folder, args.hosts, args.devices_per_host, args.seed
-    )
+    report(f"{len(script)} faults, {hosts} hosts, in {folder}")
+    storm = Storm(cfg, config_file, folder, hosts, devices_per_host, seed)
+    rows: list[FaultResult] = []
+    reference: list[str] = []
+    broken = ""
     began = time.monotonic()
     try:
         storm.up()
-        rows = [_endure(storm, fault) for fault in faults]
+        for fault in script:
+            rows.append(_endure(storm, fault, report))
         reference = _calm_run(storm, folder)
     except Broken as error:
-        print(f"mtp-jax rehearse: {error}; the logs are in {folder / 'logs'}")
-        return 1
+        broken = str(error)
     finally:
         storm.close()
-    code = _report(rows, reference, time.monotonic() - began, folder)
-    if code == 0 and args.workdir is None:
+    seconds = time.monotonic() - began
+    result = Rehearsal(tuple(rows), tuple(reference), folder, seconds, broken)
+    if result.held and workdir is None:
         shutil.rmtree(folder)
-    return code
+    return result
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        "mtp-jax rehearse",
-        "Train a config, scaled down, on hosts of this machine, and break it.",
-        epilog="Any field of the config: --config.section.field=value.",
-    )
-    parser.add_argument("--config", metavar="F", help="a Python file of a run")
-    parser.add_argument("--hosts", type=positive_int, default=4, help="processes (4)")
-    parser.add_argument(
-        "--devices-per-host", type=positive_int, default=2, help="CPU devices (2)"
-    )
-    parser.add_argument("--faults", type=positive_int, help="how many; default: each")
-    parser.add_argument("--seed", type=int, default=0, help="of the script of faults")
-    parser.add_argument(
-        "--only", action="append", metavar="NAME", help="this fault; may be repeated"
-    )
-    parser.add_argument(
-        "--workdir",
-        metavar="D",
-        help="for the run and its logs; default: a temporary one, kept if not all held",
-    )
-    parser.add_argument("--list", action="store_true", help="the faults, and no more")
-    return parser
-
-
-def _script(only: list[str] | None, count: int | None, seed: int) -> list[Fault]:
+def _script(only: Sequence[str], count: int | None, seed: int) -> list[Fault]:
     """Faults in a random order, each as often as the others, give or take one."""
     known = {fault.name: fault for fault in FAULTS}
-    for name in only or ():
+    for name in only:
         if name not in known:
             raise UserError(f"--only={name}: no such fault; there are {list(known)}.")
     if only and count is None:
@@ -139,7 +149,7 @@ def _script(only: list[str] | None, count: int | None, seed: int) -> list[Fault]
     return script[: count or len(chosen)]
 
 
-def _folder(workdir: str | None) -> pathlib.Path:
+def _folder(workdir: str | os.PathLike[str] | None) -> pathlib.Path:
     if workdir is None:
         return pathlib.Path(tempfile.mkdtemp(prefix="mtp-rehearse-"))
     folder = pathlib.Path(workdir).absolute()
@@ -154,46 +164,8 @@ def _folder(workdir: str | None) -> pathlib.Path:
     return folder
 
 
-def _corpora(cfg: Config, folder: pathlib.Path) -> tuple[list[str], int]:
-    """Corpora to read and to damage, as many as the config has, and their vocabulary.
-
-    Copies of the config's own if they are there and small; otherwise the source of
-    this package, shared out.
-    """
-    names = [pathlib.Path(name) for name in cfg.data.sources]
-    if all((name / "manifest.json").is_file() for name in names):
-        files = [path for name in names for path in name.iterdir()]
-        if sum(path.stat().st_size for path in files) <= _SMALL_CORPUS:
-            copies = [folder / "data" / str(i) for i in range(len(names))]
-            for name, copy in zip(names, copies, strict=True):
-                shutil.copytree(name, copy)
-            opened = [Corpus.open(copy) for copy in copies]
-            return list(map(str, copies)), opened[0].tokenizer.vocab_size
-    return _own_corpora(len(names), folder), _VOCABULARY
-
-
-def _own_corpora(count: int, folder: pathlib.Path) -> list[str]:
-    package = pathlib.Path(__file__).parent.parent
-    texts = sorted(package.rglob("*.py"))
-    made: list[str] = []
-    for i in range(count):
-        text, output = folder / "text" / str(i), folder / "data" / str(i)
-        text.mkdir(parents=True)
-        for path in texts[i::count]:
-            # Files of different folders may have the same name.
-            shutil.copy(path, text / "-".join(path.relative_to(package).parts))
-        tokenizer = (
-            f"--tokenizer={made[0]}/tokenizer.model"
-            if made
-            else f"--train_tokenizer={_VOCABULARY}"
-        )
-        prepare([f"--input={text}", f"--output={output}", tokenizer, "--heldout=0"])
-        made.append(str(output))
-    return made
-
-
 def _with_times(cfg: Config) -> Config:
-    """How long hosts wait: for a lost one a short time, at a start a long one."""
+    """The config with short waits for a host that is lost, and long ones at a start."""
     train = dataclasses.replace(
         cfg.train,
         host_timeout_s=min(cfg.train.host_timeout_s, _HOST_TIMEOUT_S),
@@ -204,6 +176,7 @@ def _with_times(cfg: Config) -> Config:
 
 
 def _write_config(cfg: Config, folder: pathlib.Path) -> pathlib.Path:
+    """Writes a config file that gives this config, and returns its path."""
     tree = pprint.pformat(dataclasses.asdict(cfg), sort_dicts=False)
     path = folder / "config.py"
     path.write_text(
@@ -214,8 +187,8 @@ def _write_config(cfg: Config, folder: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def _endure(storm: Storm, fault: Fault) -> Row:
-    """Injects a fault, has the run go on, and says at once how it went."""
+def _endure(storm: Storm, fault: Fault, report: Report) -> FaultResult:
+    """Injects a fault, has the run go on, and reports at once how it went."""
     try:
         if storm.group is None:  # the one before was not recovered from
             storm.up()
@@ -224,20 +197,20 @@ def _endure(storm: Storm, fault: Fault) -> Row:
         outcome = Outcome("", 0.0, str(error))
         storm.close()
         storm.resume_at = max(storm.steps_saved(), default=0)
-    recovered = ""
+    not_recovered = ""
     try:
         storm.up()
     except Broken as error:
-        recovered = str(error)
+        not_recovered = str(error)
         storm.close()
         storm.resume_at = max(storm.steps_saved(), default=0)
     hashes = tuple(record["batch_hash"] for record in storm.records())
     steps = [record["step"] for record in storm.records()]
-    if not recovered and steps != list(range(1, len(steps) + 1)):
-        recovered = "steps are missing from metrics.jsonl"
+    if not not_recovered and steps != list(range(1, len(steps) + 1)):
+        not_recovered = "steps are missing from metrics.jsonl"
     trouble = f"  WRONG: {outcome.wrong}" if outcome.wrong else ""
-    print(f"{fault.name}: {outcome.said}{trouble}", flush=True)
-    return Row(fault.name, outcome, recovered, hashes)
+    report(f"{fault.name}: {outcome.said}{trouble}")
+    return FaultResult(fault.name, outcome, not_recovered, hashes)
 
 
 def _calm_run(storm: Storm, folder: pathlib.Path) -> list[str]:
@@ -247,9 +220,7 @@ def _calm_run(storm: Storm, folder: pathlib.Path) -> list[str]:
       Broken: it fails.
     """
     steps = storm.step()
-    if storm.group is not None:
-        storm.group.kill()
-        storm.group = None
+    storm.close()
     calm = Storm(
         storm.cfg, folder / "config.py", folder / "calm", 1, storm.devices, seed=0
     )
@@ -257,30 +228,11 @@ def _calm_run(storm: Storm, folder: pathlib.Path) -> list[str]:
         f"--config.train.steps={steps + 1}",
         f"--config.checkpoint.every={steps + 1}",
     ]
-    group: HostGroup = calm.start(overrides=ending)
-    codes, _ = group.wait(_REFERENCE_S)
+    calm.group = group = calm.start(overrides=ending)
+    try:
+        codes, _ = group.wait(_REFERENCE_S)
+    finally:  # also when it is interrupted
+        calm.close()
     if codes != {0: 0}:
         raise Broken(f"the run without faults ended with {codes}: {group.said()}")
     return [record["batch_hash"] for record in calm.records()]
-
-
-def _report(
-    rows: Sequence[Row], reference: Sequence[str], took_s: float, folder: pathlib.Path
-) -> int:
-    """Prints the table; 1 if anything did not hold."""
-    head = ["fault", "what the hosts said", "seconds", "recovered", "hashes"]
-    table = [head, *(row.cells(reference) for row in rows)]
-    widths = [max(len(cells[i]) for cells in table) for i in range(len(head))]
-    print()
-    for cells in table:
-        line = "  ".join(f"{x:{w}}" for x, w in zip(cells, widths, strict=True))
-        print(line.rstrip())
-    held = [row.held(reference) for row in rows]
-    for row in rows:
-        if row.outcome.wrong:
-            print(f"{row.fault}: {row.outcome.wrong}")
-    print(
-        f"{sum(held)} of {len(held)} held; {len(rows[-1].hashes)} steps, the hashes of "
-        f"{len(reference)} compared; {took_s:.0f} s; {folder}"
-    )
-    return 0 if all(held) else 1

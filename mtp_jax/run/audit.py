@@ -1,4 +1,4 @@
-"""The verb `audit`: proves from a run's files which data its logged steps have seen.
+"""Proves from a run's files which data its logged steps have seen.
 
 Batches are a function of seed, corpora and step; `metrics.jsonl` has the hash of each
 that was logged. Here those are made again, without devices, and compared.
@@ -6,13 +6,12 @@ that was logged. Here those are made again, without devices, and compared.
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from etils import epath
 
-from mtp_jax.cli.args import Parser, positive_int
 from mtp_jax.config import Config, freeze
 from mtp_jax.data.batches import open_sources, pieces_of_step, train_batches
 from mtp_jax.data.corpus import Corpus
@@ -21,60 +20,62 @@ from mtp_jax.errors import RunFailed, UserError
 from mtp_jax.storage import workdir_at
 
 
-def main(argv: list[str]) -> int:
-    """Runs the verb.
+@dataclasses.dataclass(frozen=True)
+class RowPiece:
+    """A part of a document that lies in a row of a batch."""
+
+    source: str  # folder of the corpus
+    document: int  # in its train split
+    name: str  # of the document: path, or path:line
+    begin: int  # its tokens begin:end, counted from begin of text
+    end: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """The result of an audit in which every logged batch was the right one."""
+
+    steps: int  # how many were logged, and compared
+    last_step: int  # the last of them; 0: none
+    runs: int  # how often the run was started
+    step: int | None = None  # the one that `rows` is about
+    rows: list[list[RowPiece]] | None = None  # by row of its batch
+
+
+def audit(workdir: str | os.PathLike[str], *, step: int | None = None) -> Audit:
+    """Makes every logged batch of a run again and compares its hash with the log's.
+
+    Args:
+      workdir: folder of a run, here or in an object store. The corpora must be where
+        the run found them.
+      step: also tell what the batch of this step, from 1 on, holds.
 
     Raises:
       RunFailed: a batch is not the one that was trained on; the first that is not.
-      UserError: no run, or not its corpora.
+      UserError: no run, not its corpora, or a step that it does not have.
     """
-    parser = Parser(
-        "mtp-jax audit",
-        "Make every logged batch of a run again and compare its hash with that in "
-        "metrics.jsonl.",
-    )
-    parser.add_argument("--workdir", required=True, metavar="D", help="folder of a run")
-    parser.add_argument(
-        "--step",
-        type=positive_int,
-        metavar="S",
-        help="also name what the batch of a step holds",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args(argv)
-    workdir = workdir_at(args.workdir)
-    runs = _runs(workdir)
-    rows = None if args.step is None else rows_of_step(runs, args.step)
-    logged = _logged(workdir)
-    steps = replay(runs, logged)
+    if step is not None and step < 1:
+        raise UserError(f"step is {step}; steps are counted from 1.")
+    folder = workdir_at(os.fspath(workdir))
+    runs = _runs(folder)
+    rows = None if step is None else _rows_of_step(runs, step)
+    logged = _logged(folder)
+    _replay(runs, logged)
     last = logged[-1][0] if logged else 0
-    found: dict[str, Any] = {"steps": steps, "last_step": last, "runs": len(runs)}
-    if rows is not None:
-        found = {**found, "step": args.step, "rows": rows}
-    if args.json:
-        print(json.dumps(found))
-        return 0
-    for i, row in enumerate(rows or []):
-        parts = [f"{p['name']} [{p['begin']}:{p['end']}] of {p['source']}" for p in row]
-        print(f"row {i}: {', '.join(parts)}")
-    print(
-        f"{steps} of {last} batches are in metrics.jsonl, and are those of seed and "
-        f"corpora; {len(runs)} starts (config.log.every=1 has all batches there)"
-    )
-    return 0
+    return Audit(len(logged), last, len(runs), step, rows)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """From one start to the next."""
+    """A run from one start to the next."""
 
     after: int  # it began with the batch after this step
     config: Config
     sources: list[Corpus]
 
 
-def replay(runs: list[_Run], logged: list[tuple[int, str]]) -> int:
-    """Compares (step, hash) pairs in order; returns how many there were.
+def _replay(runs: list[_Run], logged: list[tuple[int, str]]) -> None:
+    """Compares (step, hash) pairs in order.
 
     Raises:
       RunFailed: the first that differs.
@@ -94,10 +95,9 @@ def replay(runs: list[_Run], logged: list[tuple[int, str]]) -> int:
                 f"the batch of step {step} is not the one that was trained on: "
                 f"metrics.jsonl has hash {wanted}, seed and corpora give {found}"
             )
-    return len(logged)
 
 
-def rows_of_step(runs: list[_Run], step: int) -> list[list[dict[str, Any]]]:
+def _rows_of_step(runs: list[_Run], step: int) -> list[list[RowPiece]]:
     """For each row of a step's batch: sources, documents and their tokens.
 
     Raises:
@@ -106,17 +106,16 @@ def rows_of_step(runs: list[_Run], step: int) -> list[list[dict[str, Any]]]:
     if runs and step > (end := runs[-1].config.train.steps):
         raise UserError(f"--step={step}: the run ends at step {end}.")
     run = _run_of(runs, step)
+    documents = [source.documents("train") for source in run.sources]
     return [
         [
-            {
-                "source": str(run.sources[piece.source].directory),
-                "document": piece.document,
-                "name": run.sources[piece.source]
-                .documents("train")
-                .name(piece.document),
-                "begin": piece.begin,
-                "end": piece.end,
-            }
+            RowPiece(
+                source=str(run.sources[piece.source].directory),
+                document=piece.document,
+                name=documents[piece.source].name(piece.document),
+                begin=piece.begin,
+                end=piece.end,
+            )
             for piece in row
         ]
         for row in pieces_of_step(run.config, step - 1, run.sources)

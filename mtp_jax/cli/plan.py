@@ -1,0 +1,58 @@
+"""The verb `plan`: what a training step costs on a TPU, without one."""
+
+import functools
+import json
+import sys
+
+from mtp_jax.cli.args import Parser, config_from, positive_int
+from mtp_jax.cli.plan_table import table
+from mtp_jax.planning.plan import plan
+
+
+def main(argv: list[str]) -> int:
+    """Runs the verb; prints a table, or JSON, and its progress on stderr.
+
+    Raises:
+      UserError: a flag, a topology, or a config that does not suit it.
+    """
+    parser = Parser(
+        "mtp-jax plan",
+        "Compile the training step for TPUs that are not there, and tell its cost.",
+        epilog="Any field of the config: --config.section.field=value. The batch is "
+        "the config's; compiling a large model takes minutes, for every topology and "
+        "number of heads; what does not fit is compiled again with one change after "
+        "another, until it does. Columns: state: parameters, moments and batch; "
+        "temp: what else is alive at the peak; of: what a device has; step s: the "
+        "least time of a step, which arithmetic (compute), memory traffic (hbm) or "
+        "the interconnect (links) bounds; tokens/s: of a chip at that time; vs n=1: "
+        "time to that of one head on as many layers; even: accepted tokens a pass "
+        "from which blockwise decoding is faster than plain.",
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="F",
+        help="a Python file, FILE or FILE:ARGUMENT",
+    )
+    parser.add_argument(
+        "--topology",
+        required=True,
+        metavar="T",
+        type=lambda text: text.split(","),
+        help="such as v5p:4x4x4, or 2xv5p:4x4x4 for two slices; several with commas",
+    )
+    parser.add_argument(
+        "--heads",
+        metavar="N",
+        type=lambda text: sorted({positive_int(n) for n in text.split(",")}),
+        help="numbers of heads, with commas; default: the config's. n = 1 is always "
+        "there, to compare with",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, not a table")
+    args, overrides = parser.parse_known_args(argv)
+    cfg = config_from(args.config, overrides)
+    heads = args.heads or [cfg.model.n_future_tokens]
+    report = functools.partial(print, file=sys.stderr, flush=True)
+    rows = plan(cfg, args.topology, heads=heads, progress=report)
+    print(json.dumps(rows, indent=2) if args.json else table(rows, heads))
+    return 0

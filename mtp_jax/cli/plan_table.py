@@ -1,0 +1,94 @@
+"""The tables of the verb `plan`, for people."""
+
+from mtp_jax.parallel import chips
+from mtp_jax.planning.costs import Row
+from mtp_jax.planning.hlo import KINDS
+
+
+def table(rows: list[Row], heads: list[int]) -> str:
+    """Memory and time, arithmetic and traffic, and remedies for what was asked for.
+
+    Args:
+      rows: of `plan`.
+      heads: numbers of heads that were asked for; n = 1 may be there to compare with.
+    """
+    memory = [
+        {
+            "topology": row["topology"],
+            "chips": str(row["chips"]),
+            "heads": str(row["heads"]),
+            "params": _millions(row["params"]),
+            "state": _gib(row["argument_bytes"]),
+            "temp": _gib(row["temp_bytes"]),
+            "of": _gib(row["hbm_limit_bytes"]),
+            "fits": "yes" if row["fits"] else "NO",
+            "step s": f"{row['step_s']:.3g}",
+            "bound": row["bound_by"],
+            "tokens/s": f"{row['tokens_per_s_per_chip']:,.0f}",
+            "vs n=1": f"{row['overhead_vs_n1']:+.1%}",
+            "even": f"{row['breakeven_accept_length']:.3f}",
+        }
+        for row in rows
+    ]
+    kinds = [k for k in KINDS if any(k in (row["collectives"] or ()) for row in rows)]
+    work = [
+        {
+            "topology": row["topology"],
+            "heads": str(row["heads"]),
+            "FLOPs/step": f"{row['flops_per_step']:.3g}",
+            "trunk": f"{row['flops_trunk'] / row['flops_per_step']:.1%}",
+            "heads'": f"{row['flops_heads'] / row['flops_per_step']:.1%}",
+            "unembed": f"{row['flops_unembedding'] / row['flops_per_step']:.1%}",
+            **{kind: _sent(row["collectives"], kind) for kind in kinds},
+        }
+        for row in rows
+    ]
+    notes = [_note(r) for r in rows if not r["fits"] and r["heads"] in heads]
+    return "\n".join(
+        [
+            "GiB of a device; the least time of a step by the roofline; tokens a chip. "
+            "More: --help.",
+            *_aligned(memory),
+            "",
+            "Useful FLOPs of a step, all chips; GB that a device sends in it.",
+            *_aligned(work),
+            *([""] if notes else []),
+            *notes,
+        ]
+    )
+
+
+def _aligned(cells: list[dict[str, str]]) -> list[str]:
+    names = list(cells[0])
+    lines = [dict(zip(names, names, strict=True)), *cells]
+    widths = {name: max(len(line[name]) for line in lines) for name in names}
+    first = names[0]
+    return [
+        line[first].ljust(widths[first])
+        + "".join(f"  {line[name]:>{widths[name]}}" for name in names[1:])
+        for line in lines
+    ]
+
+
+def _millions(params: int) -> str:
+    return f"{params / 1e9:.2f}B" if params >= 1e9 else f"{params / 1e6:.1f}M"
+
+
+def _gib(size: int) -> str:
+    return f"{size / chips.GIB:.2f}"
+
+
+def _sent(collectives: Row | None, kind: str) -> str:
+    if collectives is None:
+        return "?"
+    return (
+        f"{collectives[kind]['bytes'] / chips.GB:.3g}" if kind in collectives else "-"
+    )
+
+
+def _note(row: Row) -> str:
+    """A line such as "v5e:4x4, n = 4: fits with --config.train.accumulation=4"."""
+    which = f"{row['topology']}, n = {row['heads']}: "
+    if row["remedy"]:
+        return f"{which}fits with {row['remedy']}"
+    return f"{which}no single change of those tried makes it fit"

@@ -1,0 +1,95 @@
+"""The verb `prepare`: text files in, a corpus of token shards out."""
+
+import argparse
+import contextlib
+import os
+import pathlib
+import sys
+from collections.abc import Iterator
+
+import rich.console
+import rich.progress
+
+from mtp_jax.cli.args import Parser, positive_int
+from mtp_jax.data.prepare import SHARD_TOKENS, Advance, prepare, summary
+
+
+def main(argv: list[str]) -> int:
+    """Runs `prepare` with its command line; 0 when the corpus stands.
+
+    Raises:
+      UserError: a bad option or bad input; the output folder is then untouched.
+    """
+    args = _parse(argv)
+    manifest = prepare(
+        args.input,
+        args.output,
+        tokenizer=args.tokenizer,
+        train_tokenizer=args.train_tokenizer,
+        text_field=args.text_field,
+        exclude=args.exclude,
+        heldout=args.heldout,
+        shard_tokens=args.shard_tokens,
+        workers=args.workers,
+        force=args.force,
+        progress=_bar,
+    )
+    for line in summary(manifest):
+        print(line)
+    # Without "./" and doubled slashes, as messages name folders.
+    print(f"corpus in {pathlib.Path(args.output)}")
+    return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        "mtp-jax prepare", "Tokenizes text files into a corpus for training."
+    )
+    add = parser.add_argument
+    add("--input", action="append", required=True, metavar="PATH",
+        help="a file or directory of .txt, .md, .rst, .py or .jsonl files, also "
+        "with .gz; may be given several times")  # fmt: skip
+    add("--output", required=True, metavar="DIR", help="where the corpus goes")
+    add("--tokenizer", default="bytes", metavar="bytes|FILE.model",
+        help="the bytes of UTF-8 (default), or a SentencePiece model")  # fmt: skip
+    add("--train_tokenizer", type=positive_int, metavar="V",
+        help="train a SentencePiece model of V pieces on the train split")  # fmt: skip
+    add("--text_field", default="text", help="field of the text in .jsonl lines")
+    add("--exclude", action="append", default=[], metavar="NAME",
+        help="name or glob of files and directories to leave out; may be given "
+        "several times")  # fmt: skip
+    add("--heldout", type=_share, default=0.05,
+        help="share of documents held out (default 0.05); 0: none")  # fmt: skip
+    add("--shard_tokens", type=positive_int, default=SHARD_TOKENS,
+        help=f"tokens of a shard (default {SHARD_TOKENS})")  # fmt: skip
+    add("--workers", type=positive_int, default=os.cpu_count() or 1,
+        help="processes (default: one a core)")  # fmt: skip
+    add("--force", action="store_true", help="replace an earlier result")
+    args = parser.parse_args(argv)
+    if not args.output.strip():
+        parser.error("--output is empty; name a directory")
+    if args.train_tokenizer and args.tokenizer != "bytes":
+        parser.error("--tokenizer and --train_tokenizer exclude each other; keep one")
+    return args
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number in [0, 1)")
+    return value
+
+
+@contextlib.contextmanager
+def _bar(title: str, size: int) -> Iterator[Advance]:
+    """A bar on stderr that advances by bytes read; nothing without a terminal."""
+    console = rich.console.Console(stderr=True)
+    hidden = not sys.stderr.isatty()
+    with rich.progress.Progress(
+        console=console, disable=hidden, transient=True
+    ) as progress:
+        task = progress.add_task(title, total=size)
+        yield lambda read_bytes: progress.advance(task, read_bytes)

@@ -1,0 +1,129 @@
+"""The cost of a compiled training step on TPUs: FLOPs, bytes, and the roofline."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from mtp_jax.config import Config, ModelConfig
+from mtp_jax.errors import UserError
+from mtp_jax.model import flops
+from mtp_jax.parallel import chips
+from mtp_jax.parallel.sharding import make_mesh
+from mtp_jax.planning.aot import Compiled
+
+Row = dict[str, Any]  # the keys are listed in `mtp_jax.planning.plan`
+_ITEMSIZE = {"float32": 4, "bfloat16": 2}
+
+
+def describe(
+    cfg: Config, topology: str, compiled: Compiled, devices: list[jax.Device]
+) -> Row:
+    """The row of one compiled step, without overhead_vs_n1 and remedy.
+
+    Args:
+      cfg: the config that was compiled.
+      topology: name of the devices, as v5e:4x4.
+      compiled: what the compiler found.
+      devices: those of the topology.
+
+    Raises:
+      UserError: there are no figures of such a device.
+    """
+    chip = figures_of(topology, devices)
+    chip_count = round(len(devices) * chips.chip_share(devices[0]))
+    positions = cfg.data.batch_size * cfg.data.seq_len
+    useful = flops.train_flops(cfg) * positions
+    executed = flops.executed_flops(cfg) * positions
+    program = compiled.program
+    tensor = make_mesh(cfg.mesh, devices).shape["tensor"]
+    times = {
+        "compute": executed.total / len(devices) / chip.peak_flops,
+        "hbm": hbm_traffic(cfg, compiled, tensor) / chip.hbm_bytes_per_s,
+    }
+    if program:
+        times["links"] = program.sent_bytes / chip.link_bytes_per_s
+    if program and chip.dcn_bytes_per_s:
+        times["dcn"] = program.dcn_bytes / chip.dcn_bytes_per_s
+    bound_by = max(times, key=lambda name: times[name])
+    return {
+        "topology": topology,
+        "chips": chip_count,
+        "devices": len(devices),
+        "heads": cfg.model.n_future_tokens,
+        "params": compiled.params,
+        "argument_bytes": compiled.argument_bytes,
+        "temp_bytes": compiled.temp_bytes,
+        "temp_sum_bytes": compiled.temp_sum_bytes,
+        "hbm_bytes": compiled.hbm_bytes,
+        "hbm_limit_bytes": compiled.limit_bytes or int(chip.hbm_bytes),
+        "fits": program is not None,
+        "flops_per_step": useful.total,
+        "flops_trunk": useful.trunk,
+        "flops_heads": useful.heads,
+        "flops_unembedding": useful.unembedding,
+        "executed_flops_per_step": executed.total,
+        "collectives": program
+        and {kind: dataclasses.asdict(t) for kind, t in program.collectives.items()},
+        "unknown_loops": len(program.unknown_loops) if program else 0,
+        "compute_s": times["compute"],
+        "hbm_s": times["hbm"],
+        "links_s": times.get("links"),
+        "dcn_s": times.get("dcn"),
+        "step_s": times[bound_by],
+        "bound_by": bound_by,
+        "tokens_per_s_per_chip": positions / times[bound_by] / chip_count,
+        "breakeven_accept_length": breakeven(cfg.model),
+    }
+
+
+def figures_of(topology: str, devices: list[jax.Device]) -> chips.Chip:
+    """The figures of a topology's devices.
+
+    Raises:
+      UserError: there are none of such a device.
+    """
+    chip = chips.device_figures(devices[0])
+    if chip is None:
+        kind = devices[0].device_kind
+        raise UserError(f"--topology={topology}: there are no figures of a {kind}.")
+    return chip
+
+
+def hbm_traffic(cfg: Config, compiled: Compiled, tensor: int) -> float:
+    """Bytes that a device must move to and from its memory in a step, at least.
+
+    The state is read and written once; of every microbatch the forward and the backward
+    pass each read all gathered weights, in the compute dtype, and where layers are
+    computed again, theirs once more. Activations are left out: kernels may keep them on
+    the chip.
+    """
+    read = 2 * compiled.params
+    if cfg.compute.remat in ("full", "offload"):
+        read += cfg.model.num_trunk_layers * flops.layer_params(cfg.model)
+    if cfg.compute.head_loss == "remat":
+        read += cfg.model.n_future_tokens * flops.layer_params(cfg.model)
+    weights = read * _ITEMSIZE[cfg.model.compute_dtype] / tensor
+    return 2 * compiled.argument_bytes + cfg.train.accumulation * weights
+
+
+def overhead(row: Row, base: Row) -> float:
+    """Step time to that of n = 1, minus 1; without the interconnect if one of the two
+    does not fit, and so has no program to tell its collectives."""
+    parts = ["compute_s", "hbm_s", "links_s", "dcn_s"]
+    parts = [p for p in parts if None not in (row[p], base[p])]
+    return max(row[p] for p in parts) / max(base[p] for p in parts) - 1
+
+
+def breakeven(cfg: ModelConfig) -> float:
+    """Accepted tokens a pass from which blockwise decoding is faster than plain.
+
+    Decoding of few sequences waits for memory: a pass takes the time of reading its
+    weights. A plain pass reads the trunk, head 1 and the unembedding; a blockwise pass
+    the other heads too, and the unembedding once more, as they draft when head 1 has
+    verified. (Caches and the one row of the embedding are left out.)
+    """
+    layer, unembedding = flops.layer_params(cfg), cfg.vocab_size * cfg.d_model
+    plain = (cfg.num_trunk_layers + 1) * layer + unembedding
+    drafts = cfg.n_future_tokens - 1
+    return (plain + drafts * layer + (unembedding if drafts else 0)) / plain

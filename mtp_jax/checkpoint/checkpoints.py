@@ -88,7 +88,7 @@ class Checkpoints:
                 pending.result()
 
     def _in_time(self) -> contextlib.AbstractContextManager[None]:
-        """Orbax waits for all processes, and for one that failed it waits for ever."""
+        """A limit for what is inside: Orbax waits for a failed process for ever."""
         late = RunFailed(
             f"the checkpoint of step {self._saving} in {self.folder} was not finished "
             f"within config.checkpoint.timeout_s ({self._timeout_s}); what is the disk "
@@ -102,10 +102,13 @@ class Checkpoints:
         self._orbax.close()
 
     def saved_metadata(self, step: int | None = None) -> dict[str, Any]:
-        """What was saved beside the arrays, of `step` or the newest that has it whole.
+        """The metadata saved with a checkpoint, as JSON values.
+
+        Args:
+          step: which checkpoint; None for the newest whose metadata can be read.
 
         Raises:
-          UserError: none has.
+          UserError: there is none.
         """
         for candidate in reversed(self.steps()) if step is None else [step]:
             try:
@@ -135,8 +138,8 @@ class Checkpoints:
         except Exception as error:
             raise DamagedCheckpoint(self.folder / str(step), error) from error
         if lost := [name for name, tree in trees.items() if tree is None]:
-            told = ValueError(f"nothing of {' and '.join(lost)} can be read")
-            raise DamagedCheckpoint(self.folder / str(step), told)
+            cause = ValueError(f"nothing of {' and '.join(lost)} can be read")
+            raise DamagedCheckpoint(self.folder / str(step), cause)
         _refuse_mismatch(self.folder / str(step), trees, abstract)
         try:
             items = self._orbax.load_checkpointables(step, abstract)
@@ -151,8 +154,8 @@ class Checkpoints:
         found = {name: _plain(jax.device_get(_sums(items[name]))) for name in items}
         wrong = [name for name in found if found[name] != sums[name]]
         if wrong:
-            told = ValueError(f"the checksums of {' and '.join(wrong)} do not match")
-            raise DamagedCheckpoint(self.folder / str(step), told)
+            cause = ValueError(f"the checksums of {' and '.join(wrong)} do not match")
+            raise DamagedCheckpoint(self.folder / str(step), cause)
         return items
 
     def set_aside(self, step: int) -> epath.Path:
@@ -165,7 +168,7 @@ class Checkpoints:
         return target
 
     def move_aside(self, step: int) -> epath.Path:
-        """The same for the process that is the only one to know of the damage."""
+        """Moves it away where this process alone, of several, knows of the damage."""
         target = self.folder.parent / "damaged" / str(step)
         target.parent.mkdir(exist_ok=True)
         if is_remote(target):  # where a folder is there once something is in it
@@ -222,24 +225,28 @@ def restore_newest(
 
 
 def abstract_items(state: TrainState) -> dict[str, Any]:
-    """`jax.eval_shape` of a state as the items to restore, on the mesh that is set."""
+    """The items to restore on the mesh that is set, from `eval_shape` of a state."""
     return abstract_tree(_items(state), jax.sharding.get_mesh())
 
 
 def state_from_items(items: dict[str, Any]) -> TrainState:
-    """The state of restored items."""
+    """The training state that restored items make up."""
     return TrainState(params=items["params"], **items["training"])
 
 
 def _items(state: TrainState) -> dict[str, Any]:
+    """A state as the items of a checkpoint, which are saved apart."""
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
     return {"params": fields.pop("params"), "training": fields}
 
 
 @jax.jit
 def _sums(tree: Any) -> Any:
-    """Wrap-around sum of the bit patterns of every array: the same on any mesh, and
-    changed by any flipped bit. Orbax itself notices missing bytes, not altered ones."""
+    """Wrap-around sums of the bit patterns of every array, uint32 scalars.
+
+    They are the same on any mesh, and any flipped bit changes them. Orbax itself
+    notices missing bytes, not altered ones.
+    """
 
     def bits(x: jax.Array) -> jax.Array:
         unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
@@ -255,7 +262,7 @@ def _plain(tree: Any) -> dict[str, int]:
 
 
 def _name(path: tuple[Any, ...]) -> str:
-    """`params/trunk/w_q`; a named tuple and the dict that Orbax made of it agree."""
+    """A path as `params/trunk/w_q`, alike for a named tuple and Orbax's dict of it."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
@@ -264,14 +271,14 @@ def _refuse_mismatch(
 ) -> None:
     """Raises UserError with the difference of two trees of arrays, if there is one."""
 
-    def told(x: Any) -> str:
+    def shown(x: Any) -> str:
         return f"{x.dtype}{list(x.shape)}"
 
     def shapes(tree: Any) -> dict[str, str]:
         leaves, _ = jax.tree.flatten_with_path(
             tree, is_leaf=lambda x: hasattr(x, "shape")
         )
-        return {_name(path): told(x) for path, x in leaves}
+        return {_name(path): shown(x) for path, x in leaves}
 
     there, here = shapes(saved), shapes(wanted)
     rows = [
@@ -287,6 +294,7 @@ def _refuse_mismatch(
 
 
 def _retention(cfg: CheckpointConfig) -> Any:
+    """Orbax's policy of which checkpoints to keep."""
     policies: list[Any] = [_POLICIES.LatestN(cfg.keep_latest)]
     if cfg.keep_every:
         policies.append(_POLICIES.EveryNSteps(cfg.keep_every))
@@ -303,7 +311,7 @@ def _retention(cfg: CheckpointConfig) -> Any:
 
 @contextlib.contextmanager
 def _disk_full_is_said(folder: epath.Path, intact: list[int]) -> Iterator[None]:
-    """Turns "no space" in any of its shapes into one line; other errors pass."""
+    """Turns errors that say "no space" in any way into one line; others pass."""
     try:
         yield
     except Exception as error:

@@ -3,26 +3,32 @@
 Each process writes the shards of its own devices to `config.checkpoint.local_dir`, in
 the background, and keeps the newest two. They are of use to a restart of the same
 processes on the same hosts and mesh; whatever else happens, the durable ones remain.
+
+The folders are closed to other users, and nothing is read from folders of others.
 """
 
 import concurrent.futures
-import hashlib
+import contextlib
+import errno
+import os
 import pathlib
-import pickle
 import shutil
+import stat
 from typing import Any
 
 import jax
 import numpy as np
 
+from mtp_jax.checkpoint.shard_file import Contents, Index, Leaf, read, write
 from mtp_jax.config import CheckpointConfig
 
 _KEPT = 2
 _NONE = -1
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class LocalCheckpoints:
-    """Those of one process of one run."""
+    """The local checkpoints of one process of one run."""
 
     def __init__(self, cfg: CheckpointConfig, run: str, setting: str):
         """Opens them; those of another number of processes are deleted.
@@ -44,19 +50,24 @@ class LocalCheckpoints:
         self._pending: concurrent.futures.Future | None = None
 
     def due(self, step: int) -> bool:
-        """Whether the state after `step` is to be saved."""
+        """Returns True if the state after `step` is to be saved."""
         return step % self._every == 0
 
-    def save(self, step: int, state: Any, about: dict[str, Any]) -> None:
+    def save(self, step: int, state: Any, about: dict[str, float]) -> None:
         """Copies the shards off the devices, and begins to write them.
+
+        Args:
+          step: steps done.
+          state: tree of arrays.
+          about: finite numbers that `restore` returns with the state.
 
         Raises:
           OSError: the save before this one failed.
         """
         self.wait()
-        shards = [_shards_of(x) for x in jax.tree.leaves(state)]
-        content = {"setting": self._setting, "about": about, "shards": shards}
-        self._pending = self._writer.submit(self._write, step, content)
+        leaves = [_local_shards(x) for x in jax.tree.leaves(state)]
+        contents = Contents(self._setting, about, leaves)
+        self._pending = self._writer.submit(self._write, step, contents)
 
     def wait(self) -> None:
         """Waits until the last save is on the disk; its failure is raised here."""
@@ -64,89 +75,135 @@ class LocalCheckpoints:
         if pending is not None:
             pending.result()
 
-    def newest(self, after: int) -> int:
+    def newest(self, after: int, abstract: Any) -> int:
         """The newest step after `after` that all hosts have whole; else `after`.
 
         All processes must call it.
+
+        Args:
+          after: steps up to this one are not looked at.
+          abstract: tree of `jax.ShapeDtypeStruct` with shardings, to be restored.
         """
         from jax.experimental import multihost_utils
 
         steps = sorted((s for s in self._steps() if s > after), reverse=True)[:_KEPT]
-        whole = [s for s in steps if self._read(s) is not None]
+        whole = [s for s in steps if self._read(s, abstract) is not None]
         mine = np.array((whole + [_NONE] * _KEPT)[:_KEPT], np.int32)
         of_all = multihost_utils.process_allgather(mine).reshape(-1, _KEPT)
         common = set.intersection(*(set(row.tolist()) for row in of_all)) - {_NONE}
         return max(common, default=after)
 
-    def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
-        """The state of a step that `newest` gave, and what was said about it.
+    def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, float]]:
+        """The state of a step that `newest` gave, and what was saved about it.
 
         Args:
           step: which.
-          abstract: tree of `jax.ShapeDtypeStruct` with shardings.
+          abstract: as for `newest`.
         """
-        content = self._read(step)
-        assert content is not None, step
+        contents = self._read(step, abstract)
+        assert contents is not None, step
         leaves, tree = jax.tree.flatten(abstract)
-        pairs = zip(leaves, content["shards"], strict=True)
-        return jax.tree.unflatten(tree, [_array(*p) for p in pairs]), content["about"]
+        pairs = zip(leaves, contents.leaves, strict=True)
+        return jax.tree.unflatten(tree, [_array(*p) for p in pairs]), contents.about
 
     def drop_after(self, step: int) -> None:
-        """Forgets those that a restart at `step` did not take."""
+        """Deletes those that a restart at `step` did not take."""
         for other in self._steps():
             if other > step:
                 shutil.rmtree(self._folder / str(other), ignore_errors=True)
 
     def _steps(self) -> list[int]:
-        if not self._folder.is_dir():
+        folders = (self._folder.parent, self._folder)
+        if not all(_is_own(folder, forbidden=_OTHERS_WRITE) for folder in folders):
             return []
         names = (path.name for path in self._folder.iterdir())
-        return sorted(int(name) for name in names if name.isdecimal())
+        return sorted(int(name) for name in names if _is_step(name))
 
-    def _write(self, step: int, content: dict[str, Any]) -> None:
+    def _write(self, step: int, contents: Contents) -> None:
         part, target = self._folder / f".{step}", self._folder / str(step)
-        part.mkdir(parents=True, exist_ok=True)
-        with (part / "shards").open("wb") as file:
-            pickle.dump(content, file, protocol=5)
-        (part / "sha256").write_text(_sha256(part / "shards"))
+        for folder in (self._folder.parent, self._folder, part):
+            _make_private(folder)
+        (part / "sha256").write_text(write(part / "shards", contents))
         shutil.rmtree(target, ignore_errors=True)
         part.rename(target)
         for old in self._steps()[:-_KEPT]:
             shutil.rmtree(self._folder / str(old), ignore_errors=True)
 
-    def _read(self, step: int) -> dict[str, Any] | None:
-        """The content, if it is whole and of the same setting."""
+    def _read(self, step: int, abstract: Any) -> Contents | None:
+        """The contents, if they are whole, of the same setting, and fit `abstract`."""
         folder = self._folder / str(step)
         try:
-            if _sha256(folder / "shards") != (folder / "sha256").read_text():
-                return None
-            with (folder / "shards").open("rb") as file:
-                content = pickle.load(file)
-            return content if content["setting"] == self._setting else None
-        except Exception:  # missing, altered, or of another version of a library
+            contents = read(folder / "shards", (folder / "sha256").read_text())
+        except (OSError, ValueError, MemoryError):  # missing, altered, another format
             return None
+        wanted = jax.tree.leaves(abstract)
+        fits = len(contents.leaves) == len(wanted) and all(
+            leaf.dtype == x.dtype and leaf.shards.keys() == _local_indices(x)
+            for leaf, x in zip(contents.leaves, wanted, strict=True)
+        )
+        return contents if fits and contents.setting == self._setting else None
 
 
-def _sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _is_step(name: str) -> bool:
+    return name.isascii() and name.isdecimal()
 
 
-def _shards_of(x: jax.Array) -> dict[Any, np.ndarray]:
-    """Index to data, of the shards on this process's devices, each once."""
-    return {
-        _key(shard.index, x.shape): np.asarray(shard.data)
+def _is_own(folder: pathlib.Path, forbidden: int = 0) -> bool:
+    """Returns True for a folder of this user that has none of the `forbidden` modes.
+
+    A link to one is none.
+    """
+    with contextlib.suppress(OSError):
+        status = folder.lstat()
+        own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+        return own and not status.st_mode & forbidden
+    return False
+
+
+def _make_private(folder: pathlib.Path) -> None:
+    """Makes a folder of mode 0700, and those above it that are not there yet.
+
+    One that is there already gets that mode; those above it keep theirs.
+
+    Raises:
+      OSError: it cannot be made, or what is there is not a folder of this user.
+    """
+    for above in reversed(folder.parents):
+        if not above.exists():
+            above.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if not _is_own(folder):
+        raise PermissionError(errno.EPERM, "a folder of another user", str(folder))
+    folder.chmod(0o700)
+
+
+def _local_shards(x: jax.Array) -> Leaf:
+    """The shards on this process's devices, each once."""
+    shards = {
+        _index(shard.index, x.shape): np.asarray(shard.data)
         for shard in x.addressable_shards
     }
+    return Leaf(np.dtype(x.dtype), shards)
 
 
-def _array(of: jax.ShapeDtypeStruct, shards: dict[Any, np.ndarray]) -> jax.Array:
+def _local_indices(x: jax.ShapeDtypeStruct) -> set[Index]:
+    """Where the shards of this process's devices lie in the global array."""
+    assert x.sharding is not None
+    indices = x.sharding.addressable_devices_indices_map(x.shape).values()
+    return {_index(index or (), x.shape) for index in indices}
+
+
+def _array(of: jax.ShapeDtypeStruct, leaf: Leaf) -> jax.Array:
+    """A global array from the shards of this process's devices."""
+
     def local(index: tuple[slice, ...] | None) -> np.ndarray:
-        return shards[_key(index or (), of.shape)]
+        return leaf.shards[_index(index or (), of.shape)]
 
     assert of.sharding is not None
     return jax.make_array_from_callback(of.shape, of.sharding, local)
 
 
-def _key(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[Any, ...]:
-    return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+def _index(index: tuple[slice, ...], shape: tuple[int, ...]) -> Index:
+    """Slices as numbers: start and stop along every axis."""
+    ends = (s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+    return tuple(ends)

@@ -15,7 +15,7 @@ _LOADED = time.time()  # this process began not long before
 
 
 class Goodput:
-    """Seconds by kind; the clock always runs for one of them."""
+    """Wall time in seconds by kind; the clock always runs for one of them."""
 
     def __init__(self, now: Callable[[], float] = time.time, began: float = _LOADED):
         """Begins in "start", at the Unix time `began`."""
@@ -59,17 +59,17 @@ class Goodput:
         self._seconds["lost"] += gap
 
     def seconds(self) -> dict[str, float]:
-        """By kind, up to now."""
+        """Seconds of every kind, up to now."""
         self._switch(self._kind)
         return {kind: round(s, 3) for kind, s in self._seconds.items()}
 
     def share(self) -> float:
-        """Of all time, that spent in steps."""
+        """The share of all time that was spent in steps, 0 to 1."""
         seconds = self.seconds()
         return seconds["step"] / max(sum(seconds.values()), 1e-9)
 
     def state(self, finished: bool = False) -> dict[str, Any]:
-        """For run.json: seconds, shares, and when this was."""
+        """The entry of run.json: seconds, shares, and the Unix time of this call."""
         seconds = self.seconds()
         total = max(sum(seconds.values()), 1e-9)
         return {
@@ -80,6 +80,7 @@ class Goodput:
         }
 
     def _switch(self, kind: str) -> str:
+        """Ends the present kind and begins another; returns the one that ended."""
         now = self._now()
         self._seconds[self._kind] += max(now - self._since, 0.0)
         before, self._kind, self._since = self._kind, kind, now
@@ -89,12 +90,12 @@ class Goodput:
 def straggler(
     windows: dict[int, dict[str, Any]], step: int, step_s: float
 ) -> tuple[int, dict[str, Any]] | None:
-    """The host whose own work a step takes longest, if it stands out.
+    """The host whose own work takes longest in a step, if it stands out.
 
     Args:
-      windows: of each host, from its last report: `step` at the end of its window,
-        `own_s` and `data_s`, seconds a step that it did not wait for devices, and of
-        those that it waited for data.
+      windows: by host, from its last report: `step` at the end of its window, `own_s`
+        and `data_s`, seconds a step that it did not wait for devices, and of those
+        that it waited for data.
       step: windows that end at another one are not compared.
       step_s: seconds a step of the whole run.
 

@@ -1,4 +1,4 @@
-"""What a step and an evaluation come to: records for tools, lines for people."""
+"""A step and an evaluation as records for tools, and as lines for people."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from mtp_jax.config import Config
 from mtp_jax.data.packing import format_hash
 from mtp_jax.model.flops import train_flops_per_token
 from mtp_jax.parallel.chips import peak_flops
-from mtp_jax.run.run_log import Window
+from mtp_jax.run.stopwatch import Window
 
 
 def step_record(
@@ -18,7 +18,7 @@ def step_record(
     metrics: dict[str, np.ndarray],
     window: Window,
 ) -> dict[str, Any]:
-    """A line of metrics.jsonl.
+    """The record of a step in metrics.jsonl.
 
     Losses are in nats a target, before the step's update; the learning rate is the one
     it used; `tokens` counts the targets of head 1, `tokens_per_s` the positions of the
@@ -45,7 +45,7 @@ def step_record(
 
 
 def step_line(cfg: Config, record: dict[str, Any], goodput: float) -> str:
-    """The same for people, with the time that is left.
+    """The line for people about a step, from its record, with the time that is left.
 
     `goodput` is the share of the run's wall time so far that was spent in steps.
     """
@@ -71,7 +71,7 @@ def step_line(cfg: Config, record: dict[str, Any], goodput: float) -> str:
 
 
 def heldout_record(step: int, figures: dict[str, Any]) -> dict[str, Any]:
-    """A line of heldout.jsonl, from what `evaluate.measure` gives."""
+    """The record of an evaluation in heldout.jsonl, from figures of `measure`."""
     heads = figures["heads"]
     return {
         "step": step,
@@ -83,7 +83,7 @@ def heldout_record(step: int, figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def heldout_line(figures: dict[str, Any], step: int) -> str:
-    """The same for people."""
+    """The line for people about an evaluation, from figures of `measure`."""
     heads = " ".join(f"{head['loss']:.3f}" for head in figures["heads"])
     return (
         f"held out at step {step}: {figures['bits_per_byte']:.4f} bits per byte, "
@@ -92,7 +92,7 @@ def heldout_line(figures: dict[str, Any], step: int) -> str:
 
 
 def straggler_line(host: str, window: dict[str, Any]) -> str:
-    """What is known of the slowest host of the window before."""
+    """The line for people about the slowest host of the window before."""
     return (
         f"slowest: {host}, {window['own_s']:.3f} s a step of its own, "
         f"{window['data_s']:.3f} s of it waiting for data"

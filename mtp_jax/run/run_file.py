@@ -1,4 +1,7 @@
-"""`run.json`: what a run is, each time it was started, and where its time went."""
+"""The files that make a folder a run: `run.json`, its lock and its identity.
+
+`run.json` holds the config, each time the run was started, and where its time went.
+"""
 
 import dataclasses
 import fcntl
@@ -16,21 +19,21 @@ from mtp_jax.config import Config
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.tokenizer import tokenizer_identity
 from mtp_jax.errors import UserError
+from mtp_jax.run.environment import environment
 from mtp_jax.run.goodput import Goodput
-from mtp_jax.run.run_log import environment
 from mtp_jax.storage import is_remote, write_atomically, write_json
 
 _WRITE_EVERY_S = 30.0  # a workdir may be far away
-# What decides on the batches; `audit` reads them for each start.
+# Batches follow from these; `audit` reads them for each start.
 _DATA_FIELDS = ("sources", "weights", "seq_len", "batch_size", "seed")
 
 
 class RunFile:
-    """The file; only process 0 writes."""
+    """The file `run.json` of a run; only process 0 writes it."""
 
     def __init__(self, workdir: epath.Path, goodput: Goodput, content: dict[str, Any]):
         self._path = workdir / "run.json"
-        self.goodput = goodput
+        self._goodput = goodput
         self._content = content
         self._active = jax.process_index() == 0
         self._written = 0.0
@@ -42,19 +45,20 @@ class RunFile:
         workdir: epath.Path,
         mesh: jax.sharding.Mesh,
         corpora: list[Corpus],
+        *,
         start: int,
         goodput: Goodput,
         spent: dict[str, float],
     ) -> "RunFile":
-        """Adds a start to the file.
+        """Adds a start to the file, which need not be there yet.
 
         Args:
-          cfg: of this start.
-          workdir: of the run.
-          mesh: of this start.
-          corpora: of this start.
+          cfg: the config of this start.
+          workdir: the folder of the run.
+          mesh: the mesh of this start.
+          corpora: the corpora of this start, opened.
           start: steps done before.
-          goodput: goes on with what the file says of the time so far.
+          goodput: of this process; it goes on with the time that the file tells.
           spent: `Goodput.seconds` when the checkpoint of step `start` was saved.
         """
         before = _read(workdir / "run.json")
@@ -79,20 +83,20 @@ class RunFile:
         return file
 
     def write(self, finished: bool = False) -> None:
-        """Writes it, with the time up to now."""
+        """Writes the file, with the time up to now."""
         if self._active:
-            state = self.goodput.state(finished)
+            state = self._goodput.state(finished)
             write_json(self._path, {**self._content, "goodput": state})
             self._written = time.monotonic()
 
     def write_sometimes(self) -> None:
-        """Writes it if that was not done for a while."""
+        """Writes the file if it was last written more than 30 seconds ago."""
         if time.monotonic() - self._written > _WRITE_EVERY_S:
             self.write()
 
 
 def _read(path: epath.Path) -> dict[str, Any]:
-    """What is there; empty where nothing is, or nothing that can be read."""
+    """The object in a JSON file; empty if there is none that can be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return found if isinstance(found, dict) else {}
@@ -101,18 +105,18 @@ def _read(path: epath.Path) -> dict[str, Any]:
 
 
 def identity(workdir: epath.Path) -> str:
-    """Of the run in a locked workdir: another one if the folder is made again."""
+    """The name of the run in a locked workdir; a folder made again gets another one."""
     return (workdir / ".id").read_text(encoding="utf-8").strip()
 
 
 def lock(workdir: epath.Path) -> TextIO | None:
     """Keeps other runs out of a workdir until this process ends, however it ends.
 
-    Of a file system: one that many hosts share must know locks (NFS 4 and Lustre do).
-    Object stores have none, and none is taken there.
+    The lock is one of the file system: one that many hosts share must know locks (NFS 4
+    and Lustre do). Object stores have none, and none is taken there.
 
     Returns:
-      The open file; the lock lasts as long as it. None: there is no lock.
+      The open file, which holds the lock until it is closed; None in an object store.
 
     Raises:
       UserError: another process holds it.
@@ -142,6 +146,7 @@ def lock(workdir: epath.Path) -> TextIO | None:
 
 
 def _write_identity(workdir: epath.Path) -> None:
+    """Gives the run in a workdir its name, if it has none."""
     path = workdir / ".id"
     if not path.exists():
         write_atomically(path, uuid.uuid4().hex[:12] + "\n")

@@ -1,0 +1,95 @@
+"""Where a run begins: at a new state, or at the newest checkpoint of any kind."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from etils import epath
+
+from mtp_jax.checkpoint.checkpoints import (
+    Checkpoints,
+    DamagedCheckpoint,
+    abstract_items,
+    restore_newest,
+    state_from_items,
+)
+from mtp_jax.checkpoint.local import LocalCheckpoints
+from mtp_jax.config import Config
+from mtp_jax.distributed import hosts
+from mtp_jax.errors import RunFailed
+from mtp_jax.parallel.sharding import abstract_tree
+from mtp_jax.run.goodput import Goodput
+from mtp_jax.run.run_file import identity
+from mtp_jax.training.train_step import TrainState, make_init
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """A state to train from."""
+
+    state: TrainState
+    step: int  # steps done before
+    seconds: dict[str, float]  # `Goodput.seconds` when it was saved; empty if new
+
+
+def open_local(
+    cfg: Config, workdir: epath.Path, mesh: jax.sharding.Mesh
+) -> LocalCheckpoints | None:
+    """The local checkpoints of a run; None if the config asks for none."""
+    if not cfg.checkpoint.local_dir:
+        return None
+    devices = [int(device.id) for device in mesh.devices.flat]
+    setting = f"{cfg.model} {dict(mesh.shape)} {devices}"
+    return LocalCheckpoints(cfg.checkpoint, identity(workdir), setting)
+
+
+def restore_or_init(
+    cfg: Config,
+    durable: Checkpoints,
+    local: LocalCheckpoints | None,
+    goodput: Goodput,
+) -> Start:
+    """The newest state that was saved, locally or durably, else a new one.
+
+    Raises:
+      RunFailed: this process alone, of several, found its checkpoint damaged.
+      UserError: a checkpoint does not fit the config, or none can be read.
+    """
+    init = make_init(cfg)
+    key = jax.random.key(cfg.train.seed)
+    newest = max(durable.steps(), default=0)
+    if local is not None:
+        shapes = jax.eval_shape(init, key)
+        abstract = abstract_tree(shapes, jax.sharding.get_mesh())
+        step = local.newest(newest, abstract)
+        if step > newest:
+            state, seconds = local.restore(step, abstract)
+            return Start(state, step, seconds)
+        local.drop_after(newest)
+    if newest:
+        return _restore(durable, jax.eval_shape(init, key))
+    with goodput.spent("compile"):
+        compile_on_all(init, key)
+    with goodput.spent("start"):
+        return Start(init(key), 0, {})
+
+
+def compile_on_all(function: Any, *args: Any) -> None:
+    """Compiles what all processes are about to call, and waits until all have."""
+    function.lower(*args).compile()
+    hosts.wait_for_all("compiled")
+
+
+def _restore(durable: Checkpoints, shapes: TrainState) -> Start:
+    """The newest intact durable checkpoint; damaged ones are moved away."""
+    try:
+        step, items, damaged = restore_newest(durable, abstract_items(shapes))
+    except DamagedCheckpoint as error:
+        raise RunFailed(
+            f"{error}; moved to {durable.move_aside(error.step)}: run the same "
+            "command again, and it goes on from the checkpoint before"
+        ) from error
+    for other in damaged:
+        print(f"mtp_jax: moved it to {durable.set_aside(other)}", flush=True)
+    seconds = durable.saved_metadata(step).get("seconds", {})
+    return Start(state_from_items(items), step, seconds)

@@ -148,7 +148,7 @@ class Fake(Storm):
     closed = 0
 
     def up(self, hosts=None, overrides=()):
-        self.group = Hosts.__new__(Hosts)
+        self.group = HostGroup.__new__(HostGroup)
         self.workdir.mkdir(exist_ok=True)
         with (self.workdir / "metrics.jsonl").open("a") as file:
             for step in (self.step() + 1, self.step() + 2):

@@ -14,12 +14,13 @@ from models import mesh_of
 
 from mtp_jax.checkpoint.restore import Restored
 from mtp_jax.cli import generate
-from mtp_jax.cli.decoder_args import decoder_of, fitting, options_of
+from mtp_jax.cli.decoder_args import decoder_of
 from mtp_jax.config import Config, DataConfig, ModelConfig
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.prompts import heldout_prompts
 from mtp_jax.data.tokenizer import ByteTokenizer
 from mtp_jax.decode.decoders import DECODERS
+from mtp_jax.decode.fitting import fitting, options_of
 from mtp_jax.decode.generation import Generation, totals
 from mtp_jax.decode.generator import Generator
 from mtp_jax.errors import UserError
@@ -88,7 +89,7 @@ def test_json_is_an_object_a_prompt_and_nothing_else(restored, capsys, tmp_path)
         "accepted_by_head",
         "tokens_per_s",
         "finish",
-        "departures",
+        "deviations",
     }
 
 

@@ -5,7 +5,6 @@ import os
 import re
 import sys
 
-from mtp_jax.distributed import hosts
 from mtp_jax.errors import RunFailed, UserError, told_as
 
 _USAGE = """\
@@ -24,16 +23,17 @@ Multi-token prediction: train a model with n heads, and let it draft for itself.
   plan      what a training step costs on a TPU, without one
   rehearse  faults of a pod, injected into a small run on this machine
 
-mtp-jax VERB --help tells the options of a verb."""
+mtp-jax VERB --help tells the options of a verb; mtp-jax --version tells the versions
+that a bug report needs, and what else to send with it."""
 
 _MODULES = {
     "prepare": "mtp_jax.cli.prepare",
     "count": "mtp_jax.cli.count",
     "train": "mtp_jax.cli.train",
-    "evaluate": "mtp_jax.eval.heldout",
+    "evaluate": "mtp_jax.cli.evaluate",
     "generate": "mtp_jax.cli.generate",
-    "verify": "mtp_jax.verification.verifier",
-    "calibrate": "mtp_jax.decode.calibrate",
+    "verify": "mtp_jax.cli.verify",
+    "calibrate": "mtp_jax.cli.calibrate",
     "audit": "mtp_jax.cli.audit",
     "plan": "mtp_jax.cli.plan",
     "rehearse": "mtp_jax.cli.rehearse",
@@ -43,28 +43,32 @@ _VERBS = tuple(_MODULES)
 
 def main() -> int:
     """Runs a verb; the exit code is 0, 1 for a run that failed, 2 for bad input."""
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks how a command line could go on
+        from mtp_jax.cli.completion import complete
+
+        complete(_MODULES)
     os.environ.setdefault("NPROC", str(_threads()))
     verb, argv = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     if verb in ("-h", "--help"):
         print(_USAGE)
         return 0
+    if verb == "--version":
+        from mtp_jax.cli.version import version_text
+
+        print(version_text())
+        return 0
     try:
         if verb not in _VERBS:
             raise UserError(f"{verb!r} is not a verb; there are {', '.join(_VERBS)}.")
-        code = importlib.import_module(_MODULES[verb]).main(argv)
-        hosts.leave()
-        return code
-    except BaseException as error:
-        hosts.fail(error)  # of several hosts, all end
-        if not isinstance(error, UserError | RunFailed):
-            raise
+        return importlib.import_module(_MODULES[verb]).main(argv)
+    except (UserError, RunFailed) as error:
         code, shown, _ = told_as(error)
         print(shown, file=sys.stderr)
         return code
 
 
 def _threads() -> int:
-    """Of XLA's pool on CPUs.
+    """The number of threads of XLA's pool on CPUs.
 
     It runs the collectives of all local devices, by default on a thread a core; with
     fewer than two a device they may wait for each other for ever. More than that would

@@ -10,7 +10,6 @@ from runs import ROOT
 
 from mtp_jax import __main__
 from mtp_jax.cli import prepare as prepare_verb
-from mtp_jax.cli import train
 from mtp_jax.cli.args import config_from
 from mtp_jax.data.prepare import prepare
 
@@ -24,8 +23,8 @@ def program(monkeypatch, capsys):
     def passed(*args, **kwargs):
         raise AssertionError("the checks let it through")
 
-    monkeypatch.setattr(train, "run", passed)
-    monkeypatch.setattr(train, "_start_jax", lambda cfg, place: None)
+    monkeypatch.setattr("mtp_jax.run.train.run", passed)
+    monkeypatch.setattr("mtp_jax.run.train._start_jax", lambda cfg, place: None)
 
     def run(*args):
         monkeypatch.setattr(sys, "argv", ["mtp-jax", *map(str, args)])

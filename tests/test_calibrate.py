@@ -3,7 +3,6 @@
 import functools
 import itertools
 import json
-import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,10 @@ import pytest
 from models import all_logits
 from test_decode import init, on_mesh, one_device, tiny
 
+from mtp_jax.checkpoint.restore import Restored
+from mtp_jax.cli import calibrate as verb
 from mtp_jax.config import Config, DataConfig
+from mtp_jax.data.tokenizer import ByteTokenizer
 from mtp_jax.decode import calibrate
 from mtp_jax.decode.decoders.token_tree import read_tree
 from mtp_jax.errors import UserError
@@ -37,9 +39,9 @@ def test_ranks_are_those_of_sorted_logits():
     for b, t in itertools.product(range(11), range(9 - 2)):
         path = []
         for i in (1, 2):
-            said = logits_NBTV[0, b, t + i].argmax()
+            predicted = logits_NBTV[0, b, t + i].argmax()
             order = np.argsort(-logits_NBTV[i, b, t], kind="stable").tolist()
-            path.append(order.index(said))
+            path.append(order.index(predicted))
         expected.append(path)
     np.testing.assert_array_equal(ranks_XM, expected)
     assert len({tuple(path) for path in expected}) > 10
@@ -101,11 +103,9 @@ def restored(monkeypatch, corpus_dir):
         def restore_model(workdir, *, step=None):
             cfg, params = bytes_model(n)
             config = Config(model=cfg, data=DataConfig(sources=(str(corpus_dir),)))
-            return types.SimpleNamespace(
-                config=config, params=params, mesh=one_device(), step=7
-            )
+            return Restored(config, params, one_device(), 7, ByteTokenizer())
 
-        monkeypatch.setattr(calibrate, "restore_model", restore_model)
+        monkeypatch.setattr("mtp_jax.checkpoint.restore.restore_model", restore_model)
 
     return use
 
@@ -114,7 +114,7 @@ def test_the_verb_writes_a_tree_that_decoders_read(restored, tmp_path, capsys):
     restored(3)
     output = tmp_path / "tree.json"
     arguments = ["--workdir=w", f"--output={output}", "--nodes=5", "--passages=3"]
-    assert calibrate.main(arguments) == 0
+    assert verb.main(arguments) == 0
     content = json.loads(output.read_text())
     assert content["step"] == 7
     assert content["positions"] == 3 * (256 - 2)
@@ -141,4 +141,4 @@ def test_bad_input_is_one_line(restored, tmp_path, n, changes, message):
     restored(n)
     flags = {"--workdir": "w", "--output": str(tmp_path / "tree.json"), **changes}
     with pytest.raises(UserError, match=message):
-        calibrate.main([f"{name}={value}" for name, value in flags.items()])
+        verb.main([f"{name}={value}" for name, value in flags.items()])

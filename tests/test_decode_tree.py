@@ -23,7 +23,7 @@ from test_decode import (
     tiny,
 )
 
-from mtp_jax.cli.decoder_args import decoder_of, description, fitting
+from mtp_jax.cli.decoder_args import decoder_of, description
 from mtp_jax.config import MeshConfig
 from mtp_jax.decode.batch import DecodeBatch
 from mtp_jax.decode.cache import chain, decode_heads_at, decode_trunk, make_cache
@@ -33,6 +33,7 @@ from mtp_jax.decode.decoders.sampling import RandomKeys, Sampling, sampling_arra
 from mtp_jax.decode.decoders.token_tree import default_tree, read_tree, tree_of
 from mtp_jax.decode.decoders.tree import Tree
 from mtp_jax.decode.decoders.typical import Typical
+from mtp_jax.decode.fitting import fitting
 from mtp_jax.decode.generator import Generator
 from mtp_jax.decode.programs import Programs, Prompts
 from mtp_jax.errors import UserError

@@ -14,12 +14,13 @@ from models import mesh_of
 
 from mtp_jax.checkpoint.restore import Restored
 from mtp_jax.cli import generate
-from mtp_jax.cli.decoder_args import decoder_of, fitting, options_of
+from mtp_jax.cli.decoder_args import decoder_of
 from mtp_jax.config import Config, DataConfig, ModelConfig
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.prompts import heldout_prompts
 from mtp_jax.data.tokenizer import ByteTokenizer
 from mtp_jax.decode.decoders import DECODERS
+from mtp_jax.decode.fitting import fitting, options_of
 from mtp_jax.decode.generation import Generation, totals
 from mtp_jax.decode.generator import Generator
 from mtp_jax.errors import UserError

@@ -10,12 +10,13 @@ import scipy.stats
 from models import mesh_of, placed_params, random_params
 
 from mtp_jax.checkpoint.restore import Restored
+from mtp_jax.cli import verify
 from mtp_jax.config import Config, DataConfig, ModelConfig
 from mtp_jax.data.tokenizer import ByteTokenizer
 from mtp_jax.decode.decoders import DECODERS
 from mtp_jax.decode.generation import Generation
 from mtp_jax.errors import UserError
-from mtp_jax.verification import verifier
+from mtp_jax.verification import subject
 from mtp_jax.verification.greedy import first_difference
 from mtp_jax.verification.sampling_tests import Trusting, chi_square
 
@@ -46,8 +47,8 @@ def restored(monkeypatch):
     def heldout_prompts(sources, count, tokens):
         return [np.arange(65, 65 + tokens, dtype=np.int32) + i for i in range(count)]
 
-    monkeypatch.setattr(verifier, "restore_model", restore_model)
-    monkeypatch.setattr(verifier, "heldout_prompts", heldout_prompts)
+    monkeypatch.setattr("mtp_jax.checkpoint.restore.restore_model", restore_model)
+    monkeypatch.setattr(subject, "heldout_prompts", heldout_prompts)
 
 
 def test_exact_decoders_pass_and_what_is_lossy_is_left_out(
@@ -56,9 +57,9 @@ def test_exact_decoders_pass_and_what_is_lossy_is_left_out(
     lossy = dataclasses.make_dataclass("Lossy", [], bases=(Trusting,), frozen=True)
     lossy.lossy = True
     only = {name: DECODERS[name] for name in ("plain", "speculative", "dynamo_exact")}
-    monkeypatch.setattr("mtp_jax.cli.decoder_args.DECODERS", {**only, "lossy": lossy})
+    monkeypatch.setattr("mtp_jax.decode.fitting.DECODERS", {**only, "lossy": lossy})
 
-    assert verifier.main(FEW) == 0
+    assert verify.main(FEW) == 0
 
     out = capsys.readouterr().out
     rows = [line.split()[:4] for line in out.splitlines()]
@@ -75,7 +76,7 @@ def test_exact_decoders_pass_and_what_is_lossy_is_left_out(
 def test_a_broken_decoder_fails_and_is_told_where(restored, capsys, monkeypatch):
     monkeypatch.setitem(DECODERS, "broken", Trusting)
 
-    assert verifier.main([*FEW, "--json", "--decoder=broken"]) == 1
+    assert verify.main([*FEW, "--json", "--decoder=broken"]) == 1
 
     result = json.loads(capsys.readouterr().out)
     by_decoder = {}
@@ -92,19 +93,19 @@ def test_a_broken_decoder_fails_and_is_told_where(restored, capsys, monkeypatch)
 
 def test_what_is_lossy_alone_is_refused(restored):
     with pytest.raises(UserError, match="--decoder=typical is lossy"):
-        verifier.main([*FEW, "--decoder=typical"])
+        verify.main([*FEW, "--decoder=typical"])
 
 
 def test_too_few_samples_are_said_to_be(restored, capsys):
-    """One text of any distribution is as likely as it is: nothing can be noticed."""
-    assert verifier.main([*FEW, "--decoder=speculative", "--samples=1"]) == 1
+    """One text of any law is as likely as it is: nothing can be noticed."""
+    assert verify.main([*FEW, "--decoder=speculative", "--samples=1"]) == 1
 
     assert "too few --samples to notice" in capsys.readouterr().out
 
 
 def test_a_model_of_one_head_has_nothing_to_verify(restored):
     with pytest.raises(UserError, match="one head"):
-        verifier.main([*FEW, "--heads=1"])
+        verify.main([*FEW, "--heads=1"])
 
 
 def written(tokens, finish="length"):

@@ -5,6 +5,7 @@ No config file is needed: it lies in the checkpoint. Only parameters are read.
 
 import dataclasses
 import math
+import os
 from typing import Any
 
 import jax
@@ -23,14 +24,19 @@ class Restored:
     """A model to evaluate or to decode from."""
 
     config: Config  # of the run, its model with as many heads as were asked for
-    params: Any
+    params: Any  # nested dicts of arrays on the mesh, as `model_builder` makes them
     mesh: jax.sharding.Mesh
     step: int
     tokenizer: Tokenizer
 
 
+def as_restored(model: Restored | str | os.PathLike[str]) -> Restored:
+    """A restored model as it is, or that of a workdir, by `restore_model`."""
+    return model if isinstance(model, Restored) else restore_model(model)
+
+
 def restore_model(
-    workdir: str,
+    workdir: str | os.PathLike[str],
     *,
     mesh: jax.sharding.Mesh | None = None,
     step: int | None = None,
@@ -47,7 +53,7 @@ def restore_model(
     Raises:
       UserError: no such run or checkpoint, or more heads than the model has.
     """
-    folder = workdir_at(workdir)
+    folder = workdir_at(os.fspath(workdir))
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{workdir} holds no checkpoints; give the workdir of a run.")
     checkpoints = Checkpoints(folder)

@@ -1,6 +1,7 @@
 """Arguments, types and errors that the command lines of the verbs share."""
 
 import argparse
+import os
 import pathlib
 from typing import NoReturn
 
@@ -28,6 +29,16 @@ class Parser(argparse.ArgumentParser):
             prog=prog, description=description, epilog=epilog, allow_abbrev=False
         )
         self._help_at = help_at or f"{prog} --help"
+        self._completing = False
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Parses, as argparse does; where a shell asks, completes and exits instead."""
+        if "_ARGCOMPLETE" in os.environ and not self._completing:
+            import argcomplete
+
+            self._completing = True  # argcomplete asks this parser, too
+            argcomplete.autocomplete(self)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError with argparse's text and where help is.

@@ -12,8 +12,6 @@ from typing import Any
 from mtp_jax.cli.args import Parser, output_file, positive_int
 from mtp_jax.errors import UserError
 
-_BATCH_OF_OUTPUT = 16  # prompts at a time where nothing else is asked for
-
 
 def main(argv: list[str]) -> int:
     """Prints or writes continuations; with --compare, 1 if exact decoders disagree.
@@ -28,7 +26,9 @@ def main(argv: list[str]) -> int:
     from mtp_jax.cli import decoder_args
     from mtp_jax.data.prompts import heldout_prompts, is_text, read_prompts
     from mtp_jax.decode.decoders.sampling import Sampling
-    from mtp_jax.decode.generator import Generator, needs_heads
+    from mtp_jax.decode.fitting import default_decoder, needs_heads
+    from mtp_jax.decode.generator import Generator
+    from mtp_jax.reports.texts import length_warning, summary
 
     if args.decoder is None and options:
         raise UserError(
@@ -71,17 +71,20 @@ def main(argv: list[str]) -> int:
         "stop": [_unescape(text) for text in args.stop],
         "adaptive": args.adaptive,
     }
-    _warn_of_length(generator, prompts, args.max_new_tokens, run.data.seq_len)
+    trained = run.data.seq_len
+    if warning := length_warning(generator, prompts, args.max_new_tokens, trained):
+        print(f"mtp-jax: {warning}", file=sys.stderr)
     if args.compare:
-        return _compare(generator, args, decoder, prompts, sampling, settings)
+        settings |= {"sampling": sampling, "batch_size": args.batch_size}
+        return _compare(generator, args, decoder, prompts, settings)
     if decoder is None:
-        drafts = run.model.n_future_tokens > 1
-        decoder = decoder_args.decoder_of("blockwise" if drafts else "plain")
+        default = default_decoder(run.model.n_future_tokens)
+        decoder = decoder_args.decoder_of(default)
     name = type(decoder).__name__.lower()
     settings |= {"decoder": decoder, "sampling": sampling}
     if args.output is not None:
-        size = args.batch_size or _BATCH_OF_OUTPUT
-        return _write(generator, args.output, prompts, size, restored.step, settings)
+        settings |= {"step": restored.step, "batch_size": args.batch_size}
+        return _write(generator, args.output, prompts, settings)
     if args.stream:
         results = [_stream(generator, prompts[0], settings)]
     else:
@@ -90,7 +93,7 @@ def main(argv: list[str]) -> int:
     if args.html is not None:
         _write_page(args.html, generator, results, f"{args.workdir}, {name}")
     if not args.json:
-        print(_summary(name, results))
+        print(summary(name, results))
     return 0
 
 
@@ -163,9 +166,15 @@ class _Decoders(argparse.Action):
         parser.exit()
 
 
-def _compare(generator, args, decoder, prompts, sampling, settings) -> int:
-    from mtp_jax.cli.decoder_args import fitting
-    from mtp_jax.reports.compare import compare
+def _compare(
+    generator: Any,
+    args: argparse.Namespace,
+    decoder: Any,
+    prompts: Sequence[Any],
+    settings: dict[str, Any],
+) -> int:
+    from mtp_jax.decode.fitting import fitting
+    from mtp_jax.reports.compare import compare, header, line
 
     fit = fitting(args.heads or generator.cfg.n_future_tokens)
     if decoder is not None:
@@ -174,57 +183,43 @@ def _compare(generator, args, decoder, prompts, sampling, settings) -> int:
             del fit[name]
         fit[args.decoder] = decoder
     decoders = {name: d for name, d in fit.items() if not isinstance(d, str)}
-    settings = {**settings, "batch_size": args.batch_size}
-    code = compare(generator, decoders, prompts, sampling, settings)
+    print(header(decoders))
+    differs = False
+    for name, found in compare(generator, decoders, prompts, **settings):
+        differs |= not isinstance(found, str) and found.differs
+        print(line(name, found, decoders), flush=True)
     for name, why in fit.items():
         if isinstance(why, str):
             print(f"left out: {name} ({why})")
-    return code
+    return 1 if differs else 0
 
 
 def _write(
-    generator: Any,
-    path: str,
-    prompts: Sequence[Any],
-    size: int,
-    step: int,
-    settings: dict[str, Any],
+    generator: Any, path: str, prompts: Sequence[Any], settings: dict[str, Any]
 ) -> int:
-    """Appends the continuations that are not in the file yet."""
-    from mtp_jax.cli.decoder_args import options_of
-    from mtp_jax.cli.jsonl_output import JsonlOutput
+    from mtp_jax.reports.jsonl_output import generate_to_file
 
-    decoder, sampling = settings["decoder"], settings["sampling"]
-    kept = {
-        **settings,
-        "step": step,
-        "heads": generator.cfg.n_future_tokens,
-        "decoder": {"name": type(decoder).__name__.lower(),
-                    **{f.name: getattr(decoder, f.name) for f in options_of(decoder)}},
-        "sampling": dataclasses.asdict(sampling),
-    }  # fmt: skip
-    output = JsonlOutput(path, [generator.prompt_text(p) for p in prompts], kept)
-    before = output.done
-    while output.done < len(prompts):
-        now = prompts[output.done : output.done + size]
-        output.append(generator.generate(now, first=output.done, **settings))
+    before = generate_to_file(generator, path, prompts, **settings)
     print(f"{path}: {len(prompts)} texts, {before} of them were there already")
     return 0
 
 
 def _stream(generator: Any, prompt: Any, settings: dict[str, Any]) -> Any:
-    """Prints a text as it is written; gives what is known of it in the end."""
+    """Prints a text as it is written; returns its `Generation`."""
+    from mtp_jax.reports.texts import ending
+
     writing = generator.stream(prompt, **settings)
     print(generator.prompt_text(prompt), end="", flush=True)
     while True:
         try:
             print(next(writing), end="", flush=True)
         except StopIteration as end:
-            print(f"\n{_ending(end.value)}\n")
+            print(f"\n{ending(end.value)}\n")
             return end.value
 
 
 def _print(generator: Any, results: Sequence[Any], args: argparse.Namespace) -> None:
+    from mtp_jax.reports.texts import ending
     from mtp_jax.reports.token_view import terminal, terminal_legend
 
     in_terminal = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -236,7 +231,7 @@ def _print(generator: Any, results: Sequence[Any], args: argparse.Namespace) -> 
         shown = f"{result.prompt}{result.text}"
         if coloured:
             shown = terminal(result, generator.tokenizer)
-        print(f"{shown}\n{_ending(result)}\n")
+        print(f"{shown}\n{ending(result)}\n")
     if coloured and not args.json:
         print(terminal_legend(results))
 
@@ -251,38 +246,7 @@ def _write_page(path: str, generator: Any, results: Sequence[Any], title: str) -
         raise UserError(f"--html={path} cannot be written: {error.strerror}.") from None
 
 
-def _warn_of_length(
-    generator: Any, prompts: Sequence[Any], new_tokens: int, trained: int
-) -> None:
-    longest = max(map(generator.prompt_length, prompts))
-    # The last token is never read.
-    if longest + new_tokens - 1 > trained:
-        print(
-            f"mtp-jax: warning: texts may reach {longest + new_tokens} tokens; the "
-            f"model was trained on rows of {trained}, and may write nonsense beyond.",
-            file=sys.stderr,
-        )
-
-
 def _unescape(text: str) -> str:
-    """`\\n`, `\\t` and `\\\\` as the characters they stand for."""
+    """A text with `\\n`, `\\t` and `\\\\` as the characters they stand for."""
     parts = text.split("\\\\")
     return "\\".join(p.replace("\\n", "\n").replace("\\t", "\t") for p in parts)
-
-
-def _ending(result: Any) -> str:
-    return (
-        f"[{len(result.tokens)} tokens, {result.forwards} forward passes, "
-        f"{result.tokens_per_forward:.2f} tokens a pass, ended by {result.finish}]"
-    )
-
-
-def _summary(decoder: str, results: Sequence[Any]) -> str:
-    from mtp_jax.decode.generation import totals
-
-    figures = totals(results)
-    return (
-        f"{decoder}: {len(results)} texts, {figures.forwards} forward passes, "
-        f"{figures.tokens_per_forward:.2f} tokens a pass, "
-        f"{figures.tokens_per_s:.0f} tokens/s"
-    )

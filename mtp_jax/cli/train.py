@@ -1,32 +1,16 @@
 """The verb `train`: from a config and a workdir to a run, begun or continued."""
 
-import dataclasses
-import hashlib
-import json
-import os
-import time
-from typing import TextIO
-
-import jax
-from etils import epath
-
-from mtp_jax import __version__
 from mtp_jax.cli.args import Parser, config_from
-from mtp_jax.config import Config, ModelConfig
-from mtp_jax.data.batches import open_sources
-from mtp_jax.data.corpus import Corpus
-from mtp_jax.data.tokenizer import Tokenizer, save_tokenizer
-from mtp_jax.distributed import cluster, hosts
-from mtp_jax.errors import UserError
-from mtp_jax.model.attention import check_attention
-from mtp_jax.parallel.sharding import check_divisible, make_mesh
-from mtp_jax.run.loop import run
-from mtp_jax.run.run_file import lock
-from mtp_jax.storage import workdir_at
+from mtp_jax.distributed import cluster
 
 
 def main(argv: list[str]) -> int:
-    """Checks everything that can be checked, then trains. Changes nothing before."""
+    """Trains; 0 when the run is finished or was told to stop.
+
+    Raises:
+      UserError: a flag, or a config that does not fit the data, devices or workdir.
+      RunFailed: the run cannot go on.
+    """
     parser = Parser(
         "mtp-jax train",
         "Train a model, or go on where the workdir's newest checkpoint stands.",
@@ -43,106 +27,11 @@ def main(argv: list[str]) -> int:
     )
     cluster.add_options(parser)
     args, overrides = parser.parse_known_args(argv)
-    cfg = config_from(args.config, overrides)
-    _start_jax(cfg, cluster.from_options(args))
-    mesh = make_mesh(cfg.mesh)
-    check_divisible(cfg, mesh)
-    check_attention(cfg, mesh)
-    workdir = workdir_at(args.workdir)
-    part = (jax.process_index(), jax.process_count())
-    corpora = open_sources(cfg, part=part)
-    _refuse_another_run(cfg.model, corpora[0].tokenizer, workdir)
-    _refuse_nothing_held_out(cfg, corpora)
-    _prepare_workdir(workdir, corpora)
-    held = _lock_for_all(workdir)
-    with jax.set_mesh(mesh):
-        run(cfg, workdir, mesh, corpora)
-    if held is not None:
-        held.close()
+    config = config_from(args.config, overrides)
+    where = cluster.from_options(args)
+
+    # Not before the flags are known to be good: this imports JAX.
+    from mtp_jax.run.train import train
+
+    train(config, args.workdir, cluster=where)
     return 0
-
-
-def _start_jax(cfg: Config, where: cluster.ProcessInfo | None) -> None:
-    """The runtime of this process, alone or with the other hosts."""
-    if cfg.train.compilation_cache:
-        cache = os.path.expanduser(cfg.train.compilation_cache)
-        jax.config.update("jax_compilation_cache_dir", cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    text = json.dumps(dataclasses.asdict(cfg), sort_keys=True)
-    about = {
-        "mtp_jax": __version__,
-        "jax": jax.__version__,
-        "config": hashlib.sha256(text.encode()).hexdigest()[:12],
-    }
-    hosts.join(where, cfg.train.join_timeout_s, cfg.train.host_timeout_s, about)
-
-
-def _refuse_nothing_held_out(cfg: Config, corpora: list[Corpus]) -> None:
-    if cfg.eval.every and not any(len(c.documents("heldout")) for c in corpora):
-        raise UserError(
-            "config.data.sources have no held-out documents; run prepare with "
-            "--heldout above 0, or set config.eval.every=0."
-        )
-
-
-def _refuse_another_run(
-    model: ModelConfig, tokenizer: Tokenizer, workdir: epath.Path
-) -> None:
-    """Raises UserError if the workdir's run has another model or tokenizer."""
-    path = workdir / "run.json"
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir={workdir} is a file; give a folder.")
-    if not path.exists():
-        return
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-        saved, fingerprint = run["config"]["model"], run["tokenizer"]["fingerprint"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a run's; choose another workdir.") from error
-    wanted = dataclasses.asdict(model)
-    rows = [
-        f"{name} is {saved.get(name)} there and {wanted.get(name)} here"
-        for name in sorted(saved.keys() | wanted.keys())
-        if saved.get(name) != wanted.get(name)
-    ]
-    if rows:
-        raise UserError(
-            f"--workdir={workdir} holds a run of another model: {'; '.join(rows)}. "
-            "Choose another workdir, or the config of that run."
-        )
-    if fingerprint != tokenizer.fingerprint:
-        raise UserError(
-            f"--workdir={workdir} holds a run with another tokenizer than the corpora "
-            "of config.data.sources; choose another workdir, or that run's corpora."
-        )
-
-
-def _prepare_workdir(workdir: epath.Path, corpora: list[Corpus]) -> None:
-    """Makes the folder, with the tokenizer, so that a run can be moved as a whole."""
-    if jax.process_index() != 0:
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        save_tokenizer(corpora[0].tokenizer, workdir)
-    except OSError as error:
-        said = f"--workdir={workdir} cannot be written: {error.strerror}."
-        raise UserError(said) from error
-
-
-def _lock_for_all(workdir: epath.Path) -> TextIO | None:
-    """Process 0 locks the workdir; the others see to it that it is the same folder.
-
-    Raises:
-      UserError: another run holds it, or a host has another folder of that name.
-    """
-    held = lock(workdir) if jax.process_index() == 0 else None
-    hosts.wait_for_all("the workdir is made and locked")
-    seen = time.monotonic() + 10.0  # what a network file system may take to show it
-    while not (workdir / ".lock").exists():
-        if time.monotonic() > seen:
-            raise UserError(
-                f"--workdir={workdir} is not the folder that host 0 has by that name; "
-                "give one that all hosts share."
-            )
-        time.sleep(0.2)
-    return held

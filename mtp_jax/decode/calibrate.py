@@ -1,9 +1,10 @@
-"""The verb `calibrate`: which tree of drafts a model does best with.
+"""Choosing the tree of drafts that a model does best with.
 
-On held-out text, every position is asked how the heads rank what head 1 will say: the
-rank of its word at t + i - 1 among the candidates of head i at t. The ranks of heads
-2..n at a position are a path, so how often a node of a tree would be right, its path
-before it included, is the share of positions whose path begins with that of the node.
+On held-out text, every position is asked how the heads rank what head 1 will predict:
+the rank of its token at t + i - 1 among the candidates of head i at t. The ranks of
+heads 2..n at a position are a path, so how often a node of a tree would be right, its
+path before it included, is the share of positions whose path begins with that of the
+node.
 It is the product of the acceptances along the path, each given those before it. The
 nodes with the largest shares are the tree (arXiv:2401.10774, section 2.3.3): no tree of
 as many nodes commits more tokens.
@@ -15,6 +16,7 @@ positions of all passages, M = n - 1 drafting heads, D model width, V vocabulary
 import collections
 import dataclasses
 import itertools
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,8 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax.checkpoint.restore import Restored, restore_model
-from mtp_jax.cli.args import Parser, output_file, positive_int
+from mtp_jax.checkpoint.restore import Restored, as_restored
 from mtp_jax.config import ModelConfig
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.prompts import heldout_prompts
@@ -32,16 +33,15 @@ from mtp_jax.decode.decode_model import build, unstack
 from mtp_jax.decode.decoders.sampling import most_likely
 from mtp_jax.errors import UserError
 from mtp_jax.parallel.sharding import batch_shards, spec
-from mtp_jax.storage import write_json
 
-_TOKENS = 256  # of a passage
+PASSAGE_TOKENS = 256  # of a passage, at most
 _BATCH = 8  # passages read at once, of each shard of the batch
 _TOP = 10  # figures of a head: how often its best 1, 2 ... 10 candidates are enough
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """A tree and what was measured for it."""
+    """A tree of drafts and what was measured for it."""
 
     positions: int
     nodes: list[tuple[tuple[int, ...], float]]  # path, share of positions; most first
@@ -49,71 +49,49 @@ class Calibration:
     # of those where the path before it is in the tree.
     top_k: list[list[float]]
     chain: float  # tokens a forward pass with the heads' first candidates alone
+    step: int | None = None  # checkpoint that was measured
+    data: tuple[str, ...] = ()  # folders of the corpora
 
     @property
     def tokens_per_forward(self) -> float:
-        """Of the tree, on text like this."""
+        """Expected tokens a forward pass with the tree, on text like this."""
         return 1.0 + sum(share for _, share in self.nodes)
 
-
-def main(argv: list[str]) -> int:
-    """Runs the verb; writes the tree's file and prints a table.
-
-    Raises:
-      UserError: a model of one head, no held-out text, a file that cannot be written.
-    """
-    parser = Parser(
-        "mtp-jax calibrate", "Measure the heads and choose a tree of drafts."
-    )
-    parser.add_argument("--workdir", required=True, help="folder of a run")
-    parser.add_argument("--output", required=True, metavar="FILE", help="the tree")
-    parser.add_argument(
-        "--nodes", type=positive_int, default=24, help="drafts in the tree (24)"
-    )
-    parser.add_argument(
-        "--passages",
-        type=positive_int,
-        default=128,
-        help=f"held-out passages of up to {_TOKENS} tokens to measure (128)",
-    )
-    parser.add_argument("--step", type=int, help="checkpoint; the latest if not given")
-    args = parser.parse_args(argv)
-    output = output_file("output", args.output)
-    restored = restore_model(args.workdir, step=args.step)
-    result = calibrate(restored, args.passages, args.nodes)
-    print(table(result))
-    content = {
-        "step": restored.step,
-        "data": list(restored.config.data.sources),
-        "positions": result.positions,
-        "tokens_per_forward": result.tokens_per_forward,
-        "chain_tokens_per_forward": result.chain,
-        "heads": [
-            {"head": i, "top_k": shares} for i, shares in enumerate(result.top_k, 2)
-        ],
-        "nodes": [
-            {"path": list(path), "accepted": share} for path, share in result.nodes
-        ],
-    }
-    try:
-        write_json(output, content)
-    except OSError as error:
-        raise UserError(f"{output} cannot be written: {error.strerror}.") from error
-    print(f"written to {output}")
-    return 0
+    def content(self) -> dict[str, Any]:
+        """The tree and its figures in JSON's types, as decoders read them."""
+        return {
+            "step": self.step,
+            "data": list(self.data),
+            "positions": self.positions,
+            "tokens_per_forward": self.tokens_per_forward,
+            "chain_tokens_per_forward": self.chain,
+            "heads": [
+                {"head": i, "top_k": shares} for i, shares in enumerate(self.top_k, 2)
+            ],
+            "nodes": [
+                {"path": list(path), "accepted": share} for path, share in self.nodes
+            ],
+        }
 
 
-def calibrate(restored: Restored, passages: int, nodes: int) -> Calibration:
-    """Measures held-out passages of the run's corpora and chooses a tree.
+def calibrate(
+    model: Restored | str | os.PathLike[str], *, passages: int = 128, nodes: int = 24
+) -> Calibration:
+    """Measures the heads on held-out text and chooses a tree of drafts.
 
     Args:
-      restored: the model, with all heads that are to draft.
-      passages: how many.
-      nodes: of the tree, at most.
+      model: a restored model with all heads that are to draft, or the workdir of a run.
+      passages: held-out passages of up to 256 tokens to measure.
+      nodes: drafts in the tree, at most.
+
+    Returns:
+      The tree and its figures. Written as JSON, `content()` is a file that the decoders
+      `tree` and `typical` read.
 
     Raises:
-      UserError: a model of one head, or no document is long enough.
+      UserError: no such run, a model of one head, or no document is long enough.
     """
+    restored = as_restored(model)
     cfg = restored.config.model
     n, sources = cfg.n_future_tokens, restored.config.data.sources
     if n == 1:
@@ -125,15 +103,16 @@ def calibrate(restored: Restored, passages: int, nodes: int) -> Calibration:
             f"no held-out document of {', '.join(sources)} has {n} tokens; prepare "
             "more text."
         )
-    rows = heldout_prompts(sources, passages, min(_TOKENS, longest))
+    rows = heldout_prompts(sources, passages, min(PASSAGE_TOKENS, longest))
     ranks_XM = measure_ranks(cfg, restored.params, rows, restored.mesh)
-    return choose(ranks_XM, nodes)
+    chosen = choose(ranks_XM, nodes)
+    return dataclasses.replace(chosen, step=restored.step, data=tuple(sources))
 
 
 def measure_ranks(
     cfg: ModelConfig, params: Any, rows: Sequence[np.ndarray], mesh: jax.sharding.Mesh
 ) -> np.ndarray:
-    """Ranks that heads 2..n give to what head 1 will say, int32 [X, M]; 0 is the best.
+    """Ranks that heads 2..n give to what head 1 will predict, int32 [X, M]; 0 is best.
 
     Args:
       cfg: of the model.
@@ -158,7 +137,7 @@ def measure_ranks(
 
 
 def _ranks(cfg: ModelConfig, params: Any, tokens_BT: jax.Array) -> jax.Array:
-    """The same of a batch of passages, [B, U, M]."""
+    """Ranks in a batch of passages, int32 [B, U, M]; see `measure_ranks`."""
     model = build(cfg, params)
     (b, t), n = tokens_BT.shape, len(model.heads)
     cache = make_cache(cfg, len(model.trunk) + n, b, t)
@@ -171,20 +150,25 @@ def _ranks(cfg: ModelConfig, params: Any, tokens_BT: jax.Array) -> jax.Array:
     for i in range(1, n):
         head_BTD, cache = decode_head(model, i, trunk_BTD, new, cache)
         logits_BUV = model.logits(head_BTD[:, :u])
-        said_BU1 = predicted_BT[:, i : i + u, None]
-        is_predicted_BUV = ids_11V == said_BU1
+        predicted_BU1 = predicted_BT[:, i : i + u, None]
+        is_predicted_BUV = ids_11V == predicted_BU1
         own_BU1 = jnp.sum(
             jnp.where(is_predicted_BUV, logits_BUV, 0.0), -1, keepdims=True
         )
         before_BUV = (logits_BUV > own_BU1) | (
-            (logits_BUV == own_BU1) & (ids_11V < said_BU1)
+            (logits_BUV == own_BU1) & (ids_11V < predicted_BU1)
         )
         ranks.append(jnp.sum(before_BUV, axis=-1, dtype=jnp.int32))
     return jnp.stack(ranks, axis=-1)
 
 
 def choose(ranks_XM: np.ndarray, nodes: int) -> Calibration:
-    """The tree of at most so many nodes that is right most often."""
+    """The tree of at most so many nodes that is right most often.
+
+    Args:
+      ranks_XM: from `measure_ranks`.
+      nodes: most drafts in the tree.
+    """
     positions, m = ranks_XM.shape
     paths_X = list(map(tuple, ranks_XM.tolist()))
     counts = collections.Counter(
@@ -208,22 +192,3 @@ def choose(ranks_XM: np.ndarray, nodes: int) -> Calibration:
         top_k=top_k,
         chain=1.0 + sum(float(np.mean(right_X)) for right_X in first),
     )
-
-
-def table(result: Calibration) -> str:
-    """The figures for people."""
-    shown = (1, 2, 3, 5, 10)
-    lines = [
-        "share of positions where one of a head's best k drafts is right, of those "
-        "where the drafts before it are:",
-        "head" + "".join(f"{f'top {k}':>8}" for k in shown),
-    ]
-    for i, shares in enumerate(result.top_k, 2):
-        lines.append(f"{i:>4}" + "".join(f"{shares[k - 1]:>8.4f}" for k in shown))
-    depth = max(len(path) for path, _ in result.nodes)
-    lines.append(
-        f"{len(result.nodes)} drafts, {depth} deep: {result.tokens_per_forward:.3f} "
-        f"tokens a forward pass (first candidates alone: {result.chain:.3f}); "
-        f"{result.positions} positions, teacher-forced"
-    )
-    return "\n".join(lines)

@@ -21,6 +21,7 @@ from mtp_jax.decode.decode_model import unstack
 from mtp_jax.decode.decoders import DECODERS
 from mtp_jax.decode.decoders.sampling import Sampling
 from mtp_jax.decode.decoders.state import Decoder, ReadsTables
+from mtp_jax.decode.fitting import default_decoder, needs_heads
 from mtp_jax.decode.generation import Generation, generation_of
 from mtp_jax.decode.programs import Programs
 from mtp_jax.decode.text_stream import find_stop, settled
@@ -304,7 +305,7 @@ class Generator:
         if not 1 <= heads <= n:
             raise UserError(f"heads is {heads}; the model has heads 1 to {n}.")
         if decoder is None:
-            decoder = "plain" if heads == 1 else "blockwise"
+            decoder = default_decoder(heads)
         if isinstance(decoder, str):
             if decoder not in DECODERS:
                 raise UserError(f"no decoder {decoder!r}; known are {list(DECODERS)}.")
@@ -335,11 +336,6 @@ class Generator:
                 f"knows 0 to {self.cfg.vocab_size - 1}."
             )
         return ids.astype(np.int32)
-
-
-def needs_heads(decoder: Decoder) -> bool:
-    """Returns True if a decoder has no use for a model of one head."""
-    return decoder.heads(2) > 1
 
 
 class _Clock:

@@ -1,20 +1,19 @@
-"""Measuring held-out text: the verb `evaluate`, and what training calls on schedule.
+"""Figures of a model on held-out text: loss, accuracy, bits per byte, accepted length.
 
 Axes: B rows, S = T + N tokens of a row, N heads, V vocabulary.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
-from mtp_jax.checkpoint.restore import Restored, restore_model
-from mtp_jax.cli.args import Parser, positive_int
+from mtp_jax.checkpoint.restore import Restored, as_restored
 from mtp_jax.config import ComputeConfig, Config, ModelConfig
 from mtp_jax.data.batches import heldout_batches, open_sources
 from mtp_jax.data.corpus import Corpus
@@ -26,7 +25,6 @@ from mtp_jax.loss.targets import future_targets
 from mtp_jax.model.language_model import model_builder
 from mtp_jax.parallel.sharding import batch_shards, spec
 from mtp_jax.parallel.to_devices import batch_sharding, place_rows, rows_of_process
-from mtp_jax.storage import write_json
 
 
 def make_evaluator(
@@ -58,13 +56,21 @@ def measure(
     params: Any,
     batches: Iterable[dict[str, jax.Array]],
 ) -> dict[str, Any]:
-    """Figures over batches, as they stand in eval.json.
+    """Returns the figures over batches, in JSON's types.
 
     Sums are added up in float64 on the host. `bits_per_byte` counts every target of
     head 1, end-of-text included, over the bytes of the text. `accept` is
     teacher-forced: `length` is the mean length of the prefix on which heads 2..n agree
-    with what head 1 will say, plus 1; `by_head[i]` the share of positions at which that
-    prefix reaches head i + 2.
+    with what head 1 will predict, plus 1; `by_head[i]` the share of positions at which
+    that prefix reaches head i + 2.
+
+    Args:
+      evaluator: from `make_evaluator`.
+      params: of the model, on the mesh.
+      batches: arrays [1, B, S] on the devices.
+
+    Raises:
+      UserError: there are no batches.
     """
     total, text_bytes = None, 0
     for batch in batches:
@@ -96,48 +102,30 @@ def measure(
     }
 
 
-def main(argv: list[str]) -> int:
-    """Runs the verb; writes eval.json into the workdir and prints a table."""
-    parser = Parser("mtp-jax evaluate", "Measure a trained model on held-out text.")
-    parser.add_argument("--workdir", required=True, metavar="D", help="folder of a run")
-    parser.add_argument(
-        "--step", type=int, metavar="S", help="which checkpoint; default: the newest"
-    )
-    parser.add_argument(
-        "--heads", type=int, metavar="K", help="keep only the first K heads"
-    )
-    parser.add_argument(
-        "--data",
-        action="append",
-        metavar="DIR",
-        help="another prepared corpus instead of the run's own; may be repeated",
-    )
-    parser.add_argument(
-        "--max_batches",
-        type=positive_int,
-        metavar="B",
-        help="measure only so many batches, evenly spread; default: all",
-    )
-    args = parser.parse_args(argv)
-    restored = restore_model(args.workdir, step=args.step, heads=args.heads)
-    result = evaluate(restored, args.data, args.max_batches)
-    path = epath.Path(args.workdir) / "eval.json"
-    print(table(result))
-    try:
-        write_json(path, result)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
-    print(f"written to {path}")
-    return 0
-
-
 def evaluate(
-    restored: Restored,
-    directories: list[str] | None = None,
+    model: Restored | str | os.PathLike[str],
+    *,
+    data: Sequence[str | os.PathLike[str]] | None = None,
     max_batches: int | None = None,
 ) -> dict[str, Any]:
-    """`measure` over the held-out text of the run's corpora, or of other ones."""
+    """Measures a model on held-out text; returns the content of `eval.json`.
+
+    Args:
+      model: a restored model, or the workdir of a run.
+      data: folders of prepared corpora; None for those of the run.
+      max_batches: measure only so many batches, evenly spread; None for all.
+
+    Returns:
+      step, data (names of the corpora), and the figures of `measure`: for each head
+      loss in nats a token, perplexity and accuracy; bits_per_byte; accept; tokens;
+      bytes.
+
+    Raises:
+      UserError: no such run or corpus, a corpus of another tokenizer, no held-out text.
+    """
+    restored = as_restored(model)
     cfg = restored.config
+    directories = None if data is None else [os.fspath(name) for name in data]
     sources = open_sources(cfg, directories, splits=["heldout"])
     for source in sources:
         if source.tokenizer.fingerprint != restored.tokenizer.fingerprint:
@@ -171,19 +159,3 @@ def placed_heldout(
     rows = rows_of_process(sharding, size)
     for batch in heldout_batches(cfg, sources, rows, limit=limit):
         yield place_rows(batch, rows, sharding, size)
-
-
-def table(result: dict[str, Any]) -> str:
-    """The figures for people."""
-    lines = ["head  loss (nats)  perplexity  accuracy  accepted"]
-    accepted = [1.0, *result["accept"]["by_head"]]
-    for head, share in zip(result["heads"], accepted, strict=True):
-        lines.append(
-            f"{head['offset']:>4}  {head['loss']:>11.4f}  {head['perplexity']:>10.3f}"
-            f"  {head['accuracy']:>8.4f}  {share:>8.4f}"
-        )
-    lines.append(
-        f"{result['bits_per_byte']:.4f} bits per byte; accepted length "
-        f"{result['accept']['length']:.3f} (teacher-forced); {result['tokens']} tokens"
-    )
-    return "\n".join(lines)

@@ -1,48 +1,68 @@
 """Decoders side by side, in one run on the same prompts."""
 
-import functools
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mtp_jax.decode.decoders.plain import Plain
 from mtp_jax.decode.decoders.sampling import Sampling
 from mtp_jax.decode.decoders.state import Decoder
 from mtp_jax.decode.generation import Generation, Totals, totals
 from mtp_jax.decode.generator import Generator
 
 _REPEATS = 2  # timed runs of each; the fastest counts
-
 _ROW = "{:<{widest}} {:<8}{:>10}{:>16}{:>12}{:>8}{:>12}  {}"
+_GREEDY = Sampling()
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A decoder's texts and figures, beside those of plain decoding."""
+
+    results: list[Generation]  # of the fastest run
+    figures: Totals
+    speedup: float  # tokens a second over those of plain
+    equal: int | None  # texts that are those of plain; None: sampled, so not compared
+    lossy: bool
+
+    @property
+    def differs(self) -> bool:
+        """True if a decoder that claims to be exact has another greedy text."""
+        compared = self.equal is not None and not self.lossy
+        return compared and self.equal != len(self.results)
+
+    @property
+    def deviations(self) -> int:
+        """Tokens that are not the exact choice; 0 for exact decoders."""
+        return sum(r.deviations or 0 for r in self.results)
 
 
 def compare(
     generator: Generator,
-    decoders: dict[str, Decoder],
+    decoders: Mapping[str, Decoder],
     prompts: Sequence[Any],
-    sampling: Sampling,
-    settings: dict[str, Any],
-) -> int:
-    """Prints a line a decoder.
+    *,
+    sampling: Sampling = _GREEDY,
+    **settings: Any,
+) -> Iterator[tuple[str, Comparison | str]]:
+    """Yields the name and the figures of each decoder, plain's first.
 
     Args:
       generator: the model.
-      decoders: by name; plain is among them.
-      prompts: at least one.
-      sampling: the law of the next token.
-      settings: other arguments of `Generator.generate`.
+      decoders: by name; plain is run in any case.
+      prompts: at least one, as `Generator.generate` takes them.
+      sampling: the distribution of the next token.
+      settings: other arguments of `Generator.generate`; max_new_tokens is one.
 
     Returns:
-      1 if greedy texts of a decoder that claims to be exact are not those of plain.
+      An iterator of names and figures; a text instead says why a decoder is left out.
     """
-    row = functools.partial(_ROW.format, widest=max(11, *map(len, decoders)))
-    print(row("decoder", "kind", "forwards", "tokens/forward", "tokens/s", "ratio",
-               "equal", "accepted by head"))  # fmt: skip
     greedy = sampling.temperature == 0
     reference: list[str] = []
-    plain_speed, differs = 0.0, False
-    for name in ["plain", *(name for name in decoders if name != "plain")]:
-        decoder = decoders[name]
+    plain_speed = 0.0
+    for name, decoder in {"plain": Plain(), **decoders}.items():
         if not greedy and getattr(decoder, "draws_nothing", False):
-            print(f"{name} left out: it draws nothing, and temperature is above 0")
+            yield name, "it draws nothing, and temperature is above 0"
             continue
         runs = [
             generator.generate(prompts, decoder=decoder, sampling=sampling, **settings)
@@ -53,26 +73,40 @@ def compare(
         texts = [r.text for r in results]
         reference, plain_speed = reference or texts, plain_speed or figures.tokens_per_s
         equal = sum(a == b for a, b in zip(texts, reference, strict=True))
-        differs |= greedy and not decoder.lossy and equal < len(texts)
-        print(
-            row(
-                name,
-                _kind(decoder, results, figures),
-                figures.forwards,
-                f"{figures.tokens_per_forward:.2f}",
-                f"{figures.tokens_per_s:.1f}",
-                f"{figures.tokens_per_s / plain_speed:.2f}",
-                f"{equal} of {len(texts)}" if greedy else "-",
-                " ".join(f"{share:.2f}" for share in figures.accepted_by_head),
+        speedup = figures.tokens_per_s / plain_speed
+        yield (
+            name,
+            Comparison(
+                results, figures, speedup, equal if greedy else None, decoder.lossy
             ),
-            flush=True,
         )
-    return 1 if differs else 0
 
 
-def _kind(decoder: Decoder, results: Sequence[Generation], figures: Totals) -> str:
-    """Exact, or the share of tokens that are not the exact choice."""
-    if not decoder.lossy:
-        return "exact"
-    deviations = sum(r.deviations or 0 for r in results)
-    return f"-{100 * deviations / figures.tokens:.1f}%"
+def header(names: Mapping[str, Any]) -> str:
+    """The first line of a table of the decoders of these names."""
+    return _ROW.format("decoder", "kind", "forwards", "tokens/forward", "tokens/s",
+                       "ratio", "equal", "accepted by head",
+                       widest=_widest(names))  # fmt: skip
+
+
+def line(name: str, found: Comparison | str, names: Mapping[str, Any]) -> str:
+    """The line of a decoder in the table of the decoders of these names."""
+    if isinstance(found, str):
+        return f"{name} left out: {found}"
+    figures = found.figures
+    equal = "-" if found.equal is None else f"{found.equal} of {len(found.results)}"
+    return _ROW.format(
+        name,
+        f"-{100 * found.deviations / figures.tokens:.1f}%" if found.lossy else "exact",
+        figures.forwards,
+        f"{figures.tokens_per_forward:.2f}",
+        f"{figures.tokens_per_s:.1f}",
+        f"{found.speedup:.2f}",
+        equal,
+        " ".join(f"{share:.2f}" for share in figures.accepted_by_head),
+        widest=_widest(names),
+    )
+
+
+def _widest(names: Mapping[str, Any]) -> int:
+    return max(11, *map(len, names))

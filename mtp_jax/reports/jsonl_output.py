@@ -6,8 +6,64 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from mtp_jax.decode.decoders.sampling import Sampling
+from mtp_jax.decode.decoders.state import Decoder
+from mtp_jax.decode.fitting import settings_of
 from mtp_jax.decode.generation import Generation
+from mtp_jax.decode.generator import Generator
 from mtp_jax.errors import UserError
+
+BATCH_SIZE = 16  # prompts at a time where nothing else is asked for
+
+
+def generate_to_file(
+    generator: Generator,
+    path: str,
+    prompts: Sequence[Any],
+    *,
+    step: int,
+    decoder: Decoder,
+    sampling: Sampling,
+    batch_size: int | None = None,
+    **settings: Any,
+) -> int:
+    """Appends the continuations that are not in a JSONL file yet, batch by batch.
+
+    Args:
+      generator: the model.
+      path: of the file; it is made if it is not there.
+      prompts: as `Generator.generate` takes them.
+      step: checkpoint of the model, kept with every line.
+      decoder: how to decode.
+      sampling: the distribution of the next token.
+      batch_size: prompts at a time; 16 if None.
+      settings: other arguments of `Generator.generate`, in JSON's types.
+
+    Returns:
+      How many continuations were there already.
+
+    Raises:
+      UserError: the file cannot be used, or is of other prompts or settings.
+    """
+    kept = {
+        **settings,
+        "decoder": settings_of(decoder),
+        "sampling": dataclasses.asdict(sampling),
+        "step": step,
+        "heads": generator.cfg.n_future_tokens,
+    }
+    output = JsonlOutput(path, [generator.prompt_text(p) for p in prompts], kept)
+    before, size = output.done, batch_size or BATCH_SIZE
+    while output.done < len(prompts):
+        results = generator.generate(
+            prompts[output.done : output.done + size],
+            first=output.done,
+            decoder=decoder,
+            sampling=sampling,
+            **settings,
+        )
+        output.append(results)
+    return before
 
 
 class JsonlOutput:

@@ -1,0 +1,69 @@
+"""The verb `calibrate`: which tree of drafts a model does best with."""
+
+from typing import TYPE_CHECKING
+
+from mtp_jax.cli.args import Parser, output_file, positive_int
+from mtp_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from mtp_jax.decode.calibrate import Calibration
+
+
+def main(argv: list[str]) -> int:
+    """Prints a table and writes the tree's file.
+
+    Raises:
+      UserError: a flag, a model of one head, no held-out text, or a file that cannot
+        be written.
+    """
+    parser = Parser(
+        "mtp-jax calibrate", "Measure the heads and choose a tree of drafts."
+    )
+    parser.add_argument("--workdir", required=True, help="folder of a run")
+    parser.add_argument("--output", required=True, metavar="FILE", help="the tree")
+    parser.add_argument(
+        "--nodes", type=positive_int, default=24, help="drafts in the tree (24)"
+    )
+    parser.add_argument(
+        "--passages",
+        type=positive_int,
+        default=128,
+        help="held-out passages of up to 256 tokens to measure (128)",
+    )
+    parser.add_argument("--step", type=int, help="checkpoint; the latest if not given")
+    args = parser.parse_args(argv)
+    output = output_file("output", args.output)
+
+    # Not before the flags are known to be good: these import JAX.
+    from mtp_jax.checkpoint import restore
+    from mtp_jax.decode.calibrate import calibrate
+    from mtp_jax.storage import write_json
+
+    restored = restore.restore_model(args.workdir, step=args.step)
+    result = calibrate(restored, passages=args.passages, nodes=args.nodes)
+    print(_table(result))
+    try:
+        write_json(output, result.content())
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error.strerror}.") from error
+    print(f"written to {output}")
+    return 0
+
+
+def _table(result: "Calibration") -> str:
+    """The figures for people."""
+    shown = (1, 2, 3, 5, 10)
+    lines = [
+        "share of positions where one of a head's best k drafts is right, of those "
+        "where the drafts before it are:",
+        "head" + "".join(f"{f'top {k}':>8}" for k in shown),
+    ]
+    for i, shares in enumerate(result.top_k, 2):
+        lines.append(f"{i:>4}" + "".join(f"{shares[k - 1]:>8.4f}" for k in shown))
+    depth = max(len(path) for path, _ in result.nodes)
+    lines.append(
+        f"{len(result.nodes)} drafts, {depth} deep: {result.tokens_per_forward:.3f} "
+        f"tokens a forward pass (first candidates alone: {result.chain:.3f}); "
+        f"{result.positions} positions, teacher-forced"
+    )
+    return "\n".join(lines)

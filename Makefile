@@ -1,12 +1,17 @@
 # make quickstart: from nothing but Python to a trained model that drafts for itself.
-# make test: the tests. make check: formatter, linter, type checker.
+# make test: the tests that are fast and need no other packages, in under ten minutes.
+# make test-all: every test but those that take an hour, with what they need, in under
+# thirty; TESTS='-m slow': only what make test leaves out.
+# make check: formatter, linter, type checker.
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python -m mtp_jax
 STDLIB = $(shell $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('stdlib'))")
 QUICKSTART := runs/quickstart
+QUIETLY := --quiet --disable-pip-version-check
+NEEDS_PYTHON = $(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"mtp_jax needs Python 3.11 or newer, this is {v.major}.{v.minor}; try make PYTHON=python3.12 ...")'
 
-.PHONY: quickstart test check lock clean
+.PHONY: quickstart test test-all chromium check lock clean
 
 quickstart: .venv/installed
 	$(RUN) prepare --input=$(STDLIB) --output=data/stdlib --force \
@@ -18,7 +23,17 @@ quickstart: .venv/installed
 	$(RUN) generate --workdir=$(QUICKSTART) --prompt='def read_' --max_new_tokens=200
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
+
+TESTS ?=
+test-all: .venv-all/installed chromium
+	.venv-all/bin/python -m pytest -n 2 $(TESTS)
+
+# One test opens a page in it, and is skipped without.
+chromium:
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -q \
+	    && apt-get install -qq --no-install-recommends chromium; } \
+	    || echo 'no Chromium: it is not installed, and cannot be from Debian as this user'
 
 check: .venv/installed
 	$(BIN)/ruff format --check .
@@ -26,10 +41,17 @@ check: .venv/installed
 	$(BIN)/mypy
 
 .venv/installed: requirements.txt pyproject.toml
-	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"mtp_jax needs Python 3.11 or newer, this is {v.major}.{v.minor}; try make PYTHON=python3.12 ...")'
+	$(NEEDS_PYTHON)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(BIN)/pip install $(QUIETLY) -r requirements.txt
+	$(BIN)/pip install $(QUIETLY) --no-deps --editable .
+	touch $@
+
+# Apart from .venv, so that nothing there is slower or finds a device for it.
+.venv-all/installed: requirements.txt pyproject.toml
+	$(NEEDS_PYTHON)
+	$(PYTHON) -m venv .venv-all
+	.venv-all/bin/pip install $(QUIETLY) -c requirements.txt -r requirements.txt --editable '.[test-all]'
 	touch $@
 
 # The exact versions for every Python, from the ranges in pyproject.toml.
@@ -38,4 +60,4 @@ lock:
 	    --no-header --no-annotate --upgrade --output-file requirements.txt
 
 clean:
-	rm -rf .venv data runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-all data runs .pytest_cache .mypy_cache .ruff_cache

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from models import mesh_of
+from runs import ROOT
 
 from mtp_jax.config import freeze
 from mtp_jax.data import batches, packing
@@ -20,7 +21,10 @@ from mtp_jax.data.prepare import prepare
 from mtp_jax.errors import UserError
 from mtp_jax.parallel import to_devices
 
-SHARED = pathlib.Path(__file__).parent.parent.parent / "shared" / "data"
+TEXTS = [
+    pathlib.Path(__file__).parent / "data" / "verses.txt",
+    *(ROOT.parent / "shared" / "data" / "tinyshakespeare").glob("input.txt"),
+]
 B, T, N = 4, 16, 3
 S = T + N
 
@@ -443,10 +447,8 @@ def test_a_batch_that_does_not_split_over_the_devices_is_refused():
         to_devices.rows_of_process(jax.sharding.NamedSharding(mesh, spec), 6, 2)
 
 
-def test_real_text_comes_through_whole(tmp_path):
-    path = SHARED / "tinyshakespeare" / "input.txt"
-    if not path.exists():
-        pytest.skip("no development data here")
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_real_text_comes_through_whole(tmp_path, path):
     prepare(path, tmp_path / "c", heldout=0)
 
     run = make_config([str(tmp_path / "c")], seq_len=1024)

@@ -419,6 +419,7 @@ def planned(*options):
     return finish(start(["plan", *options]))
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_topologies_and_meshes_are_refused_before_compiling(refused, monkeypatch):
     for name, value in (
@@ -445,6 +446,7 @@ def test_topologies_and_meshes_are_refused_before_compiling(refused, monkeypatch
     assert "config.data.seq_len is 64" in refused("--topology=v5e:2x2", splash)
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_tiny_model_compiles_for_a_tpu():
     code, out, err = planned(
@@ -476,6 +478,7 @@ def test_a_tiny_model_compiles_for_a_tpu():
     assert rows[1]["flops_unembedding"] == 2 * rows[0]["flops_unembedding"]
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_replicas_are_on_slices_of_their_own(monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
@@ -491,6 +494,7 @@ def test_replicas_are_on_slices_of_their_own(monkeypatch):
     assert len(set(mesh.devices.flat)) == 8
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_step_compiles_for_two_slices_whose_rows_are_split():
     code, out, err = planned(
@@ -512,6 +516,7 @@ def test_a_step_compiles_for_two_slices_whose_rows_are_split():
     assert row["dcn_s"] == row["collectives"]["dcn"]["bytes"] / 6.25e9
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_what_does_not_fit_is_told_with_its_remedy(tmp_path):
     # So many small layers, with all of each kept, that only their number costs.

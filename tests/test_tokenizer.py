@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import pathlib
 import random
 import subprocess
 import sys
@@ -10,11 +9,13 @@ import sys
 import numpy as np
 import pytest
 import sentencepiece
+from runs import ROOT
 
 from mtp_jax.data import tokenizer as tokenizers
 from mtp_jax.errors import UserError
 
-SHARED = pathlib.Path(__file__).parent.parent.parent / "shared" / "data"
+DATA = ROOT / "tests" / "data"
+SHARED = ROOT.parent / "shared" / "data" / "tokenizers"
 CODE = "def add(a, b):\n    return a + b  # naïve\n\nprint(add(12, 345))\n" * 20
 HARD_TEXTS = [
     "",
@@ -183,11 +184,28 @@ def test_a_model_without_begin_and_end_of_text_is_refused():
         tokenizers.SentencePieceTokenizer(model.getvalue(), "other.model")
 
 
-def test_a_model_from_elsewhere_encodes_and_decodes():
-    paths = list((SHARED / "tokenizers").glob("*.model"))
-    if not paths:
-        pytest.skip("no development data here")
-    foreign = tokenizers.load_tokenizer(str(paths[0]))
+def made_by_default():
+    """A model by the library's own options: pieces by likelihood, a dummy prefix."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter((DATA / "verses.txt").read_text().splitlines()),
+        model_writer=model,
+        vocab_size=450,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        minloglevel=3,
+    )
+    return model.getvalue()
+
+
+@pytest.mark.parametrize(
+    "path", [None, *SHARED.glob("*.model")], ids=lambda path: path and path.name
+)
+def test_a_model_from_elsewhere_encodes_and_decodes(tmp_path, path):
+    if path is None:
+        path = tmp_path / "foreign.model"
+        path.write_bytes(made_by_default())
+    foreign = tokenizers.load_tokenizer(str(path))
 
     text = "The quick brown fox, 12 times."
     ids = foreign.encode(text)

@@ -282,11 +282,17 @@ def test_eight_devices_train_and_one_evaluates_and_decodes(tmp_path, corpus_dir)
         generator.generate(["a" * 65], max_new_tokens=8)
 
 
-def test_sentencepiece_from_text_to_sample(tmp_path):
-    stories = ROOT.parent / "shared" / "data" / "tinystories"
-    stories = stories / "tinystories_cased_train.jsonl"
-    if not stories.exists():
-        pytest.skip("needs the stories")
+STORIES = [
+    ROOT / "tests" / "data" / "stories.jsonl",
+    *(
+        pytest.param(path, marks=pytest.mark.slow)
+        for path in (ROOT.parent / "shared" / "data" / "tinystories").glob("*.jsonl")
+    ),
+]
+
+
+@pytest.mark.parametrize("stories", STORIES, ids=lambda path: path.stem)
+def test_sentencepiece_from_text_to_sample(tmp_path, stories):
     workdir, data = tmp_path / "run", tmp_path / "data"
 
     complete(

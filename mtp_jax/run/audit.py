@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 from etils import epath
 
-from mtp_jax.config import Config, freeze
+from mtp_jax.config import Config, config_from_json, freeze
 from mtp_jax.data.batches import open_sources, pieces_of_step, train_batches
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.packing import batch_hash, format_hash
@@ -142,12 +142,12 @@ def _runs(workdir: epath.Path) -> list[_Run]:
         raise UserError(f"{workdir} holds no run.json; give the workdir of a run.")
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        config, entries = freeze(run["config"]), run["runs"]
+        config, entries = config_from_json(run["config"], str(path)), run["runs"]
         corpora: dict[tuple[str, ...], list[Corpus]] = {}
         found = []
         for entry in entries:
             data = {**dataclasses.asdict(config.data), **entry["data"]}
-            cfg = freeze({**run["config"], "data": data})
+            cfg = freeze({**dataclasses.asdict(config), "data": data})
             names = cfg.data.sources
             if names not in corpora:
                 corpora[names] = open_sources(cfg, splits=["train"])

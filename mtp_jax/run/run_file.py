@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import jax
 from etils import epath
 
-from mtp_jax.config import Config
+from mtp_jax.config import Config, config_to_json
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.tokenizer import tokenizer_identity
 from mtp_jax.errors import UserError
@@ -73,7 +73,7 @@ class RunFile:
             "corpora": [corpus.fingerprint for corpus in corpora],
         }
         content = {
-            "config": dataclasses.asdict(cfg),
+            "config": config_to_json(cfg),
             "tokenizer": tokenizer_identity(corpora[0].tokenizer),
             **environment(mesh),
             "runs": [*before.get("runs", []), entry],

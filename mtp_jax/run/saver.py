@@ -1,12 +1,11 @@
 """Checkpoints of a run: when one is due, what goes into it, and where it goes."""
 
-import dataclasses
 import sys
 from typing import Any
 
 from mtp_jax.checkpoint.checkpoints import Checkpoints
 from mtp_jax.checkpoint.local import LocalCheckpoints
-from mtp_jax.config import Config
+from mtp_jax.config import Config, config_to_json
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.tokenizer import tokenizer_identity
 from mtp_jax.run.goodput import Goodput
@@ -90,7 +89,7 @@ class Saver:
         """The facts about the run that a durable checkpoint holds as JSON."""
         splits = [corpus.manifest["splits"]["train"] for corpus in self._corpora]
         return {
-            "config": dataclasses.asdict(self._cfg),
+            "config": config_to_json(self._cfg),
             "data": {"batches": step, "corpora": splits},
             "tokenizer": tokenizer_identity(self._corpora[0].tokenizer),
             "seconds": self._goodput.seconds(),

@@ -12,7 +12,7 @@ import jax
 from etils import epath
 
 from mtp_jax import __version__
-from mtp_jax.config import Config, ModelConfig
+from mtp_jax.config import Config, ModelConfig, config_from_json
 from mtp_jax.data.batches import open_sources
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.tokenizer import Tokenizer, save_tokenizer
@@ -109,9 +109,10 @@ def _refuse_another_run(
         return
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        saved, fingerprint = run["config"]["model"], run["tokenizer"]["fingerprint"]
+        written, fingerprint = run["config"], run["tokenizer"]["fingerprint"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a run's; choose another workdir.") from error
+    saved = dataclasses.asdict(config_from_json(written, str(path)).model)
     wanted = dataclasses.asdict(model)
     rows = [
         f"{name} is {saved.get(name)} there and {wanted.get(name)} here"

@@ -122,7 +122,7 @@ class Deed:
 
 
 def test_a_pickle_is_ignored_and_does_nothing(mesh, tmp_path):
-    """As the format before was one, whose files may still lie there."""
+    """Files of the format before, which was pickle, may still lie there."""
     state, trace = make_state(mesh), tmp_path / "trace"
     local = saved(tmp_path / "local", state)
     content = pickle.dumps(Deed(trace), protocol=5)

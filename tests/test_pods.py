@@ -301,6 +301,31 @@ def test_local_checkpoints_are_taken_where_all_hosts_have_them(tmp_path, corpus_
     assert losses(tmp_path / "copy").tolist() == losses(calm).tolist()
 
 
+def test_a_local_checkpoint_that_one_host_lost_is_taken_by_none(tmp_path, corpus_dir):
+    workdir, local = tmp_path / "run", tmp_path / "local"
+    args = train_args(
+        workdir,
+        corpus_dir,
+        *SMALL,
+        *mesh_options((1, 2, 1, 1)),
+        "--config.train.steps=9",
+        "--config.checkpoint.local_every=2",
+        f"--config.checkpoint.local_dir={local}",
+    )
+    complete_hosts(args, 2)
+    before = losses(workdir).tolist()
+    kept = [sorted(p.name for p in local.glob(f"*/{i}-of-2/[0-9]*")) for i in (0, 1)]
+    shutil.rmtree(workdir / "checkpoints" / "9")
+    (lost,) = local.glob("*/1-of-2/8")
+    shutil.rmtree(lost)
+
+    out = complete_hosts(args, 2)
+
+    assert kept == [["6", "8"], ["6", "8"]]
+    assert "continues after step 6" in out
+    assert losses(workdir).tolist() == before
+
+
 def test_a_restart_with_a_warm_cache_compiles_nothing(tmp_path, corpus_dir):
     """Counted by JAX's own events, up to its first new step."""
     program = (

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _MAGIC = b"mtp_jax shards 1\n"
+_PIECE = 1 << 20  # bytes that are hashed while they are in the processor's cache
 _LENGTH = struct.Struct("<Q")
 _DTYPES = {
     np.dtype(x).name: np.dtype(x)
@@ -154,12 +155,12 @@ class _Source:
         found = np.empty(size, np.uint8)
         view, filled = found.data, 0
         while filled < size:
-            count = self._file.readinto(view[filled:])
+            count = self._file.readinto(view[filled : filled + _PIECE])
             if not count:
                 raise ValueError("the file became shorter")
+            self._digest.update(view[filled : filled + count])
             filled += count
         self.left -= size
-        self._digest.update(view)
         return found
 
     def array(self, dtype: np.dtype, index: Index) -> np.ndarray:

@@ -31,7 +31,7 @@ def run(tmp_path):
 def test_an_old_checkpoint_has_the_figures_of_its_time(run):
     restored = restore_model(str(run / "run"))
 
-    figures = evaluate(restored, [str(run / "corpus")])
+    figures = evaluate(restored, data=[str(run / "corpus")])
 
     expected = EXPECTED["eval"]
     assert figures["step"] == expected["step"] == 20

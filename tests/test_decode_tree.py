@@ -214,7 +214,7 @@ def test_typical_departs_where_a_slow_typical_decoder_does(temperature):
     assert deviations > 0
 
 
-def test_typical_departures_end_with_the_stop_string():
+def test_typical_deviations_end_with_the_stop_string():
     c, hot = case(4, 5), Sampling(temperature=1.0)
     settings = {"max_new_tokens": NEW, "decoder": "typical", "sampling": hot}
     whole = c.generator.generate(c.prompts, **settings)
@@ -272,7 +272,7 @@ def test_the_mesh_does_not_change_the_text(decoder):
     # Five prompts: rows have to be added for the batch to fill the mesh.
     results = generator.generate(c.prompts[:5], **settings)
     one = c.generator.generate(c.prompts[:5], **settings)
-    for name in ("tokens", "forwards", "departures"):
+    for name in ("tokens", "forwards", "deviations"):
         assert [getattr(r, name) for r in results] == [getattr(r, name) for r in one]
 
 

@@ -88,7 +88,7 @@ def test_json_is_an_object_a_prompt_and_nothing_else(restored, capsys, tmp_path)
         "accepted_by_head",
         "tokens_per_s",
         "finish",
-        "departures",
+        "deviations",
     }
 
 

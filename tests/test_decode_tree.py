@@ -215,7 +215,7 @@ def test_typical_departs_where_a_slow_typical_decoder_does(temperature):
     assert deviations > 0
 
 
-def test_typical_departures_end_with_the_stop_string():
+def test_typical_deviations_end_with_the_stop_string():
     c, hot = case(4, 5), Sampling(temperature=1.0)
     settings = {"max_new_tokens": NEW, "decoder": "typical", "sampling": hot}
     whole = c.generator.generate(c.prompts, **settings)

@@ -118,6 +118,7 @@ def test_the_time_of_a_run_is_accounted_for(alone_and_together):
     assert spent == {"step", "compile", "data", "save", "restore", "evaluate", "start"}
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_of_many_hosts_is_passed_over(
     alone_and_together, tmp_path, corpus_dir
 ):
@@ -241,6 +242,7 @@ def test_a_second_run_on_a_workdir_is_refused_and_a_kill_frees_it(tmp_path, corp
     complete(train_args(tmp_path / "run", corpus_dir, "--config.train.steps=2"))
 
 
+@pytest.mark.slow
 def test_local_checkpoints_are_taken_where_all_hosts_have_them(tmp_path, corpus_dir):
     """A kill after a local save and before a durable one; then a host loses its own."""
     options = [
@@ -282,6 +284,7 @@ def test_local_checkpoints_are_taken_where_all_hosts_have_them(tmp_path, corpus_
     assert losses(tmp_path / "copy").tolist() == losses(calm).tolist()
 
 
+@pytest.mark.slow
 def test_a_restart_with_a_warm_cache_compiles_nothing(tmp_path, corpus_dir):
     """Counted by JAX's own events, up to its first new step."""
     program = (

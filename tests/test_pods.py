@@ -336,6 +336,7 @@ def one_process(tmp_path_factory, corpus_dir):
     return workdir
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("count", PROCESSES)
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
@@ -357,6 +358,7 @@ def test_any_mesh_on_any_number_of_processes(
     np.testing.assert_allclose(found, wanted, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_one_four_two_and_eight_processes_are_one_run(pods, tmp_path, two_corpora):
     sources = two_corpora[0].partition("=")[2]

@@ -8,6 +8,8 @@ BIN := .venv/bin
 RUN := $(BIN)/python -m mtp_jax
 STDLIB = $(shell $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('stdlib'))")
 QUICKSTART := runs/quickstart
+# A file's tests share its models and runs, so one process takes all of them.
+PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 QUIETLY := --quiet --disable-pip-version-check
 NEEDS_PYTHON = $(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"mtp_jax needs Python 3.11 or newer, this is {v.major}.{v.minor}; try make PYTHON=python3.12 ...")'
 
@@ -23,11 +25,11 @@ quickstart: .venv/installed
 	$(RUN) generate --workdir=$(QUICKSTART) --prompt='def read_' --max_new_tokens=200
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 -m 'not slow'
+	$(BIN)/python $(PYTEST) -m 'not slow'
 
 TESTS ?=
 test-all: .venv-all/installed chromium
-	.venv-all/bin/python -m pytest -n 2 $(TESTS)
+	.venv-all/bin/python $(PYTEST) $(TESTS)
 
 # One test opens a page in it, and is skipped without.
 chromium:

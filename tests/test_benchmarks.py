@@ -44,6 +44,7 @@ def test_tables_are_aligned(capsys):
     assert capsys.readouterr().out == "name     ms\na         1\nlonger  100\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "argv", "rows"),
     [
@@ -196,6 +197,7 @@ def test_an_unknown_device_has_no_peak(capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_the_share_of_a_known_peak(monkeypatch, capsys):
     monkeypatch.setattr(chips, "peak_flops", lambda device: 1e12)
 

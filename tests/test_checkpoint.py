@@ -105,7 +105,13 @@ def test_a_save_that_was_cut_short_is_cleared_away(one_device, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("deed", ["flip", "cut", "delete"])
+@pytest.mark.parametrize(
+    "deed",
+    [
+        "flip",
+        *(pytest.param(deed, marks=pytest.mark.slow) for deed in ("cut", "delete")),
+    ],
+)
 def test_damage_anywhere_is_noticed_or_harmless(one_device, tmp_path, deed):
     """In every file of a checkpoint, at its ends and in between."""
     cfg = tiny_config()

@@ -260,8 +260,8 @@ def test_a_text_ends_before_the_first_stop_string(decoder):
 @pytest.mark.parametrize(
     "mesh_cfg",
     [
-        MeshConfig(fsdp=8),
-        MeshConfig(fsdp=4, tensor=2),
+        pytest.param(MeshConfig(fsdp=8), marks=pytest.mark.slow),
+        pytest.param(MeshConfig(fsdp=4, tensor=2), marks=pytest.mark.slow),
         MeshConfig(fsdp=2, tensor=2, sequence=2),
     ],
     ids=["fsdp8", "fsdp4-tensor2", "fsdp2-tensor2-sequence2"],

@@ -128,7 +128,9 @@ def test_a_token_gives_the_same_bits_whatever_is_read_with_it(
             np.testing.assert_array_equal(among, np.concatenate(alone))
 
 
-@pytest.mark.parametrize("in_panels", [True, False])
+@pytest.mark.parametrize(
+    "in_panels", [True, pytest.param(False, marks=pytest.mark.slow)]
+)
 def test_no_program_copies_the_weights(one_device, monkeypatch, in_panels):
     if in_panels and not native.serves("float32"):
         pytest.skip("no C++ compiler here")

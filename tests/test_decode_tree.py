@@ -261,6 +261,7 @@ def test_stop_strings_end_a_tree_where_they_end_plain():
     assert sum(r.finish == "stop" for r in tree) >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", ["tree", "typical"])
 def test_the_mesh_does_not_change_the_text(decoder):
     c, mesh = case(4, 5), make_mesh(MeshConfig(fsdp=4, tensor=2))

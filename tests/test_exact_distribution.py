@@ -138,7 +138,15 @@ def test_the_next_law_is_that_of_one_token_at_a_time():
 # Drafts take many draws, and their distribution does not depend on how p was made.
 @pytest.mark.parametrize(
     ("name", "sampling"),
-    [*itertools.product(["plain", "blockwise"], LAWS), ("speculative", TWO)],
+    [
+        ("blockwise", TWO),
+        ("speculative", TWO),
+        pytest.param("plain", TWO, marks=pytest.mark.slow),
+        *(
+            pytest.param(name, sampling, marks=pytest.mark.slow)
+            for name, sampling in itertools.product(["plain", "blockwise"], LAWS[1:])
+        ),
+    ],
 )
 def test_exact_decoders_have_the_law_of_head_one(name, sampling):
     distribution = distribution_of_decoder(DECODERS[name](), sampling)

@@ -507,6 +507,7 @@ def local(workdir, corpus, *more, hosts=4, wrapper=()):
     )
 
 
+@pytest.mark.slow
 def test_four_local_hosts_stop_when_told_and_go_on(tmp_path, corpus_dir):
     workdir = tmp_path / "run"
     many = "--config.train.steps=100000"

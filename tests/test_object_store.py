@@ -41,6 +41,7 @@ def bucket(monkeypatch):
         emulator.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_in_a_bucket_goes_on_and_is_evaluated(bucket, corpus_dir):
     from etils import epath

@@ -119,6 +119,7 @@ def test_the_time_of_a_run_is_accounted_for(alone_and_together):
     assert spent == {"step", "compile", "data", "save", "restore", "evaluate", "start"}
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_of_many_hosts_is_passed_over(
     alone_and_together, tmp_path, corpus_dir
 ):
@@ -260,6 +261,7 @@ def test_a_second_run_on_a_workdir_is_refused_and_a_kill_frees_it(tmp_path, corp
     complete(train_args(tmp_path / "run", corpus_dir, "--config.train.steps=2"))
 
 
+@pytest.mark.slow
 def test_local_checkpoints_are_taken_where_all_hosts_have_them(tmp_path, corpus_dir):
     """A kill after a local save and before a durable one; then a host loses its own."""
     options = [
@@ -326,6 +328,7 @@ def test_a_local_checkpoint_that_one_host_lost_is_taken_by_none(tmp_path, corpus
     assert losses(workdir).tolist() == before
 
 
+@pytest.mark.slow
 def test_a_restart_with_a_warm_cache_compiles_nothing(tmp_path, corpus_dir):
     """Counted by JAX's own events, up to its first new step."""
     program = (
@@ -377,6 +380,7 @@ def one_process(tmp_path_factory, corpus_dir):
     return workdir
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("count", PROCESSES)
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
@@ -398,6 +402,7 @@ def test_any_mesh_on_any_number_of_processes(
     np.testing.assert_allclose(found, wanted, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_one_four_two_and_eight_processes_are_one_run(pods, tmp_path, two_corpora):
     sources = two_corpora[0].partition("=")[2]

@@ -272,6 +272,7 @@ def test_hosts_that_hang_are_ended_and_told(tmp_path, monkeypatch):
     assert all(code == -9 for code in hosts.codes().values())
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_a_rehearsal(tmp_path, rehearsals):
     """By default the faults that differ most; --rehearsals=30: the whole script."""

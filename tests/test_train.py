@@ -220,6 +220,7 @@ def test_a_run_that_diverges_stops_clearly(tmp_path, corpus_dir):
     assert "not finite for 3 steps in a row" in err
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, corpus_dir):
     """On a file system of 5 MB of its own, where the third checkpoint does not fit."""
     probe = subprocess.run(
@@ -284,13 +285,11 @@ def test_eight_devices_train_and_one_evaluates_and_decodes(tmp_path, corpus_dir)
 
 STORIES = [
     ROOT / "tests" / "data" / "stories.jsonl",
-    *(
-        pytest.param(path, marks=pytest.mark.slow)
-        for path in (ROOT.parent / "shared" / "data" / "tinystories").glob("*.jsonl")
-    ),
+    *(ROOT.parent / "shared" / "data" / "tinystories").glob("*.jsonl"),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stories", STORIES, ids=lambda path: path.stem)
 def test_sentencepiece_from_text_to_sample(tmp_path, stories):
     workdir, data = tmp_path / "run", tmp_path / "data"
@@ -316,6 +315,7 @@ def test_sentencepiece_from_text_to_sample(tmp_path, stories):
     assert json.loads(made)["text"]
 
 
+@pytest.mark.slow
 def test_a_run_of_single_row_microbatches_trains_and_is_evaluated(tmp_path, corpus_dir):
     workdir = tmp_path / "run"
 

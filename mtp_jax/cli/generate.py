@@ -24,38 +24,18 @@ def main(argv: list[str]) -> int:
     # Not before the flags are known to be good: these import JAX.
     from mtp_jax.checkpoint import restore
     from mtp_jax.cli import decoder_args
-    from mtp_jax.data.prompts import heldout_prompts, is_text, read_prompts
+    from mtp_jax.data.prompts import heldout_prompts
     from mtp_jax.decode.decoders.sampling import Sampling
-    from mtp_jax.decode.fitting import default_decoder, needs_heads
+    from mtp_jax.decode.fitting import default_decoder
     from mtp_jax.decode.generator import Generator
     from mtp_jax.reports.texts import length_warning, summary
 
-    if args.decoder is None and options:
-        raise UserError(
-            f"unknown option {options[0]}; see mtp-jax generate --help, and give "
-            "--decoder=NAME with what is an option of one."
-        )
-    decoder = args.decoder and decoder_args.decoder_of(args.decoder, options)
-    adapts = not decoder or (not decoder.lossy and needs_heads(decoder))
-    if args.adaptive and not (adapts or args.compare):
-        raise UserError(
-            f"--adaptive is for exact decoders that draft; {args.decoder} is not one."
-        )
+    decoder = _decoder_from(args, options)
     sampling = Sampling(
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
         repetition_penalty=args.repetition_penalty, seed=args.seed,
     )  # fmt: skip
-    prompts: Sequence[Any] = [] if args.prompt is None else [args.prompt]
-    if args.prompts is not None:
-        prompts = read_prompts(args.prompts)
-    for text in [*prompts, *args.stop]:
-        if not is_text(text):
-            raise UserError(f"{text!r} is not valid Unicode text; give it in UTF-8.")
-    if prompts == [""]:
-        raise UserError("--prompt is empty; give some text to continue.")
-    if args.stream and len(prompts) != 1 and args.heldout != 1:
-        raise UserError("--stream shows one text as it is written; give one prompt.")
-
+    prompts = _prompts_from(args)
     heads = args.heads
     if heads is None and args.decoder == "plain" and not args.compare:
         heads = 1  # the others would only take memory
@@ -95,6 +75,50 @@ def main(argv: list[str]) -> int:
     if not args.json:
         print(summary(name, results))
     return 0
+
+
+def _decoder_from(args: argparse.Namespace, options: list[str]) -> Any:
+    """The decoder that was asked for, None if none was.
+
+    Raises:
+      UserError: options without a decoder, or --adaptive for one that cannot adapt.
+    """
+    from mtp_jax.cli import decoder_args
+    from mtp_jax.decode.fitting import needs_heads
+
+    if args.decoder is None and options:
+        raise UserError(
+            f"unknown option {options[0]}; see mtp-jax generate --help, and give "
+            "--decoder=NAME with what is an option of one."
+        )
+    decoder = args.decoder and decoder_args.decoder_of(args.decoder, options)
+    adapts = not decoder or (not decoder.lossy and needs_heads(decoder))
+    if args.adaptive and not (adapts or args.compare):
+        raise UserError(
+            f"--adaptive is for exact decoders that draft; {args.decoder} is not one."
+        )
+    return decoder
+
+
+def _prompts_from(args: argparse.Namespace) -> Sequence[Any]:
+    """Prompts of the command line or of a file; none yet with --heldout.
+
+    Raises:
+      UserError: a file that is no list of prompts, or a text that is none.
+    """
+    from mtp_jax.data.prompts import is_text, read_prompts
+
+    prompts: Sequence[Any] = [] if args.prompt is None else [args.prompt]
+    if args.prompts is not None:
+        prompts = read_prompts(args.prompts)
+    for text in [*prompts, *args.stop]:
+        if not is_text(text):
+            raise UserError(f"{text!r} is not valid Unicode text; give it in UTF-8.")
+    if prompts == [""]:
+        raise UserError("--prompt is empty; give some text to continue.")
+    if args.stream and len(prompts) != 1 and args.heldout != 1:
+        raise UserError("--stream shows one text as it is written; give one prompt.")
+    return prompts
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

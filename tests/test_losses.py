@@ -101,9 +101,10 @@ ALL = [
     for mesh in MESHES
     for chunk_tokens in (CHUNKS if form != "naive" else (0,))
 ]
-# Each takes a compilation, so of most kinds there are a few; `--every_case` takes all.
+# Each takes a compilation, so of most kinds there are a few, of which every second is
+# slow; `--every_case` takes all.
 USUAL = [
-    case
+    case if i % 22 else pytest.param(case, marks=pytest.mark.slow)
     for i, case in enumerate(ALL)
     if i % 11 == 0 or (case[:2] == ("fused", 4) and case[-1] == 5)
 ]

@@ -14,6 +14,7 @@ from models import mesh_of
 
 from mtp_jax.checkpoint.restore import Restored
 from mtp_jax.cli import generate
+from mtp_jax.cli.args import unescape
 from mtp_jax.cli.decoder_args import decoder_of
 from mtp_jax.config import Config, DataConfig, ModelConfig
 from mtp_jax.data.corpus import Corpus
@@ -310,7 +311,7 @@ def test_no_option_of_a_decoder_is_one_of_the_verb():
 
 
 def test_stop_texts_may_hold_escapes():
-    assert generate._unescape(r"a\n\tb\\n") == "a\n\tb\\n"
+    assert unescape(r"a\n\tb\\n") == "a\n\tb\\n"
 
 
 class FakeDocuments:

@@ -56,6 +56,12 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def unescape(text: str) -> str:
+    """A text with `\\n`, `\\t` and `\\\\` as the characters they stand for."""
+    parts = text.split("\\\\")
+    return "\\".join(p.replace("\\n", "\n").replace("\\t", "\t") for p in parts)
+
+
 def output_file(option: str, path: str) -> pathlib.Path:
     """Returns the path of an output option, checked before the work is done.
 

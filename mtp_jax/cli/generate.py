@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mtp_jax.cli.args import Parser, output_file, positive_int
+from mtp_jax.cli.args import Parser, output_file, positive_int, unescape
 from mtp_jax.errors import UserError
 
 
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
         generator.max_prompt_tokens = args.max_prompt_tokens
     settings = {
         "max_new_tokens": args.max_new_tokens,
-        "stop": [_unescape(text) for text in args.stop],
+        "stop": [unescape(text) for text in args.stop],
         "adaptive": args.adaptive,
     }
     trained = run.data.seq_len
@@ -268,9 +268,3 @@ def _write_page(path: str, generator: Any, results: Sequence[Any], title: str) -
         pathlib.Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--html={path} cannot be written: {error.strerror}.") from None
-
-
-def _unescape(text: str) -> str:
-    """A text with `\\n`, `\\t` and `\\\\` as the characters they stand for."""
-    parts = text.split("\\\\")
-    return "\\".join(p.replace("\\n", "\n").replace("\\t", "\t") for p in parts)

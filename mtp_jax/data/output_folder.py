@@ -1,6 +1,7 @@
 """The folder of a corpus, which appears complete or not at all."""
 
 import contextlib
+import errno
 import os
 import pathlib
 import re
@@ -33,6 +34,8 @@ def whole_folder(output: pathlib.Path, force: bool) -> Iterator[pathlib.Path]:
     """
     try:
         folder = pathlib.Path(os.path.realpath(output))
+        if folder.is_symlink():  # still: links that go round
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         _check(output, folder, force)
         inside = folder.is_dir()
         name = f".{secrets.token_hex(4)}.partial"

@@ -112,17 +112,7 @@ def prepare(
         counts = written.counts(skip_bad)
         _check_splits(counts, reading)
         save_tokenizer(used, partial)
-        options = {
-            "input": [_without_machine(name) for name in names],
-            "exclude": list(exclude),
-            "text_field": text_field,
-            "heldout": float(heldout),
-            "shard_tokens": shard_tokens,
-            "train_tokenizer": train_tokenizer,
-        }
-        # Named only where they are used, so that other manifests stay what they were.
-        more = {"skip_bad": skip_bad, "split_at": split_at, "split_bytes": split_bytes}
-        options |= {name: value for name, value in more.items() if value}
+        options = _options(names, exclude, shard_tokens, train_tokenizer, reading)
         described = {"tokenizer": _describe(used), **counts, "options": options}
         write_manifest(partial, described)
     if report is not None:
@@ -287,6 +277,26 @@ def _check_splits(counts: dict[str, Any], reading: ReadOptions) -> None:
             f"--heldout={heldout}; give more documents, a larger share, or "
             f"--heldout=0 for no held-out split, or {cut}."
         )
+
+
+def _options(
+    names: list[str],
+    exclude: Sequence[str],
+    shard_tokens: int,
+    train_tokenizer: int | None,
+    reading: ReadOptions,
+) -> dict[str, Any]:
+    options = {
+        "input": [_without_machine(name) for name in names],
+        "exclude": list(exclude),
+        "text_field": reading.text_field,
+        "heldout": float(reading.heldout),
+        "shard_tokens": shard_tokens,
+        "train_tokenizer": train_tokenizer,
+    }
+    # Named only where they are used, so that other manifests stay what they were.
+    later = ("skip_bad", "split_at", "split_bytes")
+    return options | {k: getattr(reading, k) for k in later if getattr(reading, k)}
 
 
 def _describe(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -40,7 +40,9 @@ def run_at(text: str) -> tuple[epath.Path, int | None]:
       UserError: what reaches that store is not installed.
     """
     path = workdir_at(text)
-    given = path if is_remote(path) else absolute(path)
+    given = absolute(path)
+    if (given / "checkpoints").is_dir():
+        return path, None
     if given.name == "checkpoints":
         return given.parent, None
     if given.parent.name == "checkpoints" and given.name.isdecimal():

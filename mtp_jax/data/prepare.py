@@ -33,8 +33,8 @@ SHARD_TOKENS = 100_000_000  # of a shard, where nothing else is asked for
 Advance = Callable[[int], None]  # takes the bytes that were read since the last call
 Progress = Callable[[str, int], contextlib.AbstractContextManager[Advance]]
 _HOW_TO_CUT = (
-    "cut text files into several, with --split_bytes={} or with --split_at=TEXT where "
-    "a text stands between them"
+    ", or cut text files into several, with --split_bytes={} or with --split_at=TEXT "
+    "where a text stands between them"
 )
 StrPath = str | os.PathLike[str]
 
@@ -110,7 +110,7 @@ def prepare(
             dtype = token_dtype(used.vocab_size)
             written = _write_shards(partial, results, dtype, shard_tokens, advance)
         counts = written.counts(skip_bad)
-        _check_splits(counts, reading)
+        _check_splits(counts, reading, files)
         save_tokenizer(used, partial)
         options = _options(names, exclude, shard_tokens, train_tokenizer, reading)
         described = {"tokenizer": _describe(used), **counts, "options": options}
@@ -253,7 +253,9 @@ def _write_shards(
     return written
 
 
-def _check_splits(counts: dict[str, Any], reading: ReadOptions) -> None:
+def _check_splits(
+    counts: dict[str, Any], reading: ReadOptions, files: list[InputFile]
+) -> None:
     splits, heldout = counts["splits"], reading.heldout
     of_split = {split: entry["documents"] for split, entry in splits.items()}
     total = sum(of_split.values())
@@ -265,17 +267,20 @@ def _check_splits(counts: dict[str, Any], reading: ReadOptions) -> None:
             "give files with text."
         )
     size = sum(entry["bytes"] for entry in splits.values())
-    cut = _HOW_TO_CUT.format(max(100, size // 200))
+    whole = reading.split_at is None and reading.split_bytes is None
+    cut = ""
+    if whole and not all(file.holds_lines for file in files):
+        cut = _HOW_TO_CUT.format(max(100, size // 200))
     if of_split["train"] == 0:
         raise UserError(
             f"no documents to train on: all {total} are held out with "
-            f"--heldout={heldout}; give more documents or a smaller share, or {cut}."
+            f"--heldout={heldout}; give more documents or a smaller share{cut}."
         )
     if of_split["heldout"] == 0 and heldout > 0:
         raise UserError(
             f"no held-out documents: none of {total} fell into the share "
             f"--heldout={heldout}; give more documents, a larger share, or "
-            f"--heldout=0 for no held-out split, or {cut}."
+            f"--heldout=0 for no held-out split{cut}."
         )
 
 

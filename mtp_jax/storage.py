@@ -30,6 +30,37 @@ def workdir_at(text: str) -> epath.Path:
     return path
 
 
+def run_at(text: str) -> tuple[epath.Path, int | None]:
+    """The workdir of a run, and the step of the checkpoint if one is named in it.
+
+    Args:
+      text: the workdir, its folder `checkpoints`, or a checkpoint in that.
+
+    Raises:
+      UserError: what reaches that store is not installed.
+    """
+    path = workdir_at(text)
+    given = absolute(path)
+    if (given / "checkpoints").is_dir():
+        return path, None
+    if given.name == "checkpoints":
+        return given.parent, None
+    if given.parent.name == "checkpoints" and given.name.isdecimal():
+        return given.parent.parent, int(given.name)
+    return path, None
+
+
+def where_runs_are(folder: epath.Path) -> str:
+    """A hint for a folder that is no workdir: the layout of one, and those nearby."""
+    hint = "give the workdir of a run, the folder with run.json and checkpoints/ in it"
+    if not folder.is_dir():
+        return f"there is no such folder; {hint}"
+    below = sorted(str(path.parent) for path in folder.glob("*/checkpoints"))
+    if not below:
+        return hint
+    return f"{hint}, like {', '.join(below[:3])}{' ...' * (len(below) > 3)}"
+
+
 def is_remote(path: epath.Path) -> bool:
     """True for a path in an object store."""
     return "://" in os.fspath(path)

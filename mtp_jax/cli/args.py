@@ -56,6 +56,22 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Adds --data, the corpora to use instead of those of the run."""
+    parser.add_argument(
+        "--data",
+        action="append",
+        metavar="DIR",
+        help="another prepared corpus instead of the run's own; may be repeated",
+    )
+
+
+def unescape(text: str) -> str:
+    """A text with `\\n`, `\\t` and `\\\\` as the characters they stand for."""
+    parts = text.split("\\\\")
+    return "\\".join(p.replace("\\n", "\n").replace("\\t", "\t") for p in parts)
+
+
 def output_file(option: str, path: str) -> pathlib.Path:
     """Returns the path of an output option, checked before the work is done.
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mtp_jax.cli.args import Parser, positive_int
+from mtp_jax.cli.args import Parser, add_data, positive_int
 from mtp_jax.errors import UserError
 
 
@@ -20,12 +20,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--heads", type=int, metavar="K", help="keep only the first K heads"
     )
-    parser.add_argument(
-        "--data",
-        action="append",
-        metavar="DIR",
-        help="another prepared corpus instead of the run's own; may be repeated",
-    )
+    add_data(parser)
     parser.add_argument(
         "--max_batches",
         type=positive_int,
@@ -35,15 +30,13 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
 
     # Not before the flags are known to be good: these import JAX.
-    from etils import epath
-
     from mtp_jax.checkpoint import restore
     from mtp_jax.eval.heldout import evaluate
-    from mtp_jax.storage import write_json
+    from mtp_jax.storage import run_at, write_json
 
     restored = restore.restore_model(args.workdir, step=args.step, heads=args.heads)
     result = evaluate(restored, data=args.data, max_batches=args.max_batches)
-    path = epath.Path(args.workdir) / "eval.json"
+    path = run_at(args.workdir)[0] / "eval.json"
     print(_table(result))
     try:
         write_json(path, result)

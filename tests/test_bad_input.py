@@ -49,7 +49,7 @@ def assert_refused(result, *words):
     [
         ("model.d_modle=3", ["d_modle", "d_model"]),
         ("modle.d_model=3", ["modle"]),
-        ("compute.rematt=full", ["'rematt'", 'did you mean "remat"?']),
+        ("compute.rematt=full", ["'rematt'", "did you mean config.compute.remat?"]),
         ("mesh.data=2", ["config.mesh has no field 'data'"]),
         ("compute.chunk_tokens=1.5", ["chunk_tokens=1.5: must be a whole number"]),
         ("mesh.tensor=3", ["the axes beside the one of -1 come to 3"]),

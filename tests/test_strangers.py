@@ -179,10 +179,10 @@ def test_who_says_nothing_is_dropped_and_takes_no_place(monkeypatch):
 
 def own_address():
     """An address of this machine that is not loopback, if it has one."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        with contextlib.suppress(OSError):
-            probe.connect(("192.0.2.1", 9))  # sends nothing
-            return probe.getsockname()[0]
+    probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with probe, contextlib.suppress(OSError):
+        probe.connect(("192.0.2.1", 9))  # sends nothing
+        return probe.getsockname()[0]
     return "127.0.0.1"
 
 

@@ -1,7 +1,9 @@
 """Eight host devices and a compilation cache, for every test."""
 
+import json
 import os
 import pathlib
+import random
 
 import jax
 import pytest
@@ -68,6 +70,12 @@ def rehearsals(request):
     return request.config.getoption("--rehearsals")
 
 
+@pytest.fixture
+def pods(request):
+    if not request.config.getoption("--pods"):
+        pytest.skip("takes an hour; --pods")
+
+
 @pytest.fixture(scope="session")
 def corpus_dir(tmp_path_factory):
     """The package's own source, prepared as bytes."""
@@ -77,3 +85,53 @@ def corpus_dir(tmp_path_factory):
     output = tmp_path_factory.mktemp("corpus") / "source"
     prepare(source, output, heldout=0.2)
     return output
+
+
+@pytest.fixture(scope="session")
+def story(tmp_path_factory):
+    """Documents of 3 to 62 tokens, all different, in several shards."""
+    from corpora import make_corpus
+
+    texts = [
+        "".join(
+            random.Random(i).choices("abcdefghijklmnopqrstuvwxyz", k=1 + i * 7 % 60)
+        )
+        for i in range(80)
+    ]
+    folder = tmp_path_factory.mktemp("story") / "s"
+    return make_corpus(folder, texts, heldout=0.2, shard_tokens=500)
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Sixty text files of different sizes."""
+    folder = tmp_path / "src"
+    folder.mkdir()
+    for i in range(60):
+        text = f"# file {i}\n" + f"x_{i} = {i * i}\n" * (i % 7)
+        (folder / f"f{i:02d}.py").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def counts_file(tmp_path_factory):
+    """Counts of runs of random letters, in a file."""
+    from letter_counts import ngrams
+
+    from mtp_jax.data import ngram_counts
+
+    path = tmp_path_factory.mktemp("counts") / "counts"
+    ngram_counts.save(ngrams(), path)
+    return str(path)
+
+
+@pytest.fixture
+def tree_file(tmp_path):
+    """Writes a file of these paths; the name of it."""
+
+    def write(paths, name="tree.json"):
+        file = tmp_path / name
+        file.write_text(json.dumps({"nodes": [{"path": p} for p in paths]}))
+        return str(file)
+
+    return write

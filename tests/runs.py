@@ -9,10 +9,14 @@ import subprocess
 import sys
 import time
 
+import numpy as np
+
 ROOT = pathlib.Path(__file__).parent.parent
 CACHE = ROOT / ".pytest_cache" / "jax"
 TIMINGS = ("tokens_per_s", "step_s", "data_wait_share")
 SLOWEST = ("slowest_host", "slowest_host_s")
+TINY_FILE = ROOT / "configs" / "tiny.py"
+SMALL = ("--config.data.seq_len=32", "--config.optim.peak_lr=3e-3")
 
 _started: list[subprocess.Popen] = []
 
@@ -21,7 +25,7 @@ def train_args(workdir, corpus, *overrides):
     """Arguments of a run of configs/tiny.py that logs every step and no more."""
     return [
         "train",
-        f"--config={ROOT / 'configs' / 'tiny.py'}",
+        f"--config={TINY_FILE}",
         f"--workdir={workdir}",
         f"--config.data.sources={corpus}",
         f"--config.train.compilation_cache={CACHE}",
@@ -86,6 +90,14 @@ def records(workdir, name="metrics.jsonl"):
     path = pathlib.Path(workdir) / name
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines]
+
+
+def hashes(workdir):
+    return [row["batch_hash"] for row in records(workdir)]
+
+
+def losses(workdir, name="metrics.jsonl", key="loss"):
+    return np.array([row[key] for row in records(workdir, name)])
 
 
 def without_timings(rows):
@@ -156,3 +168,13 @@ def complete_hosts(args, count, timeout_s=240, **options):
 def told(err):
     """What the program itself said on stderr: not the lines of libraries."""
     return [line for line in err.splitlines() if line.startswith("mtp-jax:")]
+
+
+def mesh_options(mesh):
+    """Options of a mesh (replica, fsdp, tensor, sequence)."""
+    names = ("replica", "fsdp", "tensor", "sequence")
+    return [f"--config.mesh.{name}={n}" for name, n in zip(names, mesh, strict=True)]
+
+
+def audited(workdir, *options):
+    return json.loads(complete(["audit", f"--workdir={workdir}", "--json", *options]))

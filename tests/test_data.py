@@ -1,17 +1,22 @@
-"""Rows and batches, against the definition written with loops."""
+"""Batches, against the definition written with loops."""
 
 import dataclasses
 import hashlib
 import itertools
-import json
 import pathlib
-import pickle
 import random
 
-import jax
 import numpy as np
 import pytest
-from models import mesh_of
+from corpora import (
+    N,
+    S,
+    T,
+    assert_equal_batches,
+    make_corpus,
+    row_by_hand,
+    stream_by_hand,
+)
 from runs import ROOT
 
 from mtp_jax.config import freeze
@@ -19,35 +24,12 @@ from mtp_jax.data import batches, packing
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.prepare import prepare
 from mtp_jax.errors import UserError
-from mtp_jax.parallel import to_devices
 
 TEXTS = [
     pathlib.Path(__file__).parent / "data" / "verses.txt",
     *(ROOT.parent / "shared" / "data" / "tinyshakespeare").glob("input.txt"),
 ]
-B, T, N = 4, 16, 3
-S = T + N
-
-
-def make_corpus(folder, texts, **options):
-    folder.mkdir(parents=True)
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-    (folder / "texts.jsonl").write_text(lines)
-    prepare(folder / "texts.jsonl", folder / "corpus", workers=1, **options)
-    return str(folder / "corpus")
-
-
-@pytest.fixture(scope="module")
-def story(tmp_path_factory):
-    """Documents of 3 to 62 tokens, all different, in several shards."""
-    texts = [
-        "".join(
-            random.Random(i).choices("abcdefghijklmnopqrstuvwxyz", k=1 + i * 7 % 60)
-        )
-        for i in range(80)
-    ]
-    folder = tmp_path_factory.mktemp("story") / "s"
-    return make_corpus(folder, texts, heldout=0.2, shard_tokens=500)
+B = 4
 
 
 @pytest.fixture(scope="module")
@@ -72,82 +54,6 @@ def make_config(sources, **fields):
 def take(cfg, n, start=0, rows=None):
     rows = np.arange(cfg.data.batch_size) if rows is None else rows
     return list(itertools.islice(batches.train_batches(cfg, rows, start), n))
-
-
-def assert_equal_batches(found, expected):
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert a[key].dtype == b[key].dtype
-            np.testing.assert_array_equal(a[key], b[key])
-
-
-def stream_by_hand(documents, order):
-    """(token, number of document) of all documents in this order."""
-    stream = []
-    for number in order:
-        stream += [(int(token), number) for token in documents.tokens(int(number))]
-    return stream
-
-
-def row_by_hand(stream, start):
-    """tokens, segments and positions of the row that starts here."""
-    tokens, segments, positions = [], [], []
-    for at in range(start, start + S):
-        if at >= len(stream):
-            tokens.append(0), segments.append(0), positions.append(0)
-            continue
-        token, number = stream[at]
-        same = at > start and stream[at - 1][1] == number
-        tokens.append(token)
-        segments.append((segments[-1] if segments else 0) + (not same))
-        positions.append(positions[-1] + 1 if same else 0)
-    return {"tokens": tokens, "segments": segments, "positions": positions}
-
-
-@pytest.mark.parametrize("seed", [None, (0, 0), (3, 1)])
-def test_rows_are_the_concatenated_documents_cut_every_stride(story, seed):
-    documents = Corpus.open(story).documents("train")
-    rows = packing.PackedRows(documents, S, T, 256, seed)
-
-    stream = stream_by_hand(documents, packing.document_order(len(documents), seed))
-
-    for r in range(len(rows)):
-        expected = row_by_hand(stream, r * T)
-        for key, values in rows[r].items():
-            assert values.dtype == np.int32
-            assert values.tolist() == expected[key], (r, key)
-
-
-def test_the_order_of_documents_is_a_permutation_that_depends_on_the_seed():
-    orders = [packing.document_order(50, seed).tolist() for seed in ((0, 0), (1, 0))]
-
-    assert packing.document_order(50, None).tolist() == list(range(50))
-    assert orders[0] == packing.document_order(50, (0, 0)).tolist()
-    assert orders[0] != orders[1] and orders[0] != list(range(50))
-    assert all(sorted(order) == list(range(50)) for order in orders)
-
-
-@pytest.mark.parametrize("length", [2, 3, S - 1, S, S + 1, T, T + 1, T + 2, 2 * T + 1])
-def test_every_target_of_every_head_occurs_once_an_epoch(tmp_path, length):
-    corpus = make_corpus(tmp_path / "c", ["a" * (length - 2) or "a"], heldout=0)
-    documents = Corpus.open(corpus).documents("train")
-    rows = packing.PackedRows(documents, S, T, 256, None)
-    total = int(documents.lengths[0])
-
-    seen = []
-    for r in range(len(rows)):
-        segments = rows[r]["segments"]
-        seen += [
-            (r * T + t, head)
-            for t, head in itertools.product(range(T), range(1, N + 1))
-            if segments[t] and segments[t] == segments[t + head]
-        ]
-        assert (segments[: T + 1] != 0).sum() > 1  # a row without a target is waste
-
-    pairs = itertools.product(range(total), range(1, N + 1))
-    assert sorted(seen) == [(p, h) for p, h in pairs if p + h < total]
 
 
 def test_each_document_is_in_an_epoch_exactly_once_and_epochs_differ(cfg, story):
@@ -387,64 +293,6 @@ def test_an_id_outside_the_vocabulary_is_refused_by_document(story, workers):
         UserError, match=r"corpus, document texts\.jsonl:\d+: id \d+ is"
     ):
         next(batches.train_batches(run, np.arange(B), 0, sources))
-
-
-def test_rows_pickle_small(story):
-    rows = packing.PackedRows(Corpus.open(story).documents("train"), S, T, 256, (0, 0))
-    expected = rows[5]
-
-    again = pickle.loads(pickle.dumps(rows))
-
-    assert len(pickle.dumps(rows)) < 5000
-    assert_equal_batches([again[5]], [expected])
-
-
-class PartOfSharding:
-    """The sharding as a process that has only some of the devices sees it."""
-
-    def __init__(self, sharding, devices):
-        self.sharding = sharding
-        self.devices = devices
-
-    def addressable_devices_indices_map(self, shape):
-        places = self.sharding.devices_indices_map(shape)
-        return {device: places[device] for device in self.devices}
-
-
-@pytest.mark.parametrize("accumulation", [1, 3])
-def test_rows_of_a_process_are_those_its_devices_hold(accumulation):
-    count = jax.device_count()
-    shape = (1, count, 1) if count % 2 else (2, count // 2, 1)
-    mesh = mesh_of(*shape)
-    spec = jax.sharding.PartitionSpec(None, ("replica", "fsdp"), None)
-    sharding = jax.sharding.NamedSharding(mesh, spec)
-    batch_size = accumulation * count * 2
-
-    found = to_devices.rows_of_process(sharding, batch_size, accumulation)
-    assert found.tolist() == list(range(batch_size))
-
-    numbers = np.arange(batch_size).reshape(accumulation, -1)
-    half = mesh.devices.ravel()[: max(1, count // 2)]
-    found = to_devices.rows_of_process(
-        PartOfSharding(sharding, half), batch_size, accumulation
-    )
-    assert found.tolist() == sorted(numbers[:, : 2 * len(half)].ravel().tolist())
-
-
-def test_rows_that_several_devices_hold_are_given_once():
-    mesh = jax.make_mesh((jax.device_count(),), ("tensor",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-
-    assert to_devices.rows_of_process(sharding, 4, 2).tolist() == [0, 1, 2, 3]
-
-
-@pytest.mark.skipif("jax.device_count() == 1", reason="needs several devices")
-def test_a_batch_that_does_not_split_over_the_devices_is_refused():
-    mesh = jax.make_mesh((jax.device_count(),), ("fsdp",))
-    spec = jax.sharding.PartitionSpec(None, "fsdp", None)
-
-    with pytest.raises(UserError, match="= 3 rows do not split"):
-        to_devices.rows_of_process(jax.sharding.NamedSharding(mesh, spec), 6, 2)
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)

@@ -3,14 +3,21 @@
 import dataclasses
 import functools
 import itertools
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from models import all_logits
+from slow_trees import (
+    cut_passes,
+    logits_by_training,
+    logits_of_case,
+    slow_exact,
+    slow_tree_decoder,
+    slow_typical,
+    softmax,
+)
 from test_decode import (
     NEW,
     VOCAB,
@@ -23,21 +30,17 @@ from test_decode import (
     tiny,
 )
 
-from mtp_jax.cli.decoder_args import decoder_of, description
 from mtp_jax.config import MeshConfig
 from mtp_jax.decode.batch import DecodeBatch
 from mtp_jax.decode.cache import chain, decode_heads_at, decode_trunk, make_cache
 from mtp_jax.decode.decode_model import build, unstack
 from mtp_jax.decode.decoders import DECODERS
 from mtp_jax.decode.decoders.sampling import RandomKeys, Sampling, sampling_arrays
-from mtp_jax.decode.decoders.token_tree import default_tree, read_tree, tree_of
+from mtp_jax.decode.decoders.token_tree import default_tree
 from mtp_jax.decode.decoders.tree import Tree
-from mtp_jax.decode.decoders.typical import Typical
-from mtp_jax.decode.fitting import fitting
 from mtp_jax.decode.generator import Generator
 from mtp_jax.decode.programs import Programs, Prompts
 from mtp_jax.errors import UserError
-from mtp_jax.model.language_model import model_builder
 from mtp_jax.parallel.sharding import make_mesh, spec
 
 TREES = {
@@ -47,102 +50,6 @@ TREES = {
     "crooked": [[2, 1, 0], [1], [2], [2, 1], [0], [0, 3], [2, 0], [0, 3, 1]],
     "deeper than the heads": [[0, 0, 0, 0, 0], [0], [0, 0], [0, 0, 0], [0, 0, 0, 0]],
 }
-
-
-@pytest.fixture
-def tree_file(tmp_path):
-    """Writes a file of these paths; the name of it."""
-
-    def write(paths, name="tree.json"):
-        file = tmp_path / name
-        file.write_text(json.dumps({"nodes": [{"path": p} for p in paths]}))
-        return str(file)
-
-    return write
-
-
-def logits_by_training(cfg, params):
-    """f(rows) -> logits of every head after each of at most 32 rows, [N, B, V]."""
-    with jax.set_mesh(one_device()):
-        _, model_of = model_builder(cfg)
-
-    @jax.jit
-    def run(params, tokens_BT):
-        positions_BT = jnp.arange(tokens_BT.shape[1])[None] + 0 * tokens_BT
-        return all_logits(model_of(params), tokens_BT, 0 * tokens_BT, positions_BT)
-
-    def call(rows):
-        tokens_BT = np.zeros((32, 40), np.int32)
-        for i, row in enumerate(rows):
-            tokens_BT[i, : len(row)] = row
-        with jax.set_mesh(one_device()):
-            logits_NBTV = np.asarray(run(params, on_mesh(tokens_BT)))
-        last = np.array([len(row) - 1 for row in rows])
-        return logits_NBTV[:, np.arange(len(rows)), last]
-
-    return call
-
-
-@functools.cache
-def logits_of_case(n, layers):
-    c = case(n, layers)
-    return logits_by_training(c.cfg, init(c.cfg, one_device()))
-
-
-def softmax(x):
-    e = np.exp(x - x.max())
-    return e / e.sum()
-
-
-def slow_typical(temperature, epsilon=0.09, delta=0.3):
-    def accepted(logits_V, token):
-        p = softmax(logits_V / temperature)
-        entropy = -np.sum(p * np.log(p))
-        return p[token] > min(epsilon, delta * np.exp(-entropy)), np.log(p[token])
-
-    return accepted
-
-
-def slow_exact(logits_V, token):
-    return token == logits_V.argmax(), 0.0
-
-
-def slow_tree_decoder(logits_of, prompt, paths, accepted, made):
-    """Tokens, how many of them each pass commits, and which are not head 1's choice.
-
-    Every path of the tree is a row of its own, read from the beginning.
-    """
-    paths = [(), *map(tuple, paths)]
-    text, counts, deviated = [0, *map(int, prompt)], [1], [False]
-    heads_NV = logits_of([text])[:, 0]
-    text.append(int(heads_NV[0].argmax()))
-    while sum(counts) < made:
-        # The heads read all but the last token.
-        order = np.argsort(-heads_NV[1:], axis=-1, kind="stable")
-        drafts = {p: [int(order[i, r]) for i, r in enumerate(p)] for p in paths}
-        rows = {p: text + drafts[p] for p in paths}
-        logits_BV = logits_of(list(rows.values()))[0]
-        after = dict(zip(rows, logits_BV, strict=True))
-        best, best_score = (), (0, 0.0)  # nothing but the root
-        for p in paths:
-            steps = [accepted(after[p[:i]], drafts[p][i]) for i in range(len(p))]
-            score = (len(p), sum(s for _, s in steps))
-            if all(ok for ok, _ in steps) and score > best_score:
-                best, best_score = p, score
-        tokens = drafts[best]
-        said = [int(after[best[:i]].argmax()) for i in range(len(best) + 1)]
-        deviated += [t != s for t, s in zip(tokens, said, strict=False)] + [False]
-        text += [*tokens, said[-1]]
-        counts.append(len(tokens) + 1)
-        heads_NV = logits_of([text[:-1]])[:, 0]
-    return text[1 + len(prompt) :], counts, deviated
-
-
-def cut_passes(counts, made):
-    """Passes that make the first `made` tokens, and the share of drafts by depth."""
-    ends = np.cumsum(counts)
-    passes = int(np.searchsorted(ends, made)) + 1
-    return passes, np.array(counts[1:passes]) - 1
 
 
 @pytest.mark.parametrize(
@@ -413,89 +320,3 @@ def test_sampled_trees_have_the_law_of_head_1(paths, tree_file):
     assert abs(sum(distribution.values()) - 1) < 1e-5
     for text, p in right.items():
         assert abs(distribution.get(text, 0.0) - p) < 1e-6
-
-
-def test_the_built_in_tree_has_the_nodes_that_its_assumption_gives():
-    nodes = [
-        (p, r)
-        for depth in range(1, 5)
-        for p in itertools.product(range(8), repeat=depth)
-        if (r := 0.6**depth / np.prod([(k + 1.0) ** 2 for k in p])) >= 0.02
-    ]
-    assert default_tree(4).paths == ((), *(p for p, _ in nodes))
-    assert default_tree(0).paths == ((),)
-    # Its depth has an end, so a model of many heads does not run all of them.
-    assert Tree().heads(32) == 8
-
-
-def test_a_tree_knows_its_parents_paths_and_ancestors():
-    tree = tree_of([[2, 1, 0], [0], [2], [2, 1]])
-    assert tree.paths == ((), (0,), (2,), (2, 1), (2, 1, 0))
-    assert tree.parent_W.tolist() == [-1, 0, 0, 2, 3]
-    assert tree.path_WP.tolist() == [
-        [0, 0, 0, 0], [0, 1, 1, 1], [0, 2, 2, 2], [0, 2, 3, 3], [0, 2, 3, 4],
-    ]  # fmt: skip
-    for w, path in enumerate(tree.paths):
-        for u, other in enumerate(tree.paths):
-            assert tree.ancestors_WW[w, u] == (path[: len(other)] == other)
-    assert tree.cut(2, 2).paths == ((), (0,))
-    assert tree.cut(2, 9).paths == ((), (0,), (2,), (2, 1))
-
-
-@pytest.mark.parametrize(
-    "text,message",
-    [
-        ("{", "is not JSON"),
-        ("[" * 5000, "is not JSON"),
-        ("[]", 'no list "nodes"'),
-        ('{"nodes": []}', 'no list "nodes"'),
-        ('{"nodes": {"path": [0]}}', 'no list "nodes"'),
-        ('{"nodes": [{"path": [0]}, 3]}', r'nodes\[1\] has no "path"'),
-        ('{"nodes": [{"path": []}]}', r'nodes\[0\] has no "path"'),
-        ('{"nodes": [{"path": [0]}, {"path": [0, -1]}]}', r"nodes\[1\].*has -1"),
-        ('{"nodes": [{"path": [true]}]}', "has True"),
-        ('{"nodes": [{"path": [0.0]}]}', "has 0.0"),
-        ('{"nodes": [{"path": [1]}, {"path": [1]}]}', r"nodes\[1\] is \[1\] again"),
-        ('{"nodes": [{"path": [0]}, {"path": [1, 0]}]}', r"parent \[1\] is not there"),
-    ],
-)
-def test_a_wrong_tree_file_is_one_line(tmp_path, text, message):
-    file = tmp_path / "tree.json"
-    file.write_text(text)
-    for decoder in (Tree, Typical):
-        with pytest.raises(UserError, match=message) as error:
-            decoder(tree=str(file))
-        assert str(file) in str(error.value)
-
-
-def test_a_tree_file_that_cannot_be_read(tmp_path):
-    with pytest.raises(UserError, match="No such file"):
-        Tree(str(tmp_path / "none.json"))
-    (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="is not JSON"):
-        read_tree(str(tmp_path / "binary"))
-
-
-def test_a_file_written_anew_is_another_tree(tree_file):
-    first, same = (Tree(tree_file([[0]])) for _ in range(2))
-    second = Tree(tree_file([[0], [1]]))
-    assert first.tree == second.tree
-    assert first == same != second  # programs are kept by decoder
-
-
-@pytest.mark.parametrize("changes", [{"epsilon": -0.1}, {"delta": 2.0}])
-def test_typical_refuses_wrong_thresholds(changes):
-    with pytest.raises(UserError, match=f"{next(iter(changes))} is"):
-        Typical(**changes)
-
-
-def test_command_lines_give_the_options_and_nothing_else(tree_file):
-    file = tree_file([[1], [0]])
-    assert decoder_of("tree") == Tree() == fitting(4)["tree"]
-    assert decoder_of("tree", [f"--tree={file}"]) == Tree(file)
-    options = ["--epsilon=0.2", "--delta=0.5", f"--tree={file}"]
-    assert decoder_of("typical", options) == Typical(0.2, 0.5, file)
-    with pytest.raises(UserError, match="the options of --decoder=tree are --tree,"):
-        decoder_of("tree", ["--given=3"])
-    assert "given" not in description().replace("if not given", "")
-    assert fitting(1)["tree"] == "there are no heads to draft with"

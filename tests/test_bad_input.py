@@ -24,7 +24,7 @@ def program(monkeypatch, capsys):
         raise AssertionError("the checks let it through")
 
     monkeypatch.setattr("mtp_jax.run.train.run", passed)
-    monkeypatch.setattr("mtp_jax.run.train._start_jax", lambda cfg, place: None)
+    monkeypatch.setattr("mtp_jax.run.train._start_jax", lambda *run: None)
 
     def run(*args):
         monkeypatch.setattr(sys, "argv", ["mtp-jax", *map(str, args)])

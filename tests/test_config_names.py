@@ -49,9 +49,9 @@ def test_a_field_is_found_by_what_others_call_it(option, meant):
 
 
 def test_a_name_that_means_nothing_gets_no_guess():
-    with pytest.raises(UserError, match="has no field 'zzzzz'.$"):
+    with pytest.raises(UserError, match=r"has no field 'zzzzz'\.$"):
         config_from(TINY, ["--config.optim.zzzzz=1"])
-    with pytest.raises(UserError, match="unknown option --zzzzz; see --help.$"):
+    with pytest.raises(UserError, match=r"unknown option --zzzzz; see --help\.$"):
         config_from(TINY, ["--zzzzz=1"])
 
 
@@ -74,7 +74,9 @@ def test_a_wrong_line_of_a_file_is_told(tmp_path, line, words):
 
 
 def test_a_tree_with_a_wrong_name_is_told_what_is_right():
-    with pytest.raises(UserError, match="optim.lr is not a field; did you mean config"):
+    with pytest.raises(
+        UserError, match=r"optim\.lr is not a field; did you mean config"
+    ):
         freeze({"optim": {"lr": 1.0}})
 
 

@@ -136,12 +136,8 @@ def _unknown_field(path: str, overrides: list[str], text: str) -> str:
             where = where if name == field else "config"
             return f"{where} has no field {name!r}" + did_you_mean(name, where[7:])
     first = re.search(r"fields present: \"\{\\?'(\w+)", text)
-    where = next(
-        (
-            f"config.{section.name}"
-            for section in dataclasses.fields(Config)
-            if first and dataclasses.fields(section.default)[0].name == first[1]
-        ),
-        "config",
-    )
+    where = "config"
+    for section, fields in dataclasses.asdict(Config()).items():
+        if first and first[1] == next(iter(fields)):
+            where = f"config.{section}"
     return f"{path}: {where} has no field {name!r}" + did_you_mean(name, where[7:])

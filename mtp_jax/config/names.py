@@ -65,11 +65,8 @@ def fields_meant(name: str, section: str = "") -> list[str]:
     A field of this name elsewhere comes first, then what other trainers call so, then
     names that are spelt alike, those of `section` before others.
     """
-    there = [
-        f"{part.name}.{field.name}"
-        for part in dataclasses.fields(Config)
-        for field in dataclasses.fields(part.default)
-    ]
+    sections = dataclasses.asdict(Config())
+    there = [f"{part}.{field}" for part, fields in sections.items() for field in fields]
     plain = name.lower().replace("-", "_")
     found = [path for path in there if path.endswith(f".{plain}")]
     found = found or [
@@ -78,7 +75,6 @@ def fields_meant(name: str, section: str = "") -> list[str]:
     if not found:
         near = [path for path in there if path.startswith(f"{section}.")]
         found = _spelt_alike(plain, near) or _spelt_alike(plain, there)
-    sections = [part.name for part in dataclasses.fields(Config)]
     if not section and (alike := difflib.get_close_matches(plain, sections, 1)):
         found = alike
     return [f"config.{path}" for path in found]

@@ -39,6 +39,8 @@ def main(argv: list[str]) -> int:
     if args.workdir is None:
         parser.error("the following arguments are required: --workdir")
 
+    if where is None or where.process_id == 0:
+        print(f"starting {args.workdir}: reads the corpora, compiles ...", flush=True)
     # Not before the flags are known to be good: this imports JAX.
     from mtp_jax.run.train import train
 

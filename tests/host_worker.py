@@ -13,6 +13,7 @@ from mtp_jax.errors import RunFailed, UserError
 
 
 def main():
+    os.environ.setdefault("MTP_JAX_SECRET", "the secret of the tests")
     address, count, index, join_s, host_s, about, deed = sys.argv[1:]
     try:
         place = hosts.ProcessInfo(address, int(count), int(index))

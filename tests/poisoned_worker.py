@@ -4,6 +4,7 @@ python poisoned_worker.py HOST:PORT I
 """
 
 import dataclasses
+import os
 import sys
 
 import jax
@@ -20,6 +21,7 @@ POISON = 31
 
 
 def main():
+    os.environ.setdefault("MTP_JAX_SECRET", "the secret of the tests")
     hosts.join(ProcessInfo(sys.argv[1], 2, int(sys.argv[2])), 120, 60)
     cfg = tiny_config()
     mesh = mesh_of(1, 2, 1)

@@ -43,6 +43,19 @@ def table(rows: list[Row], heads: list[int]) -> str:
         }
         for row in rows
     ]
+    run = [
+        {
+            "topology": row["topology"],
+            "heads": str(row["heads"]),
+            "chip-hours": f"{row['chip_hours']:,.3g}"
+            if row["chip_hours"] < 1000
+            else f"{row['chip_hours']:,.0f}",
+            "days": f"{row['hours'] / 24:,.3g}",
+            **({"dollars": f"{row['dollars']:,.0f}"} if row["dollars"] else {}),
+        }
+        for row in rows
+        if "chip_hours" in row
+    ]
     notes = [_note(r) for r in rows if not r["fits"] and r["heads"] in heads]
     return "\n".join(
         [
@@ -52,6 +65,7 @@ def table(rows: list[Row], heads: list[int]) -> str:
             "",
             "Useful FLOPs of a step, all chips; GB that a device sends in it.",
             *_aligned(work),
+            *(["", _of_a_run(rows[0]), *_aligned(run)] if run else []),
             *([""] if notes else []),
             *notes,
         ]
@@ -68,6 +82,13 @@ def _aligned(cells: list[dict[str, str]]) -> list[str]:
         + "".join(f"  {line[name]:>{widths[name]}}" for name in names[1:])
         for line in lines
     ]
+
+
+def _of_a_run(row: Row) -> str:
+    return (
+        f"{row['tokens']:.3g} tokens at that least time of a step: a lower bound, "
+        "without pauses."
+    )
 
 
 def _millions(params: int) -> str:

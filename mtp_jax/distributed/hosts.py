@@ -13,8 +13,11 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from etils import epath
+
 from mtp_jax.distributed.cluster import ProcessInfo, detect
 from mtp_jax.distributed.member import Member, exit_now
+from mtp_jax.distributed.secret import secret_of
 from mtp_jax.distributed.stop import NOTHING_BEGUN, LastStep, on_sigterm
 from mtp_jax.errors import told_as
 
@@ -24,6 +27,7 @@ def join(
     join_timeout_s: int,
     host_timeout_s: int,
     about: dict[str, str] | None = None,
+    workdir: epath.Path | None = None,
 ) -> None:
     """Joins the other processes, if there are any; to be called in the main thread.
 
@@ -34,16 +38,19 @@ def join(
       join_timeout_s: how long to wait until all are there.
       host_timeout_s: within this time after a process is lost the others end.
       about: what must be the same in all processes, such as a version.
+      workdir: a folder that all processes share, for their secret; made if there are
+        several. Not needed where the environment tells the secret (`secret`).
 
     Raises:
-      UserError: the processes do not fit together.
+      UserError: the processes do not fit together, or have no secret.
       RunFailed: a process did not come, and which.
     """
     global _member, _last_step
     on_sigterm(_stop)
     process = process or detect(join_timeout_s)
     if process is not None and process.num_processes > 1:
-        member = Member(process, join_timeout_s, host_timeout_s, about or {})
+        secret = secret_of(workdir, process.process_id)
+        member = Member(process, join_timeout_s, host_timeout_s, about or {}, secret)
         member.meet()
         _member, _last_step = member, member.last_step
         member.start_jax()

@@ -19,9 +19,11 @@ from mtp_jax.distributed.coordinator import (
     silence,
     silence_s,
 )
+from mtp_jax.distributed.secret import VARIABLE, Denied, Secret, greet
 from mtp_jax.distributed.stop import LastStep
 from mtp_jax.errors import RunFailed, UserError, told_as
 
+_SECRET_S = 30.0  # what a network file system may take to show a new secret
 _VERDICT_S = 5.0  # for the news of a lost host to come after a collective broke
 
 
@@ -34,11 +36,13 @@ class Member:
         join_timeout_s: float,
         host_timeout_s: float,
         about: dict[str, str],
+        secret: Secret,
     ):
         self._process = process
         self._join_timeout_s = join_timeout_s
         self._host_timeout_s = host_timeout_s
         self._about = about
+        self._secret = secret
         self.coordinator: Coordinator | None = None
         self.names: list[str] = []
         self.status: dict[str, Any] = {}
@@ -107,7 +111,10 @@ class Member:
         host, port = _address(address)
         if process.process_id == 0:
             self.coordinator = Coordinator(
-                process.num_processes, self._join_timeout_s, self._host_timeout_s
+                process.num_processes,
+                self._join_timeout_s,
+                self._host_timeout_s,
+                self._secret() or b"",
             )
             try:
                 await self.coordinator.listen(host, port)
@@ -118,9 +125,19 @@ class Member:
                 ) from None
             host = "127.0.0.1"
         end = time.monotonic() + self._join_timeout_s
+        denied = None  # since when
         while not self.names:
             try:
                 await self._greet(host, port, end)
+            except Denied:
+                denied = denied or time.monotonic()
+                if time.monotonic() > denied + _SECRET_S:
+                    raise UserError(
+                        f"host 0, at {address}, has another secret than this host; "
+                        "give a --workdir that all hosts share, or the same "
+                        f"{VARIABLE} to all."
+                    ) from None
+                await asyncio.sleep(0.3)
             except ValueError:
                 raise RunFailed(
                     f"what listens at {address} is not host 0 of a run; give "
@@ -171,7 +188,8 @@ class Member:
             "about": self._about,
             "status": self.status,
         }
-        self._writer.write(encode(hello))
+        proving = greet(self._reader, self._writer, self._secret, hello)
+        await asyncio.wait_for(proving, 10.0)
         # The coordinator has the last word on who is missing.
         limit = end - time.monotonic() + 2 * self._host_timeout_s
         message = await asyncio.wait_for(receive(self._reader), limit)
@@ -219,11 +237,11 @@ class Member:
         host, port = _address(self._process.coordinator_address)
         try:
             there = await asyncio.open_connection(host, port)
-            there[1].write(encode({"kind": "service"}))
+            await greet(*there, self._secret, {"kind": "service"})
             down = asyncio.ensure_future(_pump_and_hold(there[0], writer))
             await pump(reader, there[1])
             down.cancel()
-        except OSError:
+        except (OSError, ValueError, Denied):
             await asyncio.sleep(self._host_timeout_s)  # `_beat` has the word
         finally:
             writer.close()

@@ -1,6 +1,7 @@
 """The training loop: next batch, step, log, evaluate, save, stop."""
 
 import contextlib
+import shlex
 from collections.abc import Iterator
 
 import jax
@@ -19,6 +20,7 @@ from mtp_jax.run.profiler import Profiler
 from mtp_jax.run.run_file import RunFile
 from mtp_jax.run.run_log import RunLog
 from mtp_jax.run.saver import Saver
+from mtp_jax.run.screen import Screen
 from mtp_jax.run.start import Start, compile_on_all, open_local, restore_or_init
 from mtp_jax.run.step_log import StepLog
 from mtp_jax.training.train_step import Batch, make_step
@@ -41,7 +43,8 @@ def run(
       RunFailed: too many non-finite steps in a row.
       UserError: a checkpoint does not fit, or the disk is full.
     """
-    goodput = Goodput()
+    screen = Screen(active=jax.process_index() == 0)
+    goodput = Goodput(tell=screen.phase)
     durable = Checkpoints(workdir, cfg.checkpoint)
     with goodput.spent("restore"):
         local = open_local(cfg, workdir, mesh)
@@ -55,7 +58,7 @@ def run(
         goodput=goodput,
         spent=start.seconds,
     )
-    log = RunLog(workdir, start.step, cfg.log.tensorboard)
+    log = RunLog(workdir, start.step, cfg.log.tensorboard, screen)
     try:
         log.say(_opening(cfg, start, workdir))
         done = _train(
@@ -73,7 +76,9 @@ def run(
             ),
         )
         run_file.write(finished=done >= cfg.train.steps)
-        log.say(_ending(cfg, done, workdir))
+        screen.close()
+        for line in _ending(cfg, done, workdir, corpora):
+            log.say(line)
         durable.close()
     except BaseException as error:
         # The first error is the one to tell, and a save before it may still succeed;
@@ -149,8 +154,19 @@ def _opening(cfg: Config, start: Start, workdir: epath.Path) -> str:
     )
 
 
-def _ending(cfg: Config, done: int, workdir: epath.Path) -> str:
-    """The last line of a run for people."""
+def _ending(
+    cfg: Config, done: int, workdir: epath.Path, corpora: list[Corpus]
+) -> list[str]:
+    """The last lines of a run for people: how it ended, and what to do next."""
     if done < cfg.train.steps:
-        return f"told to stop: saved step {done}; run the same command to go on"
-    return f"done: step {done}, in {workdir}"
+        return [f"told to stop: saved step {done}; run the same command to go on"]
+    where = f"--workdir={shlex.quote(str(workdir))}"
+    lines = [f"done: step {done}, in {workdir}"]
+    if any(len(corpus.documents("heldout")) for corpus in corpora):
+        lines += [
+            f"next: python -m mtp_jax evaluate {where}",
+            f"next: python -m mtp_jax generate {where} --heldout=2",
+        ]
+    else:
+        lines.append(f"next: python -m mtp_jax generate {where} --prompt=TEXT")
+    return lines

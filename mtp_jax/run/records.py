@@ -9,6 +9,7 @@ from mtp_jax.config import Config
 from mtp_jax.data.packing import format_hash
 from mtp_jax.model.flops import train_flops_per_token
 from mtp_jax.parallel.chips import peak_flops
+from mtp_jax.run.screen import duration
 from mtp_jax.run.stopwatch import Window
 
 
@@ -61,7 +62,7 @@ def step_line(cfg: Config, record: dict[str, Any], goodput: float) -> str:
         f"{record['tokens_per_s']:,.0f} tok/s",
         f"data wait {record['data_wait_share']:.0%}",
         f"goodput {goodput:.0%}",
-        f"{left_s // 60:.0f}m{left_s % 60:02.0f}s left",
+        f"{duration(left_s)} left",
     ]
     if "mfu" in record:
         parts.insert(-2, f"mfu {record['mfu']:.1%}")

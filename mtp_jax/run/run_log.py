@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from mtp_jax.run.screen import Screen
 from mtp_jax.storage import is_remote, write_atomically
 
 _REMOTE_EVERY_S = 30.0
@@ -20,9 +21,12 @@ _REMOTE_EVERY_S = 30.0
 class RunLog:
     """The log files of a workdir; only process 0 writes."""
 
-    def __init__(self, workdir: epath.Path, start_step: int, tensorboard: bool):
+    def __init__(
+        self, workdir: epath.Path, start_step: int, tensorboard: bool, screen: Screen
+    ):
         """Opens them, and drops records after `start_step`: those steps come again."""
         self._active = jax.process_index() == 0
+        self.screen = screen
         self._files: dict[str, Any] = {}
         self._tensorboard = None
         if not self._active:
@@ -60,11 +64,11 @@ class RunLog:
 
     def say(self, line: str) -> None:
         """Prints a line for people on stdout."""
-        if self._active:
-            print(line, flush=True)
+        self.screen.say(line)
 
     def close(self) -> None:
         """Writes what is left, and closes the files."""
+        self.screen.close()
         for file in self._files.values():
             file.close()
         if self._tensorboard is not None:

@@ -76,6 +76,7 @@ class StepLog:
                 f"to step {step}; they were skipped and not saved. Try a lower "
                 "config.optim.peak_lr, or look at the data of those steps."
             )
+        self._log.screen.progress(step, self._cfg.train.steps)
         if step % self._cfg.log.every == 0 or bad:
             self._write(step, jax.device_get(metrics))
 
@@ -93,6 +94,7 @@ class StepLog:
         self._window_end = step
         if slow is not None:
             record |= {"slowest_host": slow[0], "slowest_host_s": slow[1]["own_s"]}
+        self._log.screen.note = f"loss {record['loss/head_1']:.3f}"
         self._log.write("metrics.jsonl", record)
         self._log.say(step_line(self._cfg, record, self._goodput.share()))
         if slow is not None:

@@ -34,7 +34,8 @@ def train(
 ) -> None:
     """Trains a model, or goes on where the workdir's newest checkpoint stands.
 
-    Checks everything that can be checked before it changes anything. To be called in
+    Checks everything that can be checked before it changes anything, but for the
+    secret of several hosts, which process 0 writes into the workdir. To be called in
     the main thread, as it takes SIGTERM to mean: save and stop. It turns on JAX's
     compilation cache, by `config.train.compilation_cache`. In a process that is one of
     several, it can be called once: the processes part at the end, and if one fails, all
@@ -60,11 +61,11 @@ def train(
 
 
 def _train(cfg: Config, name: str, cluster: ProcessInfo | None) -> None:
-    _start_jax(cfg, cluster)
+    workdir = workdir_at(name)
+    _start_jax(cfg, cluster, workdir)
     mesh = make_mesh(cfg.mesh)
     check_divisible(cfg, mesh)
     check_attention(cfg, mesh)
-    workdir = workdir_at(name)
     part = (jax.process_index(), jax.process_count())
     corpora = open_sources(cfg, part=part)
     _refuse_another_run(cfg.model, corpora[0].tokenizer, workdir)
@@ -74,7 +75,7 @@ def _train(cfg: Config, name: str, cluster: ProcessInfo | None) -> None:
         run(cfg, workdir, mesh, corpora)
 
 
-def _start_jax(cfg: Config, where: ProcessInfo | None) -> None:
+def _start_jax(cfg: Config, where: ProcessInfo | None, workdir: epath.Path) -> None:
     """Starts the runtime of this process, alone or with the other hosts."""
     if cfg.train.compilation_cache:
         cache = os.path.expanduser(cfg.train.compilation_cache)
@@ -86,7 +87,8 @@ def _start_jax(cfg: Config, where: ProcessInfo | None) -> None:
         "jax": jax.__version__,
         "config": hashlib.sha256(text.encode()).hexdigest()[:12],
     }
-    hosts.join(where, cfg.train.join_timeout_s, cfg.train.host_timeout_s, about)
+    limits_s = cfg.train.join_timeout_s, cfg.train.host_timeout_s
+    hosts.join(where, *limits_s, about, workdir)
 
 
 def _refuse_nothing_held_out(cfg: Config, corpora: list[Corpus]) -> None:

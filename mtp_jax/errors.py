@@ -1,6 +1,10 @@
-"""Errors of the input and of a run, told apart from bugs, and their exit codes."""
+"""Errors of the input and of a run, told apart from bugs; and how people are told."""
 
+import contextlib
+import os
+import sys
 import traceback
+from typing import TextIO
 
 
 class UserError(Exception):
@@ -29,3 +33,31 @@ def told_as(error: BaseException) -> tuple[int, str, str]:
         return code, f"{before}{error}", str(error)
     line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     return code, "".join(traceback.format_exception(error)).rstrip(), line
+
+
+def say(line: str) -> None:
+    """Prints a line on stdout; goes on where nobody takes it."""
+    _print(line, sys.stdout)
+
+
+def warn(line: str) -> None:
+    """Prints a line on stderr; goes on where nobody takes it."""
+    _print(line, sys.stderr)
+
+
+def drop(stream: TextIO) -> None:
+    """Sends what a stream still holds, and all that follows, nowhere."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def _print(line: str, stream: TextIO | None) -> None:
+    """Prints; a terminal, pipe or disk that takes no more must not end a run."""
+    if stream is None:  # closed when the program started
+        return
+    try:
+        print(line, file=stream, flush=True)
+    except OSError:
+        drop(stream)

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 
+from mtp_jax.distributed.lifetime import PARENT
+
 ROOT = pathlib.Path(__file__).parent.parent
 CACHE = ROOT / ".pytest_cache" / "jax"
 TIMINGS = ("tokens_per_s", "step_s", "data_wait_share")
@@ -44,6 +46,8 @@ def start(args, *, devices=1, program=(sys.executable, "-m", "mtp_jax")):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(ROOT),
     }
+    if program[0] == sys.executable:  # then nothing is left, however the tests end
+        environment[PARENT] = str(os.getpid())
     process = subprocess.Popen(
         [*program, *map(str, args)],
         cwd=ROOT,

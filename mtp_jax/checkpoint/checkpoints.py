@@ -8,7 +8,6 @@ config, the data position, the tokenizer's identity and a checksum of every arra
 import contextlib
 import dataclasses
 import errno
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +19,7 @@ from orbax.checkpoint import v1 as ocp
 
 from mtp_jax.config import CheckpointConfig
 from mtp_jax.distributed import hosts
-from mtp_jax.errors import RunFailed, UserError
+from mtp_jax.errors import RunFailed, UserError, warn
 from mtp_jax.parallel.sharding import abstract_tree
 from mtp_jax.storage import absolute, is_remote
 from mtp_jax.training.train_step import TrainState
@@ -219,7 +218,7 @@ def restore_newest(
         except DamagedCheckpoint as error:
             if not error.seen_by_all:
                 raise
-            print(f"mtp_jax: {error}", file=sys.stderr)
+            warn(f"mtp_jax: {error}")
             damaged.append(candidate)
     raise UserError(f"{checkpoints.folder} holds no checkpoint that can be read.")
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from mtp_jax.errors import say
 from mtp_jax.storage import is_remote, write_atomically
 
 _REMOTE_EVERY_S = 30.0
@@ -61,7 +62,7 @@ class RunLog:
     def say(self, line: str) -> None:
         """Prints a line for people on stdout."""
         if self._active:
-            print(line, flush=True)
+            say(line)
 
     def close(self) -> None:
         """Writes what is left, and closes the files."""

@@ -35,10 +35,10 @@ def train(
     """Trains a model, or goes on where the workdir's newest checkpoint stands.
 
     Checks everything that can be checked before it changes anything. To be called in
-    the main thread, as it takes SIGTERM to mean: save and stop. It turns on JAX's
-    compilation cache, by `config.train.compilation_cache`. In a process that is one of
-    several, it can be called once: the processes part at the end, and if one fails, all
-    end.
+    the main thread, as until it returns SIGTERM, SIGHUP and Ctrl-C mean: save and stop.
+    It turns on JAX's compilation cache, by `config.train.compilation_cache`. In a
+    process that is one of several, it can be called once: the processes part at the
+    end, and if one fails, all end.
 
     Args:
       config: the run, from `mtp_jax.config.freeze`.
@@ -51,12 +51,13 @@ def train(
         together, another process trains there, or the disk is full.
       RunFailed: the run cannot go on, as after too many non-finite steps in a row.
     """
-    try:
-        _train(config, os.fspath(workdir), cluster)
-        hosts.leave()
-    except BaseException as error:
-        hosts.fail(error)  # of several hosts, all end
-        raise
+    with hosts.heeding_signals():
+        try:
+            _train(config, os.fspath(workdir), cluster)
+            hosts.leave()
+        except BaseException as error:
+            hosts.fail(error)  # of several hosts, all end
+            raise
 
 
 def _train(cfg: Config, name: str, cluster: ProcessInfo | None) -> None:

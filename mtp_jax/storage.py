@@ -5,6 +5,7 @@ Also the writing of small files there, never in part.
 
 import json
 import os
+import re
 from typing import Any
 
 from etils import epath
@@ -16,9 +17,16 @@ def workdir_at(text: str) -> epath.Path:
     """A path here or in an object store.
 
     Raises:
-      UserError: what reaches that store is not installed.
+      UserError: what reaches that store is not installed, or the path looks like a
+        pattern: Orbax takes it for one, and finds nothing of what it saved there.
     """
     path = epath.Path(text)
+    whole = os.fspath(absolute(path))
+    if found := re.search(r"[*?[]", whole):
+        raise UserError(
+            f"{whole} has {found[0]!r} in it, so that checkpoints there could not be "
+            "read; give a path without any of * ? [, such as a link to this one."
+        )
     if is_remote(path):
         try:
             path.exists()

@@ -110,7 +110,7 @@ def told_to_stop(done: int) -> bool:
     return _last_step.reached(done)
 
 
-def _stop(number: signal.Signals, count: int) -> None:
+def _stop(number: int, count: int) -> None:
     """Acts on a signal: tells the others, or ends where no step has begun."""
     global _told_early
     by_hand = number == signal.SIGINT

@@ -17,7 +17,7 @@ _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def on_signals(
-    numbers: Iterable[signal.Signals], act: Callable[[signal.Signals, int], None]
+    numbers: Iterable[signal.Signals], act: Callable[[int, int], None]
 ) -> Callable[[], None]:
     """Has signals call `act` in a thread, whatever the main thread is blocked in.
 
@@ -35,7 +35,9 @@ def on_signals(
     """
     here, there = socket.socketpair()
     there.setblocking(False)
-    heard = {int(n): n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+    heard = {
+        int(n): int(n) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN
+    }
     by_handler = {n | 0x80: n for n in heard}  # the other byte is of the same signal
 
     def listen() -> None:

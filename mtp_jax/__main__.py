@@ -16,7 +16,7 @@ from mtp_jax.distributed.lifetime import (
     exit_now,
     on_signals,
 )
-from mtp_jax.errors import RunFailed, UserError, drop, told_as, warn
+from mtp_jax.errors import RunFailed, UserError, disk_errors_told, settle, told_as, warn
 
 _USAGE = """\
 usage: mtp-jax VERB [options]
@@ -78,14 +78,19 @@ def main() -> int:
     try:
         if verb not in _VERBS:
             raise UserError(f"{verb!r} is not a verb; there are {', '.join(_VERBS)}.")
-        return _run(verb, argv)
+        with disk_errors_told(f"what {verb} prints"):
+            code = _run(verb, argv)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return code
     except (UserError, RunFailed) as error:
         code, shown, _ = told_as(error)
         warn(shown)
         return code
     except BrokenPipeError:
-        drop(sys.stdout)
         return 128 + signal.SIGPIPE
+    finally:
+        settle()
 
 
 def _run(verb: str, argv: list[str]) -> int:
@@ -93,7 +98,6 @@ def _run(verb: str, argv: list[str]) -> int:
     if verb == "train":
         with hosts.heeding_signals():
             code = _main_of(verb)(argv)
-            sys.stdout.flush()
         for number in STOP_SIGNALS:  # it has ended as it was told to
             signal.signal(number, signal.SIG_IGN)
         return code

@@ -54,8 +54,12 @@ def write_atomically(path: epath.Path, text: str) -> None:
         path.write_text(text)
         return
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: epath.Path, value: Any) -> None:

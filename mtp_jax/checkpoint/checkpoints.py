@@ -7,7 +7,6 @@ config, the data position, the tokenizer's identity and a checksum of every arra
 
 import contextlib
 import dataclasses
-import errno
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +18,7 @@ from orbax.checkpoint import v1 as ocp
 from mtp_jax.checkpoint.library_log import show_warnings_only
 from mtp_jax.config import CheckpointConfig
 from mtp_jax.distributed import hosts
-from mtp_jax.errors import RunFailed, UserError, warn
+from mtp_jax.errors import NO_ROOM, RunFailed, UserError, warn
 from mtp_jax.parallel.sharding import abstract_tree
 from mtp_jax.storage import absolute, is_remote
 from mtp_jax.training.train_step import TrainState
@@ -333,7 +332,7 @@ def _disk_full_is_said(folder: epath.Path, intact: list[int]) -> Iterator[None]:
         yield
     except Exception as error:
         text = f"{type(error).__name__} {error} {error.__cause__}"
-        full = isinstance(error, OSError) and error.errno in _NO_ROOM
+        full = isinstance(error, OSError) and error.errno in NO_ROOM
         if not full and not any(sign in text for sign in _NO_ROOM_SIGNS):
             raise
         kept = f"; the checkpoint of step {intact[-1]} is intact" if intact else ""
@@ -343,5 +342,4 @@ def _disk_full_is_said(folder: epath.Path, intact: list[int]) -> Iterator[None]:
         ) from error
 
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_ROOM_SIGNS = ("No space left on device", "Disk quota exceeded", "File too large")

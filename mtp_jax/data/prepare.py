@@ -31,7 +31,7 @@ from mtp_jax.data.tokenizer import (
     train_sentencepiece,
 )
 from mtp_jax.data.tokenizing import ReadOptions, TaskResult, tokenized, training_texts
-from mtp_jax.errors import UserError
+from mtp_jax.errors import UserError, disk_errors_told
 
 SHARD_TOKENS = 100_000_000  # of a shard, where nothing else is asked for
 Advance = Callable[[int], None]  # takes the bytes that were read since the last call
@@ -90,7 +90,7 @@ def prepare(
     progress = progress or _no_progress
     used = _make_tokenizer(tokenizer, train_tokenizer, files, reading, progress)
     partial = _make_partial(folder)
-    try:
+    with _removed(partial), disk_errors_told(f"--output={output}"):
         size = sum(file.size for file in files)
         with progress("preparing", size) as advance:
             parts = split_into_parts(files)
@@ -111,8 +111,6 @@ def prepare(
         described = {"tokenizer": _describe(used), **counts, "options": options}
         write_manifest(partial, described)
         _put_in_place(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return read_manifest(folder)
 
 
@@ -188,6 +186,15 @@ def _make_partial(output: pathlib.Path) -> pathlib.Path:
             "that can."
         ) from None
     return partial
+
+
+@contextlib.contextmanager
+def _removed(partial: pathlib.Path) -> Iterator[None]:
+    """Removes what is left of an unfinished folder at the end."""
+    try:
+        yield
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _put_in_place(partial: pathlib.Path, output: pathlib.Path) -> None:

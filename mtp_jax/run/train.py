@@ -18,7 +18,7 @@ from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.tokenizer import Tokenizer, save_tokenizer
 from mtp_jax.distributed import hosts
 from mtp_jax.distributed.cluster import ProcessInfo
-from mtp_jax.errors import UserError
+from mtp_jax.errors import UserError, disk_errors_told
 from mtp_jax.model.attention import check_attention
 from mtp_jax.parallel.sharding import check_divisible, make_mesh
 from mtp_jax.run.loop import run
@@ -48,12 +48,13 @@ def train(
 
     Raises:
       UserError: the config, the corpora, the devices and the workdir do not go
-        together, another process trains there, or the disk is full.
+        together, another process trains there, or the disk is full or read-only.
       RunFailed: the run cannot go on, as after too many non-finite steps in a row.
     """
     with hosts.heeding_signals():
         try:
-            _train(config, os.fspath(workdir), cluster)
+            with disk_errors_told(workdir):
+                _train(config, os.fspath(workdir), cluster)
             hosts.leave()
         except BaseException as error:
             hosts.fail(error)  # of several hosts, all end

@@ -5,6 +5,7 @@ Also the writing of small files there, never in part.
 
 import json
 import os
+import re
 from typing import Any
 
 from etils import epath
@@ -16,9 +17,16 @@ def workdir_at(text: str) -> epath.Path:
     """A path here or in an object store.
 
     Raises:
-      UserError: what reaches that store is not installed.
+      UserError: what reaches that store is not installed, or the path looks like a
+        pattern: Orbax takes it for one, and finds nothing of what it saved there.
     """
     path = epath.Path(text)
+    whole = os.fspath(absolute(path))
+    if found := re.search(r"[*?[]", whole):
+        raise UserError(
+            f"{whole} has {found[0]!r} in it, so that checkpoints there could not be "
+            "read; give a path without any of * ? [, such as a link to this one."
+        )
     if is_remote(path):
         try:
             path.exists()
@@ -77,8 +85,12 @@ def write_atomically(path: epath.Path, text: str) -> None:
         path.write_text(text)
         return
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: epath.Path, value: Any) -> None:

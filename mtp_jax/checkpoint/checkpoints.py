@@ -7,20 +7,18 @@ config, the data position, the tokenizer's identity and a checksum of every arra
 
 import contextlib
 import dataclasses
-import errno
-import sys
 from collections.abc import Iterator
 from typing import Any
 
-import absl.logging
 import jax
 import jax.numpy as jnp
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from mtp_jax.checkpoint.library_log import show_warnings_only
 from mtp_jax.config import CheckpointConfig
 from mtp_jax.distributed import hosts
-from mtp_jax.errors import RunFailed, UserError
+from mtp_jax.errors import NO_ROOM, RunFailed, UserError, warn
 from mtp_jax.parallel.sharding import abstract_tree
 from mtp_jax.storage import absolute, is_remote
 from mtp_jax.training.train_step import TrainState
@@ -34,9 +32,7 @@ class Checkpoints:
 
     def __init__(self, workdir: epath.PathLike, cfg: CheckpointConfig | None = None):
         """Opens them; without cfg nothing is ever deleted (reading)."""
-        # Orbax logs the traceback of a failed save in every thread it passes through,
-        # and then raises it all the same.
-        absl.logging.set_verbosity(absl.logging.FATAL)
+        show_warnings_only()
         self.folder = epath.Path(workdir) / "checkpoints"
         if cfg is not None and jax.process_index() == 0:
             for part in self.folder.glob("*.orbax-checkpoint-tmp"):
@@ -48,6 +44,7 @@ class Checkpoints:
         )
         self._pending: Any = None
         self._saving = 0  # the step
+        self._proved = False  # that what is saved here can be read
         self._timeout_s = (cfg or CheckpointConfig()).timeout_s
 
     def steps(self) -> list[int]:
@@ -63,8 +60,11 @@ class Checkpoints:
     ) -> None:
         """Begins to save; returns once the arrays are copied off the devices.
 
+        The first time it returns once the checkpoint is on disk and can be read.
+
         Raises:
           UserError: this save or the one before it found no room on the disk.
+          RunFailed: the first checkpoint cannot be read.
         """
         self.wait()
         items = _items(state)
@@ -79,6 +79,9 @@ class Checkpoints:
                 metrics=None if heldout_loss is None else {HELDOUT_LOSS: heldout_loss},
                 custom_metadata={**metadata, "checksums": sums},
             )
+        if not self._proved:
+            self.wait()
+            self._prove(items)
 
     def wait(self) -> None:
         """Waits until the last save is on disk; its failure is raised here."""
@@ -86,6 +89,19 @@ class Checkpoints:
         if pending is not None:
             with self._in_time(), _disk_full_is_said(self.folder, self.steps()):
                 pending.result()
+
+    def _prove(self, items: dict[str, Any]) -> None:
+        """Reads the description of the newest checkpoint, which Orbax may not find."""
+        folder = self.folder / str(self._saving)
+        try:
+            saved = self._orbax.checkpointables_metadata(self._saving)
+            if any(saved.metadata[name] is None for name in items):
+                raise ValueError("its arrays are not found")
+        except Exception as error:
+            raise RunFailed(
+                f"{folder} was saved, but cannot be read: {error}"
+            ) from error
+        self._proved = True
 
     def _in_time(self) -> contextlib.AbstractContextManager[None]:
         """A limit for what is inside: Orbax waits for a failed process for ever."""
@@ -219,7 +235,7 @@ def restore_newest(
         except DamagedCheckpoint as error:
             if not error.seen_by_all:
                 raise
-            print(f"mtp_jax: {error}", file=sys.stderr)
+            warn(f"mtp_jax: {error}")
             damaged.append(candidate)
     raise UserError(f"{checkpoints.folder} holds no checkpoint that can be read.")
 
@@ -316,7 +332,7 @@ def _disk_full_is_said(folder: epath.Path, intact: list[int]) -> Iterator[None]:
         yield
     except Exception as error:
         text = f"{type(error).__name__} {error} {error.__cause__}"
-        full = isinstance(error, OSError) and error.errno in _NO_ROOM
+        full = isinstance(error, OSError) and error.errno in NO_ROOM
         if not full and not any(sign in text for sign in _NO_ROOM_SIGNS):
             raise
         kept = f"; the checkpoint of step {intact[-1]} is intact" if intact else ""
@@ -326,5 +342,4 @@ def _disk_full_is_said(folder: epath.Path, intact: list[int]) -> Iterator[None]:
         ) from error
 
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_ROOM_SIGNS = ("No space left on device", "Disk quota exceeded", "File too large")

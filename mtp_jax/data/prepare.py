@@ -27,7 +27,7 @@ from mtp_jax.data.tokenizer import (
     train_sentencepiece,
 )
 from mtp_jax.data.tokenizing import TaskResult, tokenized, training_texts
-from mtp_jax.errors import UserError
+from mtp_jax.errors import UserError, disk_errors_told
 
 SHARD_TOKENS = 100_000_000  # of a shard, where nothing else is asked for
 Advance = Callable[[int], None]  # takes the bytes that were read since the last call
@@ -101,7 +101,7 @@ def prepare(
     folder = pathlib.Path(output)
     found = find_files(names, list(exclude))
     files = found.files
-    with whole_folder(folder, force) as partial:
+    with disk_errors_told(f"--output={output}"), whole_folder(folder, force) as partial:
         used = _make_tokenizer(tokenizer, train_tokenizer, files, reading, progress)
         size = sum(file.size for file in files)
         with progress("preparing", size) as advance:

@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import itertools
 import multiprocessing
+import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 from mtp_jax.data.corpus import token_dtype
 from mtp_jax.data.documents import Part, ReadOptions, documents_of
 from mtp_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from mtp_jax.distributed.lifetime import end_with_parent
 
 _TASK_BYTES = 4_000_000  # of input a worker takes at once
 _TASK_PARTS = 256
@@ -128,7 +131,9 @@ def _difference(text: str, back: str) -> str:
 _worker: dict[str, Any] = {}  # of a worker process: its tokenizer and ReadOptions
 
 
-def _start_worker(model_bytes: bytes | None, options: ReadOptions) -> None:
+def _start_worker(model_bytes: bytes | None, options: ReadOptions, parent: int) -> None:
+    end_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, and ends this
     _worker["options"] = options
     _worker["tokenizer"] = (
         SentencePieceTokenizer(model_bytes, "tokenizer.model")
@@ -160,7 +165,7 @@ def tokenized(
         workers,
         multiprocessing.get_context("spawn"),
         _start_worker,
-        (getattr(tokenizer, "model_bytes", None), options),
+        (getattr(tokenizer, "model_bytes", None), options, os.getpid()),
     )
     try:
         pending: collections.deque[concurrent.futures.Future] = collections.deque()

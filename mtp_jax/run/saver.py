@@ -1,6 +1,5 @@
 """Checkpoints of a run: when one is due, what goes into it, and where it goes."""
 
-import sys
 from typing import Any
 
 from mtp_jax.checkpoint.checkpoints import Checkpoints
@@ -8,6 +7,7 @@ from mtp_jax.checkpoint.local import LocalCheckpoints
 from mtp_jax.config import Config, config_to_json
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.tokenizer import tokenizer_identity
+from mtp_jax.errors import warn
 from mtp_jax.run.goodput import Goodput
 from mtp_jax.run.run_log import RunLog
 from mtp_jax.training.train_step import TrainState
@@ -77,11 +77,9 @@ class Saver:
             with self._goodput.spent("save"):
                 self._local.save(step, state, self._goodput.seconds())
         except OSError as error:
-            print(
+            warn(
                 f"mtp_jax: no more local checkpoints: {error.strerror} in "
-                f"config.checkpoint.local_dir ({self._cfg.checkpoint.local_dir})",
-                file=sys.stderr,
-                flush=True,
+                f"config.checkpoint.local_dir ({self._cfg.checkpoint.local_dir})"
             )
             self._local = None
 

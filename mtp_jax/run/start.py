@@ -16,7 +16,7 @@ from mtp_jax.checkpoint.checkpoints import (
 from mtp_jax.checkpoint.local import LocalCheckpoints
 from mtp_jax.config import Config
 from mtp_jax.distributed import hosts
-from mtp_jax.errors import RunFailed
+from mtp_jax.errors import RunFailed, say
 from mtp_jax.parallel.sharding import abstract_tree
 from mtp_jax.run.goodput import Goodput
 from mtp_jax.run.run_file import identity
@@ -90,6 +90,6 @@ def _restore(durable: Checkpoints, shapes: TrainState) -> Start:
             "command again, and it goes on from the checkpoint before"
         ) from error
     for other in damaged:
-        print(f"mtp_jax: moved it to {durable.set_aside(other)}", flush=True)
+        say(f"mtp_jax: moved it to {durable.set_aside(other)}")
     seconds = durable.saved_metadata(step).get("seconds", {})
     return Start(state_from_items(items), step, seconds)

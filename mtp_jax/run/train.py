@@ -18,7 +18,7 @@ from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.tokenizer import Tokenizer, save_tokenizer
 from mtp_jax.distributed import hosts
 from mtp_jax.distributed.cluster import ProcessInfo
-from mtp_jax.errors import UserError
+from mtp_jax.errors import UserError, disk_errors_told
 from mtp_jax.model.attention import check_attention
 from mtp_jax.parallel.sharding import check_divisible, make_mesh
 from mtp_jax.run.loop import run
@@ -36,10 +36,10 @@ def train(
 
     Checks everything that can be checked before it changes anything, but for the
     secret of several hosts, which process 0 writes into the workdir. To be called in
-    the main thread, as it takes SIGTERM to mean: save and stop. It turns on JAX's
-    compilation cache, by `config.train.compilation_cache`. In a process that is one of
-    several, it can be called once: the processes part at the end, and if one fails, all
-    end.
+    the main thread, as until it returns SIGTERM, SIGHUP and Ctrl-C mean: save and stop.
+    It turns on JAX's compilation cache, by `config.train.compilation_cache`. In a
+    process that is one of several, it can be called once: the processes part at the
+    end, and if one fails, all end.
 
     Args:
       config: the run, from `mtp_jax.config.freeze`.
@@ -49,15 +49,17 @@ def train(
 
     Raises:
       UserError: the config, the corpora, the devices and the workdir do not go
-        together, another process trains there, or the disk is full.
+        together, another process trains there, or the disk is full or read-only.
       RunFailed: the run cannot go on, as after too many non-finite steps in a row.
     """
-    try:
-        _train(config, os.fspath(workdir), cluster)
-        hosts.leave()
-    except BaseException as error:
-        hosts.fail(error)  # of several hosts, all end
-        raise
+    with hosts.heeding_signals():
+        try:
+            with disk_errors_told(workdir):
+                _train(config, os.fspath(workdir), cluster)
+            hosts.leave()
+        except BaseException as error:
+            hosts.fail(error)  # of several hosts, all end
+            raise
 
 
 def _train(cfg: Config, name: str, cluster: ProcessInfo | None) -> None:

@@ -1,4 +1,4 @@
-"""What Orbax logs, as far as it is news: warnings in a line each, no tracebacks."""
+"""Orbax's log, as far as it is news: warnings in a line each, no tracebacks."""
 
 import logging
 

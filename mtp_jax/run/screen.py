@@ -1,4 +1,4 @@
-"""What a run shows to people: lines, and on a terminal a progress bar below them."""
+"""The lines that a run shows to people, and on a terminal a progress bar below."""
 
 import contextlib
 import os

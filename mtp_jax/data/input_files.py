@@ -56,7 +56,7 @@ class Found:
     def summary(self) -> list[str]:
         """Lines for people: numbers of files by kind, and what was left out."""
         kinds = collections.Counter(_kind(file.path) for file in self.files)
-        lines = [f"read: {len(self.files):,} files ({_listed(kinds)})"]
+        lines = [f"read: {_listed(kinds)}"]
         if self.left_out:
             lines.append(f"left out: {_listed(self.left_out)}")
         return lines

@@ -1,4 +1,4 @@
-"""What a run shows to people: lines, and on a terminal a progress bar below them."""
+"""Output of a run for people: lines, and on a terminal a progress bar below them."""
 
 import contextlib
 import os

@@ -26,6 +26,7 @@ Multi-token prediction: train a model with n heads, and let it draft for itself.
   prepare   text, JSONL or code into a tokenized corpus
   count     how often tokens of a corpus follow each other, for dynamo
   train     train a model; the same command again continues the run
+  runs      list the runs under a folder: step, loss, how their configs differ
   evaluate  measure a trained model on held-out text
   generate  decode from a trained model
   verify    prove on a trained model that drafting changes nothing
@@ -41,6 +42,7 @@ _MODULES = {
     "prepare": "mtp_jax.cli.prepare",
     "count": "mtp_jax.cli.count",
     "train": "mtp_jax.cli.train",
+    "runs": "mtp_jax.cli.runs",
     "evaluate": "mtp_jax.cli.evaluate",
     "generate": "mtp_jax.cli.generate",
     "verify": "mtp_jax.cli.verify",

@@ -29,8 +29,7 @@ def main(argv: list[str]) -> int:
         "the interconnect (links) bounds; tokens/s: of a chip at that time; vs n=1: "
         "time to that of one head on as many layers; even: accepted tokens a pass "
         "from which blockwise decoding is faster than plain; chip-hours, days, "
-        "dollars: what the tokens take at the least time of a step, without pauses and "
-        "restarts.",
+        "dollars: what the tokens take at the least time of a step, without pauses.",
     )
     parser.add_argument(
         "--config",

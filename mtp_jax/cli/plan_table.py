@@ -47,11 +47,9 @@ def table(rows: list[Row], heads: list[int]) -> str:
         {
             "topology": row["topology"],
             "heads": str(row["heads"]),
-            "chip-hours": f"{row['chip_hours']:,.3g}"
-            if row["chip_hours"] < 1000
-            else f"{row['chip_hours']:,.0f}",
-            "days": f"{row['hours'] / 24:,.3g}",
-            **({"dollars": f"{row['dollars']:,.0f}"} if row["dollars"] else {}),
+            "chip-hours": _amount(row["chip_hours"]),
+            "days": _amount(row["hours"] / 24),
+            **({"dollars": _amount(row["dollars"])} if row["dollars"] else {}),
         }
         for row in rows
         if "chip_hours" in row
@@ -89,6 +87,10 @@ def _of_a_run(row: Row) -> str:
         f"{row['tokens']:.3g} tokens at that least time of a step: a lower bound, "
         "without pauses."
     )
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _millions(params: int) -> str:

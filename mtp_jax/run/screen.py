@@ -1,4 +1,4 @@
-"""The lines that a run shows to people, and on a terminal a progress bar below."""
+"""Output of a run for people: lines, and on a terminal a progress bar below them."""
 
 import contextlib
 import os

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from mtp_jax.checkpoint.older_states import as_saved, as_wanted
 from mtp_jax.config import CheckpointConfig
 from mtp_jax.distributed import hosts
 from mtp_jax.errors import RunFailed, UserError
@@ -140,9 +141,10 @@ class Checkpoints:
         if lost := [name for name, tree in trees.items() if tree is None]:
             cause = ValueError(f"nothing of {' and '.join(lost)} can be read")
             raise DamagedCheckpoint(self.folder / str(step), cause)
-        _refuse_mismatch(self.folder / str(step), trees, abstract)
+        saved_form = as_saved(abstract, trees)
+        _refuse_mismatch(self.folder / str(step), trees, saved_form)
         try:
-            items = self._orbax.load_checkpointables(step, abstract)
+            items = self._orbax.load_checkpointables(step, saved_form)
         except (PermissionError, MemoryError):
             raise
         except Exception as error:  # Orbax and TensorStore raise many kinds
@@ -156,7 +158,7 @@ class Checkpoints:
         if wrong:
             cause = ValueError(f"the checksums of {' and '.join(wrong)} do not match")
             raise DamagedCheckpoint(self.folder / str(step), cause)
-        return items
+        return as_wanted(items, abstract)
 
     def set_aside(self, step: int) -> epath.Path:
         """Moves a damaged checkpoint out of the way; all processes must call it."""
@@ -237,6 +239,8 @@ def state_from_items(items: dict[str, Any]) -> TrainState:
 def _items(state: TrainState) -> dict[str, Any]:
     """A state as the items of a checkpoint, which are saved apart."""
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    if state.rounded_off is None:
+        del fields["rounded_off"]
     return {"params": fields.pop("params"), "training": fields}
 
 

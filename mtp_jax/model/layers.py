@@ -22,7 +22,7 @@ from mtp_jax.parallel.sharding import axes_of, spec, spec_like
 
 M = TypeVar("M", bound=nnx.Module)
 
-# The deviation of a standard normal cut at -2 and 2: sqrt(1 - 4 pdf(2) / (2 cdf(2) - 1)).
+# The deviation of a standard normal that is cut at -2 and 2.
 _CUT_DEVIATION = 0.87962566
 
 

@@ -8,6 +8,7 @@ config, the data position, the tokenizer's identity and a checksum of every arra
 import contextlib
 import dataclasses
 import errno
+import math
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -19,15 +20,13 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from mtp_jax.checkpoint.older_states import as_saved, as_wanted
+from mtp_jax.checkpoint.retention import HELDOUT_LOSS, retention
 from mtp_jax.config import CheckpointConfig
 from mtp_jax.distributed import hosts
 from mtp_jax.errors import RunFailed, UserError
 from mtp_jax.parallel.sharding import abstract_tree
 from mtp_jax.storage import absolute, is_remote
 from mtp_jax.training.train_step import TrainState
-
-_POLICIES = ocp.training.preservation_policies
-HELDOUT_LOSS = "heldout_loss"  # the metric that keep_best compares, smaller is better
 
 
 class Checkpoints:
@@ -43,9 +42,10 @@ class Checkpoints:
             for part in self.folder.glob("*.orbax-checkpoint-tmp"):
                 part.rmtree()  # a save that a crash cut short
         hosts.wait_for_all("the checkpoints are tidy")
+        self._measured: dict[int, float] = {}
         self._orbax = ocp.training.Checkpointer(
             absolute(self.folder),
-            preservation_policy=None if cfg is None else _retention(cfg),
+            preservation_policy=None if cfg is None else retention(cfg, self._measured),
         )
         self._pending: Any = None
         self._saving = 0  # the step
@@ -64,6 +64,8 @@ class Checkpoints:
     ) -> None:
         """Begins to save; returns once the arrays are copied off the devices.
 
+        A `heldout_loss` that is not finite counts as none.
+
         Raises:
           UserError: this save or the one before it found no room on the disk.
         """
@@ -71,15 +73,23 @@ class Checkpoints:
         items = _items(state)
         sums = {name: _plain(jax.device_get(_sums(items[name]))) for name in items}
         self._saving = step
+        measured = heldout_loss is not None and math.isfinite(heldout_loss)
         with self._in_time(), _disk_full_is_said(self.folder, self.steps()):
             self._pending = self._orbax.save_checkpointables_async(
                 step,
                 items,
                 force=True,
                 overwrite=True,
-                metrics=None if heldout_loss is None else {HELDOUT_LOSS: heldout_loss},
+                metrics={HELDOUT_LOSS: heldout_loss} if measured else None,
                 custom_metadata={**metadata, "checksums": sums},
             )
+
+    def measured(self, heldout_losses: dict[int, float]) -> None:
+        """Takes, by step, held-out losses that the checkpoints do not hold.
+
+        All processes must give the same ones.
+        """
+        self._measured |= heldout_losses
 
     def wait(self) -> None:
         """Waits until the last save is on disk; its failure is raised here."""
@@ -295,22 +305,6 @@ def _refuse_mismatch(
         raise UserError(
             f"checkpoint {folder} does not fit this model: {'; '.join(rows[:8])}{more}."
         )
-
-
-def _retention(cfg: CheckpointConfig) -> Any:
-    """Orbax's policy of which checkpoints to keep."""
-    policies: list[Any] = [_POLICIES.LatestN(cfg.keep_latest)]
-    if cfg.keep_every:
-        policies.append(_POLICIES.EveryNSteps(cfg.keep_every))
-    if cfg.keep_best:
-        best = _POLICIES.BestN(
-            get_metric_fn=lambda metrics: metrics[HELDOUT_LOSS],
-            reverse=True,
-            n=cfg.keep_best,
-            keep_checkpoints_without_metrics=False,
-        )
-        policies.append(best)
-    return _POLICIES.AnyPreservationPolicy(policies)
 
 
 @contextlib.contextmanager

@@ -1,15 +1,18 @@
 """Arguments, types and errors that the command lines of the verbs share."""
 
 import argparse
+import dataclasses
+import json
 import os
 import pathlib
 from typing import NoReturn
 
 import absl.flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from mtp_jax.config import Config, freeze
+from mtp_jax.config import Config, config_from_json, freeze
 from mtp_jax.errors import UserError
+from mtp_jax.storage import workdir_at
 
 
 class Parser(argparse.ArgumentParser):
@@ -83,6 +86,37 @@ def config_from(path: str, overrides: list[str]) -> Config:
     argv = ["mtp-jax", f"--config={path}", *overrides]
     flags = absl.flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=flags, sys_argv=argv)
+    return _parsed(flags, argv, path, overrides)
+
+
+def config_of_run(workdir: str, overrides: list[str]) -> Config:
+    """Returns the config with which the run in a workdir was last started, edited.
+
+    Args:
+      workdir: of the run, here or in an object store.
+      overrides: as for `config_from`.
+
+    Raises:
+      UserError: no run is there, or what `config_from` raises.
+    """
+    path = workdir_at(workdir) / "run.json"
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{workdir} holds no run to go on with; give --config=FILE to begin one."
+        ) from None
+    tree = ConfigDict(dataclasses.asdict(config_from_json(written, str(path))))
+    argv = ["mtp-jax", *overrides]
+    flags = absl.flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", tree.lock(), flag_values=flags)
+    return _parsed(flags, argv, str(path), overrides)
+
+
+def _parsed(
+    flags: absl.flags.FlagValues, argv: list[str], path: str, overrides: list[str]
+) -> Config:
+    """Returns the config that the flag `config` holds after the command line."""
     try:
         rest = flags(argv)[1:]
     except absl.flags.UnrecognizedFlagError as error:

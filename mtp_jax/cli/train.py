@@ -1,6 +1,6 @@
 """The verb `train`: from a config and a workdir to a run, begun or continued."""
 
-from mtp_jax.cli.args import Parser, config_from
+from mtp_jax.cli.args import Parser, config_from, config_of_run
 from mtp_jax.distributed import cluster
 
 
@@ -18,16 +18,19 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument(
         "--config",
-        required=True,
         metavar="F",
-        help="a Python file, FILE or FILE:ARGUMENT",
+        help="a Python file, FILE or FILE:ARGUMENT; default: what the run in the "
+        "workdir had",
     )
     parser.add_argument(
         "--workdir", required=True, metavar="D", help="folder of the run"
     )
     cluster.add_options(parser)
     args, overrides = parser.parse_known_args(argv)
-    config = config_from(args.config, overrides)
+    if args.config is None:
+        config = config_of_run(args.workdir, overrides)
+    else:
+        config = config_from(args.config, overrides)
     where = cluster.from_options(args)
 
     # Not before the flags are known to be good: this imports JAX.

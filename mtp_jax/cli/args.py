@@ -109,7 +109,9 @@ def config_of_run(workdir: str, overrides: list[str]) -> Config:
     tree = ConfigDict(dataclasses.asdict(config_from_json(written, str(path))))
     argv = ["mtp-jax", *overrides]
     flags = absl.flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", tree.lock(), flag_values=flags)
+    config_flags.DEFINE_config_dict(
+        "config", tree.lock(), flag_values=flags, sys_argv=argv
+    )
     return _parsed(flags, argv, str(path), overrides)
 
 

@@ -1,4 +1,4 @@
-"""A run that goes on: with other settings, without a config, after a missed evaluation."""
+"""A run that goes on: with other settings, without a config, after a stop."""
 
 import dataclasses
 import json

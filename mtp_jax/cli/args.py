@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Callable
 from typing import NoReturn
 
 import absl.flags
@@ -84,9 +85,11 @@ def config_from(path: str, overrides: list[str]) -> Config:
     if not pathlib.Path(path.partition(":")[0]).is_file():
         raise UserError(f"--config={path} is not a file; configs/tiny.py is one.")
     argv = ["mtp-jax", f"--config={path}", *overrides]
-    flags = absl.flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=flags, sys_argv=argv)
-    return _parsed(flags, argv, path, overrides)
+
+    def define(flags: absl.flags.FlagValues) -> None:
+        config_flags.DEFINE_config_file("config", flag_values=flags, sys_argv=argv)
+
+    return _parsed(define, argv, path, overrides)
 
 
 def config_of_run(workdir: str, overrides: list[str]) -> Config:
@@ -108,18 +111,25 @@ def config_of_run(workdir: str, overrides: list[str]) -> Config:
         ) from None
     tree = ConfigDict(dataclasses.asdict(config_from_json(written, str(path))))
     argv = ["mtp-jax", *overrides]
-    flags = absl.flags.FlagValues()
-    config_flags.DEFINE_config_dict(
-        "config", tree.lock(), flag_values=flags, sys_argv=argv
-    )
-    return _parsed(flags, argv, str(path), overrides)
+
+    def define(flags: absl.flags.FlagValues) -> None:
+        config_flags.DEFINE_config_dict(
+            "config", tree.lock(), flag_values=flags, sys_argv=argv
+        )
+
+    return _parsed(define, argv, str(path), overrides)
 
 
 def _parsed(
-    flags: absl.flags.FlagValues, argv: list[str], path: str, overrides: list[str]
+    define: Callable[[absl.flags.FlagValues], None],
+    argv: list[str],
+    path: str,
+    overrides: list[str],
 ) -> Config:
     """Returns the config that the flag `config` holds after the command line."""
+    flags = absl.flags.FlagValues()
     try:
+        define(flags)
         rest = flags(argv)[1:]
     except absl.flags.UnrecognizedFlagError as error:
         raise UserError(f"unknown option --{error.flagname}; see --help.") from error

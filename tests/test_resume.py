@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -173,6 +174,23 @@ def test_an_evaluation_that_a_stop_cut_off_is_made_up(
 
     assert records(workdir, "heldout.jsonl") == records(calm, "heldout.jsonl")
     assert [row["step"] for row in records(calm, "heldout.jsonl")] == [2, 4, 6]
+
+
+def test_local_checkpoints_know_the_rows_too(tmp_path, corpus_dir):
+    workdir, local = tmp_path / "run", tmp_path / "local"
+    often = [f"--config.checkpoint.local_dir={local}"]
+    often += ["--config.checkpoint.local_every=2", "--config.checkpoint.every=99"]
+    run(workdir, corpus_dir, "--config.train.steps=3", *often)
+    shutil.rmtree(workdir / "checkpoints" / "3")
+    size = "--config.data.batch_size=16"
+    run(workdir, corpus_dir, "--config.train.steps=5", *often, size)
+    shutil.rmtree(workdir / "checkpoints" / "5")
+
+    run(workdir, corpus_dir, "--config.train.steps=6", *often)
+
+    starts = json.loads((workdir / "run.json").read_text())["runs"]
+    assert [(s["after"], s["rows"]) for s in starts] == [(0, 0), (2, 16), (4, 48)]
+    assert audit(workdir).steps == 6
 
 
 def test_checkpoints_of_before_resume_after_their_batches():

@@ -75,8 +75,13 @@ class _Run:
     """A run from one start to the next."""
 
     after: int  # it began with the batch after this step
+    rows: int  # and with the row after so many
     config: Config
     sources: list[Corpus]
+
+    def first_row(self, step: int) -> int:
+        """The row with which the batch of a step, counted from 1, begins."""
+        return self.rows + (step - 1 - self.after) * self.config.data.batch_size
 
 
 def _replay(runs: list[_Run], logged: list[tuple[int, str]]) -> None:
@@ -92,7 +97,10 @@ def _replay(runs: list[_Run], logged: list[tuple[int, str]]) -> None:
         if run is not of or step != at + 1:
             rows = np.arange(run.config.data.batch_size)
             config = _without_workers(run.config)
-            batches = train_batches(config, rows, step - 1, run.sources)
+            first = run.first_row(step)
+            batches = train_batches(
+                config, rows, step - 1, run.sources, start_row=first
+            )
         of, at = run, step
         found = format_hash(batch_hash(next(batches)["hash"]))
         if found != wanted:
@@ -123,7 +131,9 @@ def _rows_of_step(runs: list[_Run], step: int) -> list[list[RowPiece]]:
             )
             for piece in row
         ]
-        for row in pieces_of_step(run.config, step - 1, run.sources)
+        for row in pieces_of_step(
+            run.config, step - 1, run.sources, start_row=run.first_row(step)
+        )
     ]
 
 
@@ -159,7 +169,10 @@ def _runs(workdir: epath.Path, data: list[str] | None) -> list[_Run]:
             if names not in corpora:
                 corpora[names] = _opened(cfg, data)
             _refuse_other_corpora(corpora[names], entry["corpora"])
-            found.append(_Run(entry["after"], cfg, corpora[names]))
+            # Earlier versions went on after so many batches of the size of that start.
+            after = entry["after"]
+            rows = entry.get("rows", after * cfg.data.batch_size)
+            found.append(_Run(after, rows, cfg, corpora[names]))
         return found
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a run's ({error}).") from None

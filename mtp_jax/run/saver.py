@@ -1,5 +1,6 @@
 """Checkpoints of a run: when one is due, what goes into it, and where it goes."""
 
+from collections.abc import Callable
 from typing import Any
 
 from mtp_jax.checkpoint.checkpoints import Checkpoints
@@ -21,13 +22,16 @@ class Saver:
         cfg: Config,
         corpora: list[Corpus],
         *,
+        rows_at: Callable[[int], int],
         durable: Checkpoints,
         local: LocalCheckpoints | None,
         log: RunLog,
         goodput: Goodput,
     ):
+        """`rows_at` gives the rows that are consumed after a step."""
         self._cfg = cfg
         self._corpora = corpora
+        self._rows_at = rows_at
         self._durable = durable
         self._local = local
         self._log = log
@@ -75,7 +79,8 @@ class Saver:
         assert self._local is not None
         try:
             with self._goodput.spent("save"):
-                self._local.save(step, state, self._goodput.seconds())
+                about = {**self._goodput.seconds(), "rows": self._rows_at(step)}
+                self._local.save(step, state, about)
         except OSError as error:
             warn(
                 f"mtp_jax: no more local checkpoints: {error.strerror} in "
@@ -88,7 +93,7 @@ class Saver:
         splits = [corpus.manifest["splits"]["train"] for corpus in self._corpora]
         return {
             "config": config_to_json(self._cfg),
-            "data": {"batches": step, "corpora": splits},
+            "data": {"batches": step, "rows": self._rows_at(step), "corpora": splits},
             "tokenizer": tokenizer_identity(self._corpora[0].tokenizer),
             "seconds": self._goodput.seconds(),
         }

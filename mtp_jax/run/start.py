@@ -14,7 +14,7 @@ from mtp_jax.checkpoint.checkpoints import (
     state_from_items,
 )
 from mtp_jax.checkpoint.local import LocalCheckpoints
-from mtp_jax.config import Config
+from mtp_jax.config import Config, config_from_json
 from mtp_jax.distributed import hosts
 from mtp_jax.errors import RunFailed, say
 from mtp_jax.parallel.sharding import abstract_tree
@@ -29,6 +29,7 @@ class Start:
 
     state: TrainState
     step: int  # steps done before
+    rows: int  # rows consumed before
     seconds: dict[str, float]  # `Goodput.seconds` when it was saved; empty if new
 
 
@@ -39,7 +40,7 @@ def open_local(
     if not cfg.checkpoint.local_dir:
         return None
     devices = [int(device.id) for device in mesh.devices.flat]
-    setting = f"{cfg.model} {dict(mesh.shape)} {devices}"
+    setting = f"{cfg.model} {dict(mesh.shape)} {devices} with rows"
     return LocalCheckpoints(cfg.checkpoint, identity(workdir), setting)
 
 
@@ -63,15 +64,15 @@ def restore_or_init(
         abstract = abstract_tree(shapes, jax.sharding.get_mesh())
         step = local.newest(newest, abstract)
         if step > newest:
-            state, seconds = local.restore(step, abstract)
-            return Start(state, step, seconds)
+            state, about = local.restore(step, abstract)
+            return Start(state, step, int(about.pop("rows")), about)
         local.drop_after(newest)
     if newest:
         return _restore(durable, jax.eval_shape(init, key))
     with goodput.spent("compile"):
         compile_on_all(init, key)
     with goodput.spent("start"):
-        return Start(init(key), 0, {})
+        return Start(init(key), 0, 0, {})
 
 
 def compile_on_all(function: Any, *args: Any) -> None:
@@ -91,5 +92,15 @@ def _restore(durable: Checkpoints, shapes: TrainState) -> Start:
         ) from error
     for other in damaged:
         say(f"mtp_jax: moved it to {durable.set_aside(other)}")
-    seconds = durable.saved_metadata(step).get("seconds", {})
-    return Start(state_from_items(items), step, seconds)
+    metadata = durable.saved_metadata(step)
+    seconds = metadata.get("seconds", {})
+    return Start(state_from_items(items), step, _rows_consumed(metadata), seconds)
+
+
+def _rows_consumed(metadata: dict[str, Any]) -> int:
+    """Rows consumed before a checkpoint; earlier versions saved batches of one size."""
+    data = metadata["data"]
+    if "rows" in data:
+        return int(data["rows"])
+    config = config_from_json(metadata["config"], "the checkpoint")
+    return int(data["batches"]) * config.data.batch_size

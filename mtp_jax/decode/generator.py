@@ -111,7 +111,7 @@ class Generator:
         stop: Sequence[str] = (),
         batch_size: int | None = None,
         first: int = 0,
-        adaptive: bool = False,
+        adaptive: bool | Sequence[int] = False,
     ) -> list[Generation]:
         """Continues every prompt.
 
@@ -128,7 +128,11 @@ class Generator:
           first: number of the first prompt. What is drawn for a prompt depends on the
             seed and its number, not on the other prompts.
           adaptive: use as many of the heads as is fastest, from moment to moment; of
-            no effect on lossy decoders.
+            no effect on lossy decoders. Greedy texts stay what they are, and sampled
+            ones keep their distribution; but which text is drawn then depends on the
+            numbers of heads, which follow measured times. Numbers of heads in a list
+            are used instead, one a forward pass, the first for the prompts, over and
+            over: then seed and number of a prompt decide its text.
 
         Returns:
           A generation a prompt. Its `tokens_per_s` counts the new tokens of its batch
@@ -138,7 +142,7 @@ class Generator:
           UserError: an argument out of range, a prompt that is empty or too long, or a
             token id the model does not know; before anything is compiled.
         """
-        decoder, heads = self._check(max_new_tokens, decoder, heads, stop)
+        decoder, heads = self._check(max_new_tokens, decoder, heads, stop, adaptive)
         rows = [self._prompt_ids(prompt) for prompt in prompts]
         size = len(rows) if batch_size is None else batch_size
         if rows and size < 1:
@@ -182,7 +186,7 @@ class Generator:
         sampling: Sampling = _GREEDY,
         stop: Sequence[str] = (),
         first: int = 0,
-        adaptive: bool = False,
+        adaptive: bool | Sequence[int] = False,
     ) -> Coroutine[str, None, Generation]:
         """Yields the continuation of a prompt as it is written, a forward pass a time.
 
@@ -193,7 +197,7 @@ class Generator:
         Raises:
           UserError: as `generate`, when the first piece is asked for.
         """
-        decoder, heads = self._check(max_new_tokens, decoder, heads, stop)
+        decoder, heads = self._check(max_new_tokens, decoder, heads, stop, adaptive)
         rows = [self._prompt_ids(prompt)]
         clock = _Clock(self._programs)
         batch = self._batch(
@@ -234,7 +238,7 @@ class Generator:
         max_new_tokens: int,
         sampling: Sampling,
         first: int,
-        adaptive: bool,
+        adaptive: bool | Sequence[int],
         clock: "_Clock",
     ) -> DecodeBatch:
         """Makes a batch and reads its prompts; starts the clock before."""
@@ -296,6 +300,7 @@ class Generator:
         decoder: str | Decoder | None,
         heads: int | None,
         stop: Sequence[str],
+        adaptive: bool | Sequence[int],
     ) -> tuple[Decoder, int]:
         """Checks arguments; returns the decoder and the number of heads it runs."""
         n = self.cfg.n_future_tokens
@@ -314,6 +319,11 @@ class Generator:
             name = type(decoder).__name__.lower()
             whose = "the model has" if n == 1 else "heads is"
             raise UserError(f"{name} drafts with heads 2 to n; {whose} 1: use plain.")
+        if not isinstance(adaptive, bool) and not all(1 <= d <= heads for d in adaptive):
+            raise UserError(
+                f"adaptive is {list(adaptive)}; give True, or numbers of heads from 1 "
+                f"to {heads}."
+            )
         if isinstance(stop, str) or not all(stop):
             raise UserError("a stop string is empty; give some text, or none at all.")
         return decoder, decoder.heads(heads)

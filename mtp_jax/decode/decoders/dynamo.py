@@ -159,16 +159,18 @@ class Dynamo:
         deviated_BN = jnp.pad(deviates_B1, ((0, 0), (0, n - 1)))
         after = commit(state, tokens_BN, level_B, level_B - 1, deviated_BN)
         new_B = after.length_B - state.length_B
-        carry = _Unread(new_B, q_BN, state.seen_BV)
-        if state.carry is not None:  # a text that has ended is read again as it is
-            carry = jax.tree.map(
+        carry, keys = _Unread(new_B, q_BN, state.seen_BV), sampler.next_keys()
+        if state.carry is not None:
+            # A text that has ended is read again as it is, and with the same draws.
+            carry, at_B, drawn_B = jax.tree.map(
                 lambda new, old: jnp.where(_like(new_B > 0, new), new, old),
-                carry,
-                state.carry,
+                (carry, keys.at_B, keys.drawn_B),
+                (state.carry, state.keys.at_B, state.keys.drawn_B),
             )
+            keys = dataclasses.replace(keys, at_B=at_B, drawn_B=drawn_B)
         else:
             carry = dataclasses.replace(carry, count_B=jnp.maximum(new_B, 1))
-        return dataclasses.replace(after, carry=carry, keys=sampler.next_keys())
+        return dataclasses.replace(after, carry=carry, keys=keys)
 
     def _counts(self, vocab: int, n: int) -> dict[int, int]:
         """Candidates of each head, by the length of a run."""

@@ -101,7 +101,12 @@ def step_alone(model: DecodeModel, state: DecodeState) -> DecodeState:
 
 
 def catch_up(
-    cfg: ModelConfig, params: Any, state: DecodeState, alone: Alone, decoder: Drafter
+    cfg: ModelConfig,
+    params: Any,
+    state: DecodeState,
+    alone: Alone,
+    decoder: Drafter,
+    ids: int | None = None,
 ) -> DecodeState:
     """Has the drafting heads read what they have missed, and draft again.
 
@@ -111,6 +116,7 @@ def catch_up(
       state: the state, without `alone`.
       alone: the trunk's outputs that the heads have not read.
       decoder: the decoder that drafts.
+      ids: as for `build`.
     """
     drafting = range(1, len(params["heads"]))
     b, d = state.tokens_BE.shape[0], cfg.d_model
@@ -137,7 +143,7 @@ def catch_up(
     start = (alone.since_B, nothing_BMD, state.cache)
     _, heads_BMD, cache = lax.while_loop(behind, chunk, start)
     sampler = Sampler(state.keys, state.length_B)
-    carry = decoder.draft(build(cfg, params), state, heads_BMD, sampler)
+    carry = decoder.draft(build(cfg, params, ids), state, heads_BMD, sampler)
     return dataclasses.replace(
         state, cache=cache, carry=carry, keys=sampler.next_keys()
     )

@@ -148,7 +148,7 @@ class Dynamo:
         else:
             index_B = sampler.sample(weight_BX[:, None])[:, 0]
         n = len(model.heads)
-        counts = self._counts(target_BV.shape[-1], heads_BND.shape[1])
+        counts = self._counts(model.choices, heads_BND.shape[1])
         tokens_BN, q_BN = _tokens(n, counts, weight_BX, level_B, ids_BNK, index_B)
         if state.sampling.greedy:
             q_BN = jnp.ones_like(q_BN)
@@ -186,7 +186,7 @@ class Dynamo:
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The weights to draw from, the length of the run, and the candidates."""
         _, n, vocab = probs_BNV.shape
-        counts = self._counts(vocab, n)
+        counts = self._counts(model.choices, n)
         most = max(counts.values(), default=1)
         places = max([vocab, *(k**m for m, k in counts.items())])
 

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from mtp_jax.errors import UserError
 
-
 # Logits over a temperature and a penalty stay within float32 between these.
 _COLDEST, _HOTTEST, _STRONGEST = 1e-20, 1e30, 1e10
 

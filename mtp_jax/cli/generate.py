@@ -237,10 +237,10 @@ def _stream(generator: Any, prompt: Any, settings: dict[str, Any]) -> Any:
     from mtp_jax.reports.texts import ending
 
     writing = generator.stream(prompt, **settings)
-    print(generator.prompt_text(prompt), end="", flush=True)
+    print(_shown(generator.prompt_text(prompt)), end="", flush=True)
     while True:
         try:
-            print(next(writing), end="", flush=True)
+            print(_shown(next(writing)), end="", flush=True)
         except StopIteration as end:
             print(f"\n{ending(end.value)}\n")
             return end.value
@@ -256,12 +256,19 @@ def _print(generator: Any, results: Sequence[Any], args: argparse.Namespace) -> 
         if args.json:
             print(json.dumps(dataclasses.asdict(result)))
             continue
-        shown = f"{result.prompt}{result.text}"
+        shown = _shown(f"{result.prompt}{result.text}")
         if coloured:
             shown = terminal(result, generator.tokenizer)
         print(f"{shown}\n{ending(result)}\n")
     if coloured and not args.json:
         print(terminal_legend(results))
+
+
+def _shown(text: str) -> str:
+    """A text as it is, but for a terminal, which it must not steer."""
+    from mtp_jax.reports.printable import printable
+
+    return printable(text) if sys.stdout.isatty() else text
 
 
 def _write_page(path: str, generator: Any, results: Sequence[Any], title: str) -> None:

@@ -132,9 +132,11 @@ def _shown(check: "Check", tokenizer: "Tokenizer", row: Callable[..., str]) -> s
 
 
 def _told(d: "Difference", tokenizer: "Tokenizer") -> str:
+    from mtp_jax.decode.text_stream import Continuation
+
+    within = Continuation(tokenizer, tokenizer.encode("a"))
     a, b = (
-        "nothing" if x is None else repr(tokenizer.decode([x]))
-        for x in (d.plain, d.other)
+        "nothing" if x is None else repr(within.decode([x])) for x in (d.plain, d.other)
     )
     gap = "" if d.gap is None else f"; plain's is {d.gap:+.2g} ahead"
     tie = ", a near-tie" if d.near_tie else ""

@@ -40,9 +40,7 @@ class ModelConfig:
     rope_theta: float = 10_000.0  # base of the rotary positions
     norm_eps: float = 1e-5  # of RMSNorm, under the root
     tie_embeddings: bool = False  # unembed with the embedding
-    param_dtype: Dtype = (
-        "float32"  # of a model; the optimizer sees float32
-    )
+    param_dtype: Dtype = "float32"  # of a model; the optimizer sees float32
     compute_dtype: Dtype = "float32"  # of products and activations
 
     def __post_init__(self):

@@ -28,7 +28,7 @@ from mtp_jax.checkpoint.restore import Restored, as_restored
 from mtp_jax.config import ModelConfig
 from mtp_jax.data.prompts import heldout_passages
 from mtp_jax.decode.cache import chain, decode_head, decode_trunk, make_cache
-from mtp_jax.decode.decode_model import build, unstack
+from mtp_jax.decode.decode_model import DecodeModel, build, unstack
 from mtp_jax.decode.decoders.sampling import most_likely
 from mtp_jax.errors import UserError
 from mtp_jax.parallel.sharding import batch_shards, spec
@@ -102,13 +102,19 @@ def calibrate(
             f"no held-out document of {', '.join(sources)} has {n} tokens; prepare "
             "more text."
         )
-    ranks_XM = measure_ranks(cfg, restored.params, rows, restored.mesh)
+    ranks_XM = measure_ranks(
+        cfg, restored.params, rows, restored.mesh, restored.tokenizer.vocab_size
+    )
     chosen = choose(ranks_XM, nodes)
     return dataclasses.replace(chosen, step=restored.step, data=tuple(sources))
 
 
 def measure_ranks(
-    cfg: ModelConfig, params: Any, rows: Sequence[np.ndarray], mesh: jax.sharding.Mesh
+    cfg: ModelConfig,
+    params: Any,
+    rows: Sequence[np.ndarray],
+    mesh: jax.sharding.Mesh,
+    ids: int | None = None,
 ) -> np.ndarray:
     """Ranks that heads 2..n give to what head 1 will predict, int32 [X, M]; 0 is best.
 
@@ -117,6 +123,7 @@ def measure_ranks(
       params: as `model_builder` makes them, on the mesh.
       rows: passages of at least n tokens each, token ids.
       mesh: the mesh.
+      ids: as for `build`.
     """
     size, found = _BATCH * batch_shards(mesh), []
     n, most = cfg.n_future_tokens, max(map(len, rows))
@@ -124,7 +131,9 @@ def measure_ranks(
     rows_T = [np.pad(row, (0, most - len(row))) for row in rows]
     with jax.set_mesh(mesh):
         params = unstack(cfg, params)
-        ranks = jax.jit(lambda params, tokens_BT: _ranks(cfg, params, tokens_BT))
+        ranks = jax.jit(
+            lambda params, tokens_BT: _ranks(build(cfg, params, ids), tokens_BT)
+        )
         sharding = jax.NamedSharding(mesh, spec("batch", None))
         for start in range(0, len(rows), size):
             now = rows_T[start : start + size]
@@ -137,10 +146,9 @@ def measure_ranks(
     return np.concatenate(found)
 
 
-def _ranks(cfg: ModelConfig, params: Any, tokens_BT: jax.Array) -> jax.Array:
+def _ranks(model: DecodeModel, tokens_BT: jax.Array) -> jax.Array:
     """Ranks in a batch of passages, int32 [B, U, M]; see `measure_ranks`."""
-    model = build(cfg, params)
-    (b, t), n = tokens_BT.shape, len(model.heads)
+    (b, t), n, cfg = tokens_BT.shape, len(model.heads), model.cfg
     cache = make_cache(cfg, len(model.trunk) + n, b, t)
     new = chain(tokens_BT, jnp.zeros(b, jnp.int32, out_sharding=spec("batch")))
     trunk_BTD, cache = decode_trunk(model, new, cache)

@@ -69,4 +69,4 @@ class HeldoutEvaluation:
             [prompt], max_new_tokens=self._cfg.eval.sample_tokens
         )
         self._generator.use(None)  # the next step takes the parameters' memory
-        return self._tokenizer.decode(prompt), made[0].text
+        return made[0].prompt, made[0].text

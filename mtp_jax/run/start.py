@@ -57,7 +57,8 @@ def restore_or_init(
       UserError: a checkpoint does not fit the config, or none can be read.
     """
     init = make_init(cfg)
-    key = jax.random.key(cfg.train.seed)
+    # Runs of before, whose larger seeds were cut to 32 bits, go on as they were.
+    key = jax.random.key(cfg.train.seed % 2**32)
     newest = max(durable.steps(), default=0)
     if local is not None:
         shapes = jax.eval_shape(init, key)
@@ -69,6 +70,10 @@ def restore_or_init(
         local.drop_after(newest)
     if newest:
         return _restore(durable, jax.eval_shape(init, key))
+    if cfg.train.seed >= 2**32:
+        raise UserError(
+            f"config.train.seed is {cfg.train.seed}; it must be 0 to 2^32 - 1."
+        )
     with goodput.spent("compile"):
         compile_on_all(init, key)
     with goodput.spent("start"):

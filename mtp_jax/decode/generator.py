@@ -4,7 +4,6 @@ Axes: B batch, T new tokens.
 """
 
 import dataclasses
-import time
 from collections.abc import Generator as Coroutine
 from collections.abc import Sequence
 from typing import Any, Self
@@ -17,6 +16,7 @@ from mtp_jax.checkpoint.restore import Restored, restore_model
 from mtp_jax.config import ModelConfig
 from mtp_jax.data.tokenizer import Tokenizer
 from mtp_jax.decode.batch import DecodeBatch, Texts, rows_of
+from mtp_jax.decode.clock import Clock, with_speed
 from mtp_jax.decode.decode_model import unstack
 from mtp_jax.decode.decoders import DECODERS
 from mtp_jax.decode.decoders.sampling import Sampling
@@ -24,12 +24,12 @@ from mtp_jax.decode.decoders.state import Decoder, ReadsTables
 from mtp_jax.decode.fitting import default_decoder, needs_heads
 from mtp_jax.decode.generation import Generation, generation_of
 from mtp_jax.decode.programs import Programs
+from mtp_jax.decode.prompt_list import as_prompts, check_numbers
 from mtp_jax.decode.text_stream import Continuation, find_stop, settled
 from mtp_jax.errors import UserError
 
 _LOOK = 16  # forward passes between two looks for stop strings
 _MOST_NEW = 2**20  # tokens of a continuation: there is room for all of them at once
-_SEEDS = 2**32  # numbers of prompts
 _GREEDY = Sampling()
 
 
@@ -150,7 +150,7 @@ class Generator:
         stop = [stop] if isinstance(stop, str) else stop
         decoder, heads = self._check(max_new_tokens, decoder, heads, stop, adaptive)
         rows = [self._prompt_ids(prompt) for prompt in as_prompts(prompts)]
-        _check_numbers(first, len(rows))
+        check_numbers(first, len(rows))
         size = len(rows) if batch_size is None else batch_size
         if rows and size < 1:
             raise UserError(f"batch_size is {size}; give at least 1.")
@@ -160,7 +160,7 @@ class Generator:
         results: list[Generation] = []
         for start in range(0, len(rows), size or 1):
             now = rows[start : start + size]
-            clock = _Clock(self._programs)
+            clock = Clock(self._programs)
             batch = self._batch(
                 now,
                 decoder,
@@ -180,7 +180,7 @@ class Generator:
                 generation_of(self.tokenizer, texts, b, stop, heads - 1)
                 for b in range(len(now))
             ]
-            results += [_with_speed(r, made, seconds) for r in made]
+            results += [with_speed(r, made, seconds) for r in made]
         return results
 
     def stream(
@@ -208,8 +208,8 @@ class Generator:
         decoder, heads = self._check(max_new_tokens, decoder, heads, stop, adaptive)
         rows = [self._prompt_ids(prompt)]
         after = Continuation(self.tokenizer, rows[0])
-        _check_numbers(first, 1)
-        clock = _Clock(self._programs)
+        check_numbers(first, 1)
+        clock = Clock(self._programs)
         batch = self._batch(
             rows, decoder, heads, max_new_tokens, sampling, first, adaptive, clock
         )
@@ -226,7 +226,7 @@ class Generator:
         result = generation_of(self.tokenizer, texts, 0, stop, heads - 1)
         if len(result.text) > shown:
             yield result.text[shown:]
-        return _with_speed(result, [result], clock.seconds())
+        return with_speed(result, [result], clock.seconds())
 
     def prompt_length(self, prompt: str | np.ndarray) -> int:
         """Tokens of a prompt, begin of text included.
@@ -249,7 +249,7 @@ class Generator:
         sampling: Sampling,
         first: int,
         adaptive: bool | Sequence[int],
-        clock: "_Clock",
+        clock: "Clock",
     ) -> DecodeBatch:
         """Makes a batch and reads its prompts; starts the clock before."""
         # The mesh must not stay set between the pieces of a stream.
@@ -362,50 +362,3 @@ class Generator:
                 f"knows 0 to {self._ids - 1}."
             )
         return ids.astype(np.int32)
-
-
-def as_prompts(prompts: Any) -> list[Any]:
-    """Returns a list of prompts, given as texts or as ids; one of them is a list, too.
-
-    Raises:
-      UserError: neither texts nor ids.
-    """
-    if isinstance(prompts, str):
-        return [prompts]
-    if isinstance(prompts, bytes):
-        raise UserError("a prompt is given as bytes; give a text, or token ids.")
-    is_row = isinstance(prompts, np.ndarray | jax.Array) and prompts.ndim == 1
-    if is_row or (
-        len(prompts) and all(isinstance(x, int | np.integer) for x in prompts)
-    ):
-        return [prompts]
-    return list(prompts)
-
-
-def _check_numbers(first: int, count: int) -> None:
-    """Raises UserError if prompts have no numbers to draw by."""
-    if not 0 <= first <= _SEEDS - count:
-        raise UserError(f"first is {first}; prompts have numbers from 0 to 2^32 - 1.")
-
-
-class _Clock:
-    """Seconds since the start, without compilation."""
-
-    def __init__(self, programs: Programs):
-        self._programs = programs
-
-    def start(self) -> None:
-        self._started = time.perf_counter()
-        self._compiled = self._programs.compile_s
-
-    def seconds(self) -> float:
-        compiled_s = self._programs.compile_s - self._compiled  # for a cache that grew
-        return time.perf_counter() - self._started - compiled_s
-
-
-def _with_speed(
-    result: Generation, of_batch: list[Generation], seconds: float
-) -> Generation:
-    """A result with the speed of its batch."""
-    made = sum(r.tokens_per_forward * r.forwards for r in of_batch)
-    return dataclasses.replace(result, tokens_per_s=made / seconds)

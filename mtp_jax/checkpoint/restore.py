@@ -32,7 +32,7 @@ class Restored:
     tokenizer: Tokenizer
 
     def with_data(self, sources: Sequence[str | os.PathLike[str]] | None) -> "Restored":
-        """The same model, its held-out text from other corpora; None: from its own.
+        """This model with held-out text of other corpora; None: of its own.
 
         Raises:
           UserError: a folder is not a corpus, or one of another tokenizer.

@@ -8,14 +8,26 @@ import pathlib
 
 import pytest
 import sentencepiece
-from test_prepare import all_texts, contents, refused, run
+from test_prepare import all_texts, contents, run
 
+from mtp_jax.cli import prepare
 from mtp_jax.data import prepare as library
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.tokenizer import train_sentencepiece
+from mtp_jax.errors import UserError
 
 STORIES = [f"Story {i}.\nIt was the {i}th, and é.\n" for i in range(80)]
 VERSES = pathlib.Path(__file__).parent / "data" / "verses.txt"
+
+
+def refused(tmp_path, name, content, *options, match):
+    """Preparing this file is refused, and leaves nothing behind."""
+    (tmp_path / name).write_bytes(content)
+    before = set(tmp_path.iterdir())
+    argv = [f"--input={tmp_path / name}", f"--output={tmp_path / 'out'}", "--workers=1"]
+    with pytest.raises(UserError, match=match):
+        prepare.main([*argv, *options])
+    assert set(tmp_path.iterdir()) == before
 
 
 def in_order(corpus):

@@ -1,6 +1,7 @@
 """Documents that are cut out of text files, and records that cannot be read."""
 
 import codecs
+import contextlib
 import gzip
 import io
 import json
@@ -86,6 +87,22 @@ def test_a_text_file_is_cut_into_pieces_of_a_size(tmp_path, monkeypatch, size, b
             assert sizes[i] + len(rest.split(b"\n")[0]) + 1 > size
         elif not piece.endswith(" "):
             assert sizes[i] + len(text[begin].encode()) > size
+
+
+@pytest.mark.parametrize("options", [{"split_bytes": 50}, {"split_at": "\n"}, {}])
+def test_bytes_that_were_read_add_up_to_the_file(tmp_path, monkeypatch, options):
+    monkeypatch.setattr("mtp_jax.data.documents._BLOCK_BYTES", 100)
+    (tmp_path / "s.txt").write_text("".join(STORIES))
+    read = []
+
+    @contextlib.contextmanager
+    def progress(title, size):
+        yield read.append
+
+    library.prepare(tmp_path / "s.txt", tmp_path / "out", heldout=0, workers=1,
+                    progress=progress, **options)  # fmt: skip
+
+    assert sum(read) == (tmp_path / "s.txt").stat().st_size
 
 
 def test_one_text_file_is_a_corpus_with_a_heldout_split(tmp_path, capsys):

@@ -32,7 +32,7 @@ class Restored:
     tokenizer: Tokenizer
 
     def with_data(self, sources: Sequence[str | os.PathLike[str]] | None) -> "Restored":
-        """This model with held-out text of other corpora; None: of its own.
+        """This model with held-out text from other corpora; None: from its own.
 
         Raises:
           UserError: a folder is not a corpus, or one of another tokenizer.

@@ -55,7 +55,7 @@ class Found:
 
     @property
     def aside(self) -> str:
-        """What was left out, in brackets; empty if nothing was."""
+        """The counts of what was left out, in brackets; empty if nothing was."""
         return f" (left out: {_listed(self.left_out)})" if self.left_out else ""
 
     def summary(self) -> list[str]:

@@ -125,7 +125,8 @@ def test_a_workdir_may_have_the_name_of_what_is_in_it(folder, name):
 
 def test_figures_are_written_into_the_workdir(folder, capsys):
     evaluate.main(["--workdir=runs/mine/checkpoints/20", "--data=elsewhere"])
-    assert (folder / "runs" / "mine" / "eval.json").is_file()
+    assert len(list((folder / "runs" / "mine").glob("eval*.json"))) == 1
+    assert not list((folder / "runs" / "mine").glob("checkpoints/**/eval*"))
     assert audit.main(["--workdir=runs/mine/checkpoints", "--data=elsewhere"]) == 0
 
 

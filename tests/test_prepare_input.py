@@ -106,6 +106,15 @@ def test_the_kinds_that_are_there_are_named_where_none_is_read(tmp_path):
         run(tmp_path / "src", tmp_path / "out")
 
 
+def test_a_refusal_tells_what_was_left_out(tmp_path):
+    write(tmp_path / "src", "a.txt", "b.js")
+    with pytest.raises(UserError, match=r"none of 1 \(left out: 1 \.js\) fell into"):
+        run(tmp_path / "src", tmp_path / "out", "--heldout=0.000001")
+    (tmp_path / "src" / "a.txt").write_text("")
+    with pytest.raises(UserError, match=r"1 empty ones\) \(left out: 1 \.js\); give"):
+        run(tmp_path / "src", tmp_path / "out")
+
+
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.zst", "a.ZIP"])
 def test_files_that_are_never_text_are_refused_by_name(tmp_path, name):
     write(tmp_path, name)

@@ -1,6 +1,7 @@
 """Documents that are cut out of text files, and records that cannot be read."""
 
 import codecs
+import contextlib
 import gzip
 import io
 import json
@@ -8,14 +9,26 @@ import pathlib
 
 import pytest
 import sentencepiece
-from test_prepare import all_texts, contents, refused, run
+from test_prepare import all_texts, contents, run
 
+from mtp_jax.cli import prepare
 from mtp_jax.data import prepare as library
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.tokenizer import train_sentencepiece
+from mtp_jax.errors import UserError
 
 STORIES = [f"Story {i}.\nIt was the {i}th, and é.\n" for i in range(80)]
 VERSES = pathlib.Path(__file__).parent / "data" / "verses.txt"
+
+
+def refused(tmp_path, name, content, *options, match):
+    """Preparing this file is refused, and leaves nothing behind."""
+    (tmp_path / name).write_bytes(content)
+    before = set(tmp_path.iterdir())
+    argv = [f"--input={tmp_path / name}", f"--output={tmp_path / 'out'}", "--workers=1"]
+    with pytest.raises(UserError, match=match):
+        prepare.main([*argv, *options])
+    assert set(tmp_path.iterdir()) == before
 
 
 def in_order(corpus):
@@ -74,6 +87,22 @@ def test_a_text_file_is_cut_into_pieces_of_a_size(tmp_path, monkeypatch, size, b
             assert sizes[i] + len(rest.split(b"\n")[0]) + 1 > size
         elif not piece.endswith(" "):
             assert sizes[i] + len(text[begin].encode()) > size
+
+
+@pytest.mark.parametrize("options", [{"split_bytes": 50}, {"split_at": "\n"}, {}])
+def test_bytes_that_were_read_add_up_to_the_file(tmp_path, monkeypatch, options):
+    monkeypatch.setattr("mtp_jax.data.documents._BLOCK_BYTES", 100)
+    (tmp_path / "s.txt").write_text("".join(STORIES))
+    read = []
+
+    @contextlib.contextmanager
+    def progress(title, size):
+        yield read.append
+
+    library.prepare(tmp_path / "s.txt", tmp_path / "out", heldout=0, workers=1,
+                    progress=progress, **options)  # fmt: skip
+
+    assert sum(read) == (tmp_path / "s.txt").stat().st_size
 
 
 def test_one_text_file_is_a_corpus_with_a_heldout_split(tmp_path, capsys):

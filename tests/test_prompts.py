@@ -17,6 +17,7 @@ from mtp_jax.config import Config, DataConfig, EvalConfig
 from mtp_jax.data import prompts
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.prepare import prepare
+from mtp_jax.data.tokenizer import ByteTokenizer
 from mtp_jax.decode import calibrate
 from mtp_jax.run.evaluation import HeldoutEvaluation
 
@@ -128,7 +129,7 @@ def test_a_sample_prompt_lies_inside_a_document(heldout, lengths):
 
     def generate(given, max_new_tokens):
         made.append(given[0])
-        return [types.SimpleNamespace(text="")]
+        return [types.SimpleNamespace(prompt="", text="")]
 
     run = HeldoutEvaluation.__new__(HeldoutEvaluation)
     run._corpora = [Corpus.open("a")]
@@ -171,7 +172,11 @@ def test_a_corpus_of_short_documents_is_calibrated(tmp_path, monkeypatch):
     cfg = tiny(3, 4, vocab_size=256)
     data = DataConfig(sources=(corpus,))
     restored = Restored(
-        Config(model=cfg, data=data), init(cfg, one_device()), one_device(), 7, None
+        Config(model=cfg, data=data),
+        init(cfg, one_device()),
+        one_device(),
+        7,
+        ByteTokenizer(),
     )
 
     result = calibrate.calibrate(restored, passages=1000, nodes=5)

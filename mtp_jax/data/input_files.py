@@ -53,6 +53,11 @@ class Found:
     files: list[InputFile]
     left_out: collections.Counter[str]  # number of files or folders by reason
 
+    @property
+    def aside(self) -> str:
+        """The counts of what was left out, in brackets; empty if nothing was."""
+        return f" (left out: {_listed(self.left_out)})" if self.left_out else ""
+
     def summary(self) -> list[str]:
         """Lines for people: numbers of files by kind, and what was left out."""
         kinds = collections.Counter(_kind(file.path) for file in self.files)
@@ -89,7 +94,7 @@ def find_files(inputs: list[str], excluded: list[str]) -> Found:
                 name = path.relative_to(root.path.parent).as_posix()
                 found[real] = InputFile(path, name, _size(path))
     if not found:
-        there = f" (left out: {_listed(left_out)})" if left_out else ""
+        there = Found([], left_out).aside
         raise UserError(
             f"there is no file to read in {', '.join(inputs)}{there}; known are "
             f"{', '.join(_KNOWN)}, also with .gz, and any text file that --input "

@@ -16,7 +16,7 @@ import numpy as np
 
 from mtp_jax.data.corpus import SPLITS, read_manifest, token_dtype, write_manifest
 from mtp_jax.data.documents import ReadOptions, split_into_parts
-from mtp_jax.data.input_files import InputFile, find_files
+from mtp_jax.data.input_files import Found, InputFile, find_files
 from mtp_jax.data.output_folder import whole_folder
 from mtp_jax.data.shard_writer import ShardWriter
 from mtp_jax.data.tokenizer import (
@@ -110,7 +110,7 @@ def prepare(
             dtype = token_dtype(used.vocab_size)
             written = _write_shards(partial, results, dtype, shard_tokens, advance)
         counts = written.counts(skip_bad)
-        _check_splits(counts, reading, files)
+        _check_splits(counts, reading, found)
         save_tokenizer(used, partial)
         options = _options(names, exclude, shard_tokens, train_tokenizer, reading)
         described = {"tokenizer": _describe(used), **counts, "options": options}
@@ -253,9 +253,7 @@ def _write_shards(
     return written
 
 
-def _check_splits(
-    counts: dict[str, Any], reading: ReadOptions, files: list[InputFile]
-) -> None:
+def _check_splits(counts: dict[str, Any], reading: ReadOptions, found: Found) -> None:
     splits, heldout = counts["splits"], reading.heldout
     of_split = {split: entry["documents"] for split, entry in splits.items()}
     total = sum(of_split.values())
@@ -263,22 +261,23 @@ def _check_splits(
         bad = sum(counts.get("skipped_bad", {}).values())
         raise UserError(
             f"the corpus is empty: no documents with text in it "
-            f"({counts['skipped_empty']} empty ones{f', {bad} bad ones' * (bad > 0)}); "
+            f"({counts['skipped_empty']} empty ones{f', {bad} bad ones' * (bad > 0)})"
+            f"{found.aside}; "
             "give files with text."
         )
     size = sum(entry["bytes"] for entry in splits.values())
     whole = reading.split_at is None and reading.split_bytes is None
     cut = ""
-    if whole and not all(file.holds_lines for file in files):
+    if whole and not all(file.holds_lines for file in found.files):
         cut = _HOW_TO_CUT.format(max(100, size // 200))
     if of_split["train"] == 0:
         raise UserError(
-            f"no documents to train on: all {total} are held out with "
+            f"no documents to train on: all {total}{found.aside} are held out with "
             f"--heldout={heldout}; give more documents or a smaller share{cut}."
         )
     if of_split["heldout"] == 0 and heldout > 0:
         raise UserError(
-            f"no held-out documents: none of {total} fell into the share "
+            f"no held-out documents: none of {total}{found.aside} fell into the share "
             f"--heldout={heldout}; give more documents, a larger share, or "
             f"--heldout=0 for no held-out split{cut}."
         )

@@ -179,7 +179,7 @@ class Member:
           UserError, RunFailed: the coordinator has ended the run.
         """
         opening = asyncio.open_connection(host, port, limit=1 << 20)
-        self._reader, self._writer = await asyncio.wait_for(opening, 10.0)
+        reader, writer = await asyncio.wait_for(opening, 10.0)
         hello = {
             "kind": "host",
             "host": self._process.process_id,
@@ -188,8 +188,13 @@ class Member:
             "about": self._about,
             "status": self.status,
         }
-        proving = greet(self._reader, self._writer, self._secret, hello)
-        await asyncio.wait_for(proving, 10.0)
+        try:
+            await asyncio.wait_for(greet(reader, writer, self._secret, hello), 10.0)
+        except BaseException:
+            writer.close()
+            raise
+        # Not before: what this process has to say comes after the proof.
+        self._reader, self._writer = reader, writer
         # The coordinator has the last word on who is missing.
         limit = end - time.monotonic() + 2 * self._host_timeout_s
         message = await asyncio.wait_for(receive(self._reader), limit)

@@ -51,7 +51,7 @@ def _plain(hint: Any, value: str) -> str:
 
 
 def whole(value: str) -> str:
-    """Returns a whole number written as 1e3 or 2.0 in digits, any other text as it is."""
+    """Returns a whole number written as 1e3 or 2.0 in digits, other text as it is."""
     try:
         number = decimal.Decimal(value)
         if number.is_finite() and number.adjusted() < _MOST_DIGITS:

@@ -2,18 +2,21 @@
 
 import argparse
 import dataclasses
+import json
 import os
 import pathlib
 import re
+from collections.abc import Callable
 from typing import NoReturn
 
 import absl.flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from mtp_jax.cli.overrides import plain_overrides, whole
-from mtp_jax.config import Config, freeze
+from mtp_jax.config import Config, config_from_json, freeze
 from mtp_jax.config.names import did_you_mean, fields_meant
 from mtp_jax.errors import UserError
+from mtp_jax.storage import workdir_at
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,6 +64,22 @@ def positive_int(text: str) -> int:
     return int(digits)
 
 
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Adds --data, the corpora to use instead of those of the run."""
+    parser.add_argument(
+        "--data",
+        action="append",
+        metavar="DIR",
+        help="another prepared corpus instead of the run's own; may be repeated",
+    )
+
+
+def unescape(text: str) -> str:
+    """A text with `\\n`, `\\t` and `\\\\` as the characters they stand for."""
+    parts = text.split("\\\\")
+    return "\\".join(p.replace("\\n", "\n").replace("\\t", "\t") for p in parts)
+
+
 def output_file(option: str, path: str) -> pathlib.Path:
     """Returns the path of an output option, checked before the work is done.
 
@@ -86,9 +105,51 @@ def config_from(path: str, overrides: list[str]) -> Config:
     if not pathlib.Path(path.partition(":")[0]).is_file():
         raise UserError(f"--config={path} is not a file; configs/tiny.py is one.")
     argv = ["mtp-jax", f"--config={path}", *plain_overrides(overrides)]
-    flags = absl.flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=flags, sys_argv=argv)
+
+    def define(flags: absl.flags.FlagValues) -> None:
+        config_flags.DEFINE_config_file("config", flag_values=flags, sys_argv=argv)
+
+    return _parsed(define, argv, path, overrides)
+
+
+def config_of_run(workdir: str, overrides: list[str]) -> Config:
+    """Returns the config with which the run in a workdir was last started, edited.
+
+    Args:
+      workdir: of the run, here or in an object store.
+      overrides: as for `config_from`.
+
+    Raises:
+      UserError: no run is there, or what `config_from` raises.
+    """
+    path = workdir_at(workdir) / "run.json"
     try:
+        written = json.loads(path.read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{workdir} holds no run to go on with; give --config=FILE to begin one."
+        ) from None
+    tree = ConfigDict(dataclasses.asdict(config_from_json(written, str(path))))
+    argv = ["mtp-jax", *plain_overrides(overrides)]
+
+    def define(flags: absl.flags.FlagValues) -> None:
+        config_flags.DEFINE_config_dict(
+            "config", tree.lock(), flag_values=flags, sys_argv=argv
+        )
+
+    return _parsed(define, argv, str(path), overrides)
+
+
+def _parsed(
+    define: Callable[[absl.flags.FlagValues], None],
+    argv: list[str],
+    path: str,
+    overrides: list[str],
+) -> Config:
+    """Returns the config that the flag `config` holds after the command line."""
+    flags = absl.flags.FlagValues()
+    try:
+        define(flags)
         rest = flags(argv)[1:]
     except absl.flags.UnrecognizedFlagError as error:
         name = error.flagname

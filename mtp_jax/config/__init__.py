@@ -17,6 +17,7 @@ from mtp_jax.config.sections import (
     ModelConfig,
     OptimConfig,
     Remat,
+    Schedule,
     TrainConfig,
 )
 from mtp_jax.config.tree import default, freeze
@@ -36,6 +37,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "Remat",
+    "Schedule",
     "TrainConfig",
     "config_from_json",
     "config_to_json",

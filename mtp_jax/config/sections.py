@@ -9,6 +9,7 @@ Dtype = Literal["float32", "bfloat16"]
 Attention = Literal["auto", "splash", "cudnn", "xla"]
 Remat = Literal["none", "full", "dots", "offload"]
 HeadLoss = Literal["fused", "remat", "naive"]
+Schedule = Literal["cosine", "wsd"]
 
 
 def _require(ok: bool, message: str) -> None:
@@ -39,7 +40,7 @@ class ModelConfig:
     rope_theta: float = 10_000.0  # base of the rotary positions
     norm_eps: float = 1e-5  # of RMSNorm, under the root
     tie_embeddings: bool = False  # unembed with the embedding
-    param_dtype: Dtype = "float32"  # in which parameters are kept
+    param_dtype: Dtype = "float32"  # of a model; the optimizer sees float32
     compute_dtype: Dtype = "float32"  # of products and activations
 
     def __post_init__(self):
@@ -162,11 +163,19 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW; the defaults are the paper's (arXiv:2404.19737, table S13)."""
+    """AdamW; the defaults are the paper's (arXiv:2404.19737, table S13).
+
+    schedule, after the warm-up: cosine falls from the peak to the last step, so more
+    steps are another curve from the first one on; wsd (warm-up, stable, decay,
+    arXiv:2405.18392) stays at the peak, and falls linearly over the last decay_share of
+    the steps: before those, a run can be given more steps, and nothing else changes.
+    """
 
     peak_lr: float = 3e-4  # the learning rate at the end of the warm-up
     warmup_steps: int = 2000  # from 0 to peak_lr
-    decay_ratio: float = 0.03  # the cosine ends at decay_ratio x peak_lr
+    schedule: Schedule = "cosine"  # or wsd
+    decay_share: float = 0.1  # of all steps, at the end; of wsd
+    decay_ratio: float = 0.03  # the schedule ends at decay_ratio x peak_lr
     b1: float = 0.9  # decay of the mean of gradients
     b2: float = 0.95  # decay of the mean of their squares
     eps: float = 1e-8  # added to the root of that mean
@@ -186,6 +195,11 @@ class OptimConfig:
         _require(
             0 <= self.b1 < 1 and 0 <= self.b2 < 1,
             "config.optim.b1 and config.optim.b2 must be in [0, 1).",
+        )
+        _require(
+            0 < self.decay_share <= 1,
+            f"config.optim.decay_share is {self.decay_share}; it must be above 0 and "
+            "at most 1.",
         )
         _require(self.clip_norm > 0, "config.optim.clip_norm must be above 0.")
 

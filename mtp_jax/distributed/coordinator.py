@@ -16,6 +16,7 @@ from typing import Any
 from mtp_jax.distributed.gate import Gate
 from mtp_jax.distributed.stop import NOTHING_BEGUN
 
+_LATE_S = 10.0  # for processes that still start to hear that they need not
 _REFUSAL_S = 30.0  # for all processes to hear that they do not fit together
 _FAREWELL_S = 5.0  # for the others to hear the end before process 0 ends
 
@@ -48,7 +49,8 @@ class Coordinator:
         self._begun: dict[int, int] = {}  # how far each has come, at a SIGTERM
         self._stopping = False
         self._arrived = 0
-        self._refusal = ""  # why these processes cannot be a group
+        self._refusal = ""  # why these processes cannot be a group, or are not to be
+        self._refusal_code = 2
         self._ended = False
         self._service: int | None = None  # port of jax.distributed, on this machine
         self._tasks: set[asyncio.Task] = set()  # the event loop itself does not
@@ -119,10 +121,10 @@ class Coordinator:
         self._arrived += 1
         wrong = self._refusal or self._wrong(index, int(hello["of"]), peer)
         if wrong:
-            writer.write(encode({"end": wrong, "code": 2}))
+            writer.write(encode({"end": wrong, "code": self._refusal_code}))
             if not self._refusal:
                 self._refusal = wrong
-                self._spawn(self._refuse())
+                self._spawn(self._refuse(_REFUSAL_S))
             return
         self._peers[index] = peer
         if len(self._peers) == self._count:
@@ -140,12 +142,18 @@ class Coordinator:
         elif not peer.gone:
             await self._lose(index, "its process ended")
 
-    async def _refuse(self) -> None:
+    async def _refuse(self, wait_s: float) -> None:
         """Ends a meeting that came to nothing, but waits a while for all to hear it."""
-        end = time.monotonic() + _REFUSAL_S
+        end = time.monotonic() + wait_s
         while self._arrived < self._count and time.monotonic() < end:
             await asyncio.sleep(0.1)
-        await self._end(self._refusal, 2)
+        await self._end(self._refusal, self._refusal_code)
+
+    def _stop_meeting(self) -> None:
+        """Ends a meeting in which a process was told to stop; process 0 ends last."""
+        self._refusal, self._refusal_code = NOTHING_BEGUN, 0
+        self._tell({"end": NOTHING_BEGUN, "code": 0}, but=(0,))
+        self._spawn(self._refuse(_LATE_S))
 
     def _wrong(self, index: int, count: int, peer: _Peer) -> str:
         """Returns why a process must not join; empty if it may."""
@@ -183,9 +191,12 @@ class Coordinator:
             if len(there) == self._count:
                 del self._waiting[message["at"]]
                 self._tell({"pass": message["at"]})
-        if "stop" in message and not self._stopping:
+        if "stop" in message and not (self._stopping or self._refusal):
             self._stopping = True
-            self._tell({"how far": True})
+            if self._met:
+                self._tell({"how far": True})
+            else:
+                self._stop_meeting()
         if "begun" in message:
             self._begun[index] = message["begun"]
             if len(self._begun) == self._count:

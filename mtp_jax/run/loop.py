@@ -16,6 +16,8 @@ from mtp_jax.errors import RunFailed
 from mtp_jax.parallel.to_devices import batch_sharding, place_rows, rows_of_process
 from mtp_jax.run.evaluation import HeldoutEvaluation
 from mtp_jax.run.goodput import Goodput
+from mtp_jax.run.heldout_losses import make_up
+from mtp_jax.run.history import changes, read_history
 from mtp_jax.run.profiler import Profiler
 from mtp_jax.run.run_file import RunFile
 from mtp_jax.run.run_log import RunLog
@@ -49,30 +51,43 @@ def run(
     with goodput.spent("restore"):
         local = open_local(cfg, workdir, mesh)
         start = restore_or_init(cfg, durable, local, goodput)
+    history = read_history(workdir)
     run_file = RunFile.begin(
         cfg,
         workdir,
         mesh,
         corpora,
         start=start.step,
+        rows=start.rows,
         goodput=goodput,
         spent=start.seconds,
     )
     log = RunLog(workdir, start.step, cfg.log.tensorboard, screen)
     try:
         log.say(_opening(cfg, start, workdir))
+        for line in changes(history, cfg, corpora, start.step):
+            log.say(f"changed: {line}")
+        evaluation = HeldoutEvaluation(cfg, mesh, corpora, log=log, goodput=goodput)
+        make_up(evaluation, durable, start.state, start.step, workdir)
+        first, first_step, size = start.rows, start.step, cfg.data.batch_size
         done = _train(
             cfg,
             start,
-            _placed_batches(cfg, mesh, corpora, start.step),
+            _placed_batches(cfg, mesh, corpora, start),
             goodput=goodput,
             profiler=Profiler(cfg.log, workdir),
             step_log=StepLog(
                 cfg, start.step, log=log, run_file=run_file, goodput=goodput
             ),
-            evaluation=HeldoutEvaluation(cfg, mesh, corpora, log=log, goodput=goodput),
+            evaluation=evaluation,
             saver=Saver(
-                cfg, corpora, durable=durable, local=local, log=log, goodput=goodput
+                cfg,
+                corpora,
+                rows_at=lambda step: first + (step - first_step) * size,
+                durable=durable,
+                local=local,
+                log=log,
+                goodput=goodput,
             ),
         )
         run_file.write(finished=done >= cfg.train.steps)
@@ -132,13 +147,14 @@ def _train(
 
 
 def _placed_batches(
-    cfg: Config, mesh: jax.sharding.Mesh, corpora: list[Corpus], start: int
+    cfg: Config, mesh: jax.sharding.Mesh, corpora: list[Corpus], start: Start
 ) -> Iterator[Batch]:
-    """Global batches on the devices, of the steps after `start`, without end."""
+    """Global batches on the devices, of the steps after a start, without end."""
     size, accumulation = cfg.data.batch_size, cfg.train.accumulation
     sharding = batch_sharding(mesh)
     rows = rows_of_process(sharding, size, accumulation)
-    for batch in train_batches(cfg, rows, start, corpora):
+    batches = train_batches(cfg, rows, start.step, corpora, start_row=start.rows)
+    for batch in batches:
         yield place_rows(batch, rows, sharding, size, accumulation)
 
 

@@ -8,6 +8,8 @@ import textwrap
 import time
 from collections.abc import Callable
 
+from mtp_jax.errors import say
+
 _DRAW_EVERY_S = 0.1
 _BAR = 30  # characters, at most
 # The kinds of `Goodput` that last; each step is too short to tell.
@@ -44,7 +46,7 @@ class Screen:
         if self._has_bar:
             self._write(_CLEAR + fitted(line, _width()) + "\n" + self._bar)
         else:
-            print(line, flush=True)
+            say(line)
 
     def phase(self, kind: str) -> None:
         """Tells that a kind of `Goodput` begins, if that is one that lasts."""

@@ -1,5 +1,6 @@
 """Fields as people write and call them, and the listing of a resolved config."""
 
+import argparse
 import ast
 import dataclasses
 import pathlib
@@ -8,7 +9,7 @@ import pytest
 from runs import ROOT
 
 from mtp_jax.cli import train
-from mtp_jax.cli.args import config_from
+from mtp_jax.cli.args import config_from, positive_int
 from mtp_jax.config import Config, config_to_python, freeze
 from mtp_jax.config.names import _MEANINGS
 from mtp_jax.errors import UserError
@@ -96,6 +97,13 @@ def test_every_meaning_is_of_a_field():
 def test_a_whole_number_may_be_written_with_an_exponent(value, steps):
     assert config_from(TINY, [f"--config.train.steps={value}"]).train.steps == steps
     assert config_from(TINY, ["--config.train.steps", value]).train.steps == steps
+
+
+def test_a_flag_may_be_written_with_an_exponent():
+    assert positive_int("1e3") == 1000 and positive_int("7") == 7
+    for text in ("0", "-1", "1.5", "1e99999999999", "nan", "x", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="whole number above 0"):
+            positive_int(text)
 
 
 @pytest.mark.parametrize("value", ["1.5", "1e-3", "1e99999999999", "nan", "inf", ""])

@@ -76,3 +76,27 @@ def test_a_place_in_a_store_is_told_from_a_folder():
     assert str(absolute(epath.Path("gs://bucket/run"))) == "gs://bucket/run"
     assert not is_remote(epath.Path("runs/x"))
     assert str(absolute(epath.Path("runs/x"))) == os.path.abspath("runs/x")
+
+
+def test_hosts_share_a_secret_in_a_bucket_and_runs_there_are_listed(
+    bucket, monkeypatch
+):
+    from etils import epath
+
+    from mtp_jax.config import Config, config_to_json
+    from mtp_jax.distributed.secret import VARIABLE, secret_of
+    from mtp_jax.run.workdirs import list_runs
+
+    monkeypatch.delenv(VARIABLE, raising=False)
+    workdir = epath.Path(bucket) / "runs" / "many"
+    other = secret_of(workdir, 1)
+    assert other() is None
+
+    made = secret_of(workdir, 0)()
+
+    assert len(made) == 64 and other() == made == secret_of(workdir, 0)()
+    (workdir / "run.json").write_text(json.dumps({"config": config_to_json(Config())}))
+    (workdir / "metrics.jsonl").write_text('{"step": 3, "loss/head_1": 0.5}\n')
+    (run,) = list_runs(epath.Path(bucket) / "runs")
+    assert (run.workdir, run.step, run.loss) == (str(workdir), 3, 0.5)
+    assert not os.path.exists("gs:")

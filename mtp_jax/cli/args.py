@@ -12,7 +12,7 @@ from typing import NoReturn
 import absl.flags
 from ml_collections import ConfigDict, config_flags
 
-from mtp_jax.cli.overrides import plain_overrides
+from mtp_jax.cli.overrides import plain_overrides, whole
 from mtp_jax.config import Config, config_from_json, freeze
 from mtp_jax.config.names import did_you_mean, fields_meant
 from mtp_jax.errors import UserError
@@ -57,10 +57,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive_int(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
+    """An argparse type: a whole number of at least 1, which may be written 1e3."""
+    digits = whole(text)
+    if not digits.isdecimal() or int(digits) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+    return int(digits)
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:

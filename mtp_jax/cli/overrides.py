@@ -42,7 +42,7 @@ def _hint_of(option: str) -> Any:
 
 def _plain(hint: Any, value: str) -> str:
     if hint is int:
-        return _whole(value)
+        return whole(value)
     if hint is str:
         return _unquoted(value)
     if hint == tuple[str, ...]:
@@ -50,8 +50,8 @@ def _plain(hint: Any, value: str) -> str:
     return value
 
 
-def _whole(value: str) -> str:
-    """A whole number that is written as 1e3 or 2.0, in digits; else the value."""
+def whole(value: str) -> str:
+    """Returns a whole number written as 1e3 or 2.0 in digits, other text as it is."""
     try:
         number = decimal.Decimal(value)
         if number.is_finite() and number.adjusted() < _MOST_DIGITS:

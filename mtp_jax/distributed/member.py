@@ -136,6 +136,8 @@ class Member:
             try:
                 await self._greet(host, port, end)
             except Denied:
+                if self._stopping:  # who denies this process would not listen to it
+                    self._end(NOTHING_BEGUN, 0)
                 denied = denied or time.monotonic()
                 if time.monotonic() > denied + _SECRET_S:
                     raise UserError(
@@ -187,7 +189,7 @@ class Member:
           UserError, RunFailed: the coordinator has ended the run.
         """
         opening = asyncio.open_connection(host, port, limit=1 << 20)
-        self._reader, self._writer = await asyncio.wait_for(opening, 10.0)
+        reader, writer = await asyncio.wait_for(opening, 10.0)
         hello = {
             "kind": "host",
             "host": self._process.process_id,
@@ -196,8 +198,13 @@ class Member:
             "about": self._about,
             "status": self.status,
         }
-        proving = greet(self._reader, self._writer, self._secret, hello)
-        await asyncio.wait_for(proving, 10.0)
+        try:
+            await asyncio.wait_for(greet(reader, writer, self._secret, hello), 10.0)
+        except BaseException:
+            writer.close()
+            raise
+        # Not before: what this process has to say comes after the proof.
+        self._reader, self._writer = reader, writer
         if self._stopping:
             self._writer.write(encode({"stop": True}))
         # The coordinator has the last word on who is missing.

@@ -1,11 +1,12 @@
 """The program: `python -m mtp_jax VERB`, also installed as `mtp-jax`."""
 
+import contextlib
 import importlib
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import NoReturn
 
 from mtp_jax.distributed import hosts
@@ -55,6 +56,15 @@ _VERBS = tuple(_MODULES)
 _TIDY = ("prepare", "rehearse")  # verbs that remove or end something if interrupted
 
 
+def program() -> int:
+    """Runs a verb as `main`, in a process that ends then, and hears no more signals."""
+    try:
+        return main()
+    finally:
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+
 def main() -> int:
     """Runs a verb.
 
@@ -98,28 +108,41 @@ def main() -> int:
 def _run(verb: str, argv: list[str]) -> int:
     """Runs a verb with what a signal means to it; returns its exit code."""
     if verb == "train":
-        with hosts.heeding_signals():
-            code = _main_of(verb)(argv)
-        for number in STOP_SIGNALS:  # it has ended as it was told to
-            signal.signal(number, signal.SIG_IGN)
-        return code
-    if verb not in _TIDY:
-        # At once: KeyboardInterrupt in the midst of compiled code can crash Python.
-        on_signals([signal.SIGINT], lambda number, count: _interrupted(number))
-        return _main_of(verb)(argv)
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _unwind)
+        meaning = hosts.heeding_signals()
+    elif verb in _TIDY:
+        meaning = _unwinding()
+    else:
+        meaning = _ending_at_once()
+    with meaning:
+        return importlib.import_module(_MODULES[verb]).main(argv)
+
+
+@contextlib.contextmanager
+def _ending_at_once() -> Iterator[None]:
+    """A context in which Ctrl-C ends the process at once.
+
+    A KeyboardInterrupt in the midst of compiled code can crash Python, or be lost.
+    """
+    restore = on_signals([signal.SIGINT], lambda number, count: _interrupted(number))
     try:
-        return _main_of(verb)(argv)
+        yield
+    finally:
+        restore()
+
+
+@contextlib.contextmanager
+def _unwinding() -> Iterator[None]:
+    """A context in which a signal has everything that is open closed, then ends it."""
+    heard = [n for n in STOP_SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, _unwind) for number in heard}
+    try:
+        yield
     except KeyboardInterrupt as interrupt:
         (number,) = interrupt.args or (signal.SIGINT,)
         _interrupted(number)
-
-
-def _main_of(verb: str) -> Callable[[list[str]], int]:
-    """The function that runs a verb."""
-    return importlib.import_module(_MODULES[verb]).main
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _unwind(number: int, frame: object) -> None:
@@ -151,4 +174,4 @@ def _threads() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

@@ -84,7 +84,7 @@ class Checkpoints:
             )
         if not self._proved:
             self.wait()
-            self._prove(items)
+            self._prove(list(sums))
 
     def measured(self, heldout_losses: dict[int, float]) -> None:
         """Takes, by step, held-out losses that the checkpoints do not hold.
@@ -100,12 +100,12 @@ class Checkpoints:
             with self._in_time(), _disk_full_is_said(self.folder, self.steps()):
                 pending.result()
 
-    def _prove(self, items: dict[str, Any]) -> None:
+    def _prove(self, names: list[str]) -> None:
         """Reads the description of the newest checkpoint, which Orbax may not find."""
         folder = self.folder / str(self._saving)
         try:
             saved = self._orbax.checkpointables_metadata(self._saving)
-            if any(saved.metadata[name] is None for name in items):
+            if any(saved.metadata[name] is None for name in names):
                 raise ValueError("its arrays are not found")
         except Exception as error:
             raise RunFailed(

@@ -65,7 +65,9 @@ def on_signals(
     def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
-        signal.set_wakeup_fd(wakeup)
+        signal.set_wakeup_fd(-1)
+        with contextlib.suppress(OSError):  # closed meanwhile
+            signal.set_wakeup_fd(wakeup)
         there.close()
 
     return restore

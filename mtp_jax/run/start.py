@@ -16,7 +16,7 @@ from mtp_jax.checkpoint.checkpoints import (
 from mtp_jax.checkpoint.local import LocalCheckpoints
 from mtp_jax.config import Config
 from mtp_jax.distributed import hosts
-from mtp_jax.errors import RunFailed
+from mtp_jax.errors import RunFailed, UserError
 from mtp_jax.parallel.sharding import abstract_tree
 from mtp_jax.run.goodput import Goodput
 from mtp_jax.run.run_file import identity

@@ -15,6 +15,24 @@ if TYPE_CHECKING:
     from mtp_jax.verification.subject import Check
 
 _EXAMPLES = 10  # differences that are told one by one
+# Flags that set a field of `VerifySettings`, if they are given.
+_SETTINGS = {
+    "heldout": "prompts",
+    "prompt_tokens": "prompt_tokens",
+    "max_new_tokens": "max_new_tokens",
+    "batch_sizes": "batch_sizes",
+    "dtype": "dtype",
+    "near_tie": "near_tie",
+    "allow_near_ties": "allow_near_ties",
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "law_tokens": "distribution_tokens",
+    "law_prompts": "distribution_prompts",
+    "law_heads": "distribution_heads",
+    "law_tolerance": "distribution_tolerance",
+    "samples": "samples",
+    "least_p": "least_p",
+}
 _ROW = "{:<12}{:<{widest}} {:<26} {:>8}  {:<28}{}"
 
 
@@ -36,22 +54,10 @@ def main(argv: list[str]) -> int:
     restored = restore.restore_model(args.workdir, step=args.step, heads=args.heads)
     restored = restored.with_data(args.data)
     chosen, left_out = exact_decoders(restored.config.model.n_future_tokens, asked)
-    settings = VerifySettings(
-        prompts=args.heldout,
-        prompt_tokens=args.prompt_tokens,
-        max_new_tokens=args.max_new_tokens,
-        batch_sizes=args.batch_sizes,
-        dtype=args.dtype,
-        near_tie=args.near_tie,
-        allow_near_ties=args.allow_near_ties,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        distribution_tokens=args.law_tokens,
-        distribution_prompts=args.law_prompts,
-        distribution_tolerance=args.law_tolerance,
-        samples=args.samples,
-        least_p=args.least_p,
-    )
+    given = {name: getattr(args, flag) for flag, name in _SETTINGS.items()}
+    given = {name: value for name, value in given.items() if value is not None}
+    make = VerifySettings.thorough if args.thorough else VerifySettings
+    settings = make(**given)
     checks = []
     row = functools.partial(_ROW.format, widest=max(16, *map(len, chosen)))
     running = verify(restored, decoders=chosen, settings=settings)
@@ -83,32 +89,34 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--heads", type=positive_int, metavar="K", help="use the first so many heads")
     add("--decoder", action="append", default=[], metavar="NAME[:OPTION=VALUE,...]",
         help="may be repeated; all that claim to be exact")  # fmt: skip
-    add("--heldout", type=positive_int, default=16, metavar="K",
-        help="held-out prompts (16)")  # fmt: skip
-    add("--prompt_tokens", type=_numbers, default=(8, 64), metavar="N,N",
-        help="their lengths, in turn (8,64)")  # fmt: skip
-    add("--max_new_tokens", type=positive_int, default=64, metavar="N",
+    add("--thorough", action="store_true",
+        help="more of everything, in several times the time (after a /)")  # fmt: skip
+    add("--heldout", type=positive_int, metavar="K", help="held-out prompts (8/16)")
+    add("--prompt_tokens", type=_numbers, metavar="N,N",
+        help="their lengths, in turn (8,40/8,64)")  # fmt: skip
+    add("--max_new_tokens", type=positive_int, metavar="N",
         help="of a greedy text (64)")  # fmt: skip
-    add("--batch_sizes", type=_numbers, default=(1, 4, 16), metavar="N,N",
-        help="(1,4,16)")  # fmt: skip
-    add("--dtype", choices=("float32", "bfloat16"), default="float32",
+    add("--batch_sizes", type=_numbers, metavar="N,N", help="(8/1,4,16)")
+    add("--dtype", choices=("float32", "bfloat16"),
         help="to compute in (float32)")  # fmt: skip
     add("--near_tie", type=float, metavar="X",
         help="logits no further apart may change places by rounding "
         "(1e-4; with bfloat16 0.25)")  # fmt: skip
     add("--allow_near_ties", action="store_true",
         help="texts that part at a near-tie do not fail")  # fmt: skip
-    add("--temperature", type=float, default=1.0, metavar="X", help="of sampling (1.0)")
-    add("--top_k", type=positive_int, default=2, metavar="K", help="of sampling (2)")
-    add("--law_tokens", type=positive_int, default=3, metavar="N",
+    add("--temperature", type=float, metavar="X", help="of sampling (1.0)")
+    add("--top_k", type=positive_int, metavar="K", help="of sampling (2)")
+    add("--law_tokens", type=positive_int, metavar="N",
         help="tokens whose law is compared (3)")  # fmt: skip
-    add("--law_prompts", type=positive_int, default=2, metavar="K",
-        help="prompts that this is done for (2)")  # fmt: skip
-    add("--law_tolerance", type=float, default=1e-5, metavar="X",
+    add("--law_prompts", type=positive_int, metavar="K",
+        help="prompts that this is done for (1/2)")  # fmt: skip
+    add("--law_heads", type=positive_int, metavar="K",
+        help="most heads that are used for it (2/all)")  # fmt: skip
+    add("--law_tolerance", type=float, metavar="X",
         help="sum of all differences allowed for rounding (1e-5)")  # fmt: skip
-    add("--samples", type=positive_int, default=2048, metavar="N",
+    add("--samples", type=positive_int, metavar="N",
         help="texts drawn for the chi-square test (2048)")  # fmt: skip
-    add("--least_p", type=float, default=1e-4, metavar="P",
+    add("--least_p", type=float, metavar="P",
         help="p-value below which it fails (1e-4)")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object, no more")
     add_data(parser)

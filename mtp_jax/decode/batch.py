@@ -14,8 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-from mtp_jax.decode.adaptive import DepthChooser, DepthSchedule, leave_heads
-from mtp_jax.decode.cache import grow
+from mtp_jax.decode.adaptive import DepthChooser, DepthSchedule
 from mtp_jax.decode.decoders.plain import Plain
 from mtp_jax.decode.decoders.sampling import RandomKeys, Sampling, sampling_arrays
 from mtp_jax.decode.decoders.state import Decoder, DecodeState, Drafter, Finishing
@@ -176,8 +175,7 @@ class DecodeBatch:
             rest = dataclasses.replace(state, alone=None)
             self._state = program(self._params, rest, state.alone)
         elif not wanted and state.alone is None:
-            d = self._params["w_embedding"].shape[1]
-            self._state = _without_heads(state, d)
+            self._state = self._programs.leave_heads(self._decoder, state)(state)
 
     def _run(self, depth: int, forwards: int) -> tuple[int, float]:
         """Runs forward passes at a depth; the cache grows when it is full.
@@ -193,7 +191,8 @@ class DecodeBatch:
         passes = int(state.forward) - first
         seconds = time.perf_counter() - began
         if passes < forwards and not _host(state.done_B).all():
-            self._state = _with_slots(state, 2 * state.cache.slots)
+            slots = 2 * state.cache.slots
+            self._state = self._programs.grow(self._decoder, state, slots)(state)
         return passes, seconds
 
     def _measure(self) -> dict[int, float]:
@@ -305,16 +304,8 @@ def put(x: np.ndarray) -> jax.Array:
     return jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), spec(*axes)))
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _without_heads(state: DecodeState, d_model: int) -> DecodeState:
-    return leave_heads(state, d_model)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _with_slots(state: DecodeState, slots: int) -> DecodeState:
-    return dataclasses.replace(state, cache=grow(state.cache, slots))
-
-
 def _host(x: jax.Array) -> np.ndarray:
     """An array on the host, whole, of all processes."""
+    if x.is_fully_addressable:  # gathering would compile a program first
+        return np.asarray(x)
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))

@@ -5,6 +5,7 @@ tokens of a chunk of prompt, V vocabulary.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, cast
@@ -18,9 +19,17 @@ from mtp_jax.decode.adaptive import (
     DepthChooser,
     begin_alone,
     catch_up,
+    leave_heads,
     step_alone,
 )
-from mtp_jax.decode.cache import Cache, chain, decode_heads_at, decode_trunk, make_cache
+from mtp_jax.decode.cache import (
+    Cache,
+    chain,
+    decode_heads_at,
+    decode_trunk,
+    grow,
+    make_cache,
+)
 from mtp_jax.decode.decode_model import DecodeModel, build
 from mtp_jax.decode.decoders.sampling import RandomKeys, SamplingArrays
 from mtp_jax.decode.decoders.state import Decoder, DecodeState, Drafter, Finishing
@@ -128,6 +137,31 @@ class Programs:
 
         key = ("advance", decoder, depth, *_kind(params), *_kind(state))
         return self._get(key, compiled)
+
+    def leave_heads(
+        self, decoder: Decoder, state: DecodeState
+    ) -> Callable[[DecodeState], DecodeState]:
+        """The program that has such a state leave its drafting heads alone."""
+
+        def compiled():
+            left = jax.jit(functools.partial(leave_heads, d_model=self._cfg.d_model))
+            return left.lower(jax.tree.map(_abstract, state)).compile()
+
+        return self._get(("leave heads", decoder, *_kind(state)), compiled)
+
+    def grow(
+        self, decoder: Decoder, state: DecodeState, slots: int
+    ) -> Callable[[DecodeState], DecodeState]:
+        """The program that gives the cache of such a state so many slots."""
+
+        def compiled():
+            @jax.jit
+            def grown(state):
+                return dataclasses.replace(state, cache=grow(state.cache, slots))
+
+            return grown.lower(jax.tree.map(_abstract, state)).compile()
+
+        return self._get(("grow", decoder, slots, *_kind(state)), compiled)
 
     def chooser(
         self,

@@ -1,17 +1,20 @@
 """Decoders side by side, in one run on the same prompts."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mtp_jax.decode.decoders.plain import Plain
 from mtp_jax.decode.decoders.sampling import Sampling
 from mtp_jax.decode.decoders.state import Decoder
 from mtp_jax.decode.generation import Generation, Totals, totals
-from mtp_jax.decode.generator import Generator
+from mtp_jax.decode.generator import Generator, as_prompts
 
-_REPEATS = 2  # timed runs of each; the fastest counts
-_ROW = "{:<{widest}} {:<8}{:>10}{:>16}{:>12}{:>8}{:>12}  {}"
+_REPEATS = 5  # timed runs of each, after one that is not counted; the median counts
+_ENOUGH_S = 10.0  # after which there are no more
+_ROW = "{:<{widest}} {:<8}{:>10}{:>16}{:>12}{:>8}{:>8}{:>12}  {}"
 _GREEDY = Sampling()
 
 
@@ -19,9 +22,10 @@ _GREEDY = Sampling()
 class Comparison:
     """A decoder's texts and figures, beside those of plain decoding."""
 
-    results: list[Generation]  # of the fastest run
+    results: list[Generation]  # of the run of median speed
     figures: Totals
     speedup: float  # tokens a second over those of plain
+    spread: float  # (fastest - slowest run) / twice the median, by tokens a second
     equal: int | None  # texts that are those of plain; None: sampled, so not compared
     lossy: bool
 
@@ -57,18 +61,20 @@ def compare(
     Returns:
       An iterator of names and figures; a text instead says why a decoder is left out.
     """
-    greedy = sampling.greedy
+    prompts, greedy = as_prompts(prompts), sampling.greedy
     reference: list[str] = []
     plain_speed = 0.0
     for name, decoder in {"plain": Plain(), **decoders}.items():
         if not greedy and getattr(decoder, "draws_nothing", False):
             yield name, "it draws nothing, and temperature is above 0"
             continue
-        runs = [
-            generator.generate(prompts, decoder=decoder, sampling=sampling, **settings)
-            for _ in range(_REPEATS)
-        ]
-        results = min(runs, key=lambda run: totals(run).seconds)
+
+        def run(decoder: Decoder = decoder) -> list[Generation]:
+            return generator.generate(
+                prompts, decoder=decoder, sampling=sampling, **settings
+            )
+
+        results, spread = _measured(run)
         figures = totals(results)
         texts = [r.text for r in results]
         reference, plain_speed = reference or texts, plain_speed or figures.tokens_per_s
@@ -77,15 +83,35 @@ def compare(
         yield (
             name,
             Comparison(
-                results, figures, speedup, equal if greedy else None, decoder.lossy
+                results,
+                figures,
+                speedup,
+                spread,
+                equal if greedy else None,
+                decoder.lossy,
             ),
         )
+
+
+def _measured(run: Callable[[], list[Generation]]) -> tuple[list[Generation], float]:
+    """The run of median speed of several, and how far the others were from it.
+
+    The first one is not counted: a machine takes longer for what it has not done yet.
+    """
+    run()
+    began, runs = time.perf_counter(), [run()]
+    while len(runs) < _REPEATS and time.perf_counter() - began < _ENOUGH_S:
+        runs.append(run())
+    speeds = [totals(results).tokens_per_s for results in runs]
+    median = statistics.median_low(speeds)
+    spread = (max(speeds) - min(speeds)) / (2 * median)
+    return runs[speeds.index(median)], spread
 
 
 def header(names: Mapping[str, Any]) -> str:
     """The first line of a table of the decoders of these names."""
     return _ROW.format("decoder", "kind", "forwards", "tokens/forward", "tokens/s",
-                       "ratio", "equal", "accepted by head",
+                       "spread", "ratio", "equal", "accepted by head",
                        widest=_widest(names))  # fmt: skip
 
 
@@ -101,6 +127,7 @@ def line(name: str, found: Comparison | str, names: Mapping[str, Any]) -> str:
         figures.forwards,
         f"{figures.tokens_per_forward:.2f}",
         f"{figures.tokens_per_s:.1f}",
+        f"{100 * found.spread:.0f}%",
         f"{found.speedup:.2f}",
         equal,
         " ".join(f"{share:.2f}" for share in figures.accepted_by_head),

@@ -73,7 +73,8 @@ def _check(
     subject: Subject, name: str, decoder: Decoder, furthest: Furthest, count: int
 ) -> Check:
     """With as many heads as can be enumerated."""
-    for heads in range(subject.exact_cfg.n_future_tokens, 1, -1):
+    n, most = subject.exact_cfg.n_future_tokens, subject.settings.distribution_heads
+    for heads in range(n if most is None else min(n, most), 1, -1):
         try:
             far = furthest(decoder, heads, count)
         except TooManyDraws:

@@ -11,15 +11,14 @@ from mtp_jax.verification.greedy import Difference, first_difference
 from mtp_jax.verification.sampling_tests import Trusting
 from mtp_jax.verification.subject import Check, Subject
 
-_CONTROL_PROMPTS, _CONTROL_TOKENS = 4, 32
-
 
 def greedy_checks(subject: Subject) -> Iterator[Check]:
     """A check a batch size and decoder, plain's own at other sizes too, and a control.
 
-    The reference is plain decoding at the first batch size.
+    The reference is plain decoding at the first batch size. If every depth is asked
+    for, the number of heads in use changes from pass to pass at the last size, too.
     """
-    settings = subject.settings
+    settings, n = subject.settings, subject.exact_cfg.n_future_tokens
     reference: list[Generation] = []
     for size in settings.batch_sizes:
         for name, decoder in {"plain": Plain(), **subject.decoders}.items():
@@ -29,24 +28,27 @@ def greedy_checks(subject: Subject) -> Iterator[Check]:
                 continue
             found = _differences(subject, reference, results)
             yield _check(subject, name, f"batch {size}", found)
-    yield _control(subject)
+    if settings.every_depth:
+        for name, decoder in subject.decoders.items():
+            depths, size = (n, 1, 1, 2, 1, n), settings.batch_sizes[-1]
+            results = _generate(subject, decoder, settings.max_new_tokens, size, depths)
+            found = _differences(subject, reference, results)
+            setting = f"heads {','.join(map(str, depths))}"
+            yield _check(subject, name, setting, found)
+    yield _control(subject, reference)
 
 
-def _control(subject: Subject) -> Check:
+def _control(subject: Subject, plain: Sequence[Generation]) -> Check:
     """A decoder whose drafts all pass must differ from plain."""
-    count = min(_CONTROL_PROMPTS, len(subject.prompts))
-    tokens = min(_CONTROL_TOKENS, subject.settings.max_new_tokens)
-    plain, broken = (
-        _generate(subject, decoder, tokens, count, count)
-        for decoder in (Plain(), Trusting())
-    )
+    tokens, size = subject.settings.max_new_tokens, subject.settings.batch_sizes[-1]
+    broken = _generate(subject, Trusting(), tokens, size)
     found = _differences(subject, plain, broken)
     wrong = [d for d in found if not d.near_tie]
     return Check(
         "control",
         "all drafts pass",
         "greedy",
-        count,
+        len(plain),
         f"{len(wrong)} differ" if wrong else "not caught",
         bool(wrong),
     )
@@ -57,13 +59,14 @@ def _generate(
     decoder: Decoder,
     tokens: int,
     size: int,
-    count: int | None = None,
+    adaptive: bool | tuple[int, ...] = False,
 ) -> list[Generation]:
     return subject.generator.generate(
-        subject.prompts[:count],
+        subject.prompts,
         max_new_tokens=tokens,
         decoder=decoder,
         batch_size=size,
+        adaptive=adaptive,
     )
 
 

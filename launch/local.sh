@@ -3,8 +3,9 @@
 #
 #   launch/local.sh 4 --config=configs/tiny.py --workdir=runs/tiny4
 #
-# DEVICES: CPU devices of each host (1). PYTHON: the interpreter (python3). Ctrl-C and
-# SIGTERM go to all of them: one save, then the same command goes on.
+# DEVICES: CPU devices of each host (1). PYTHON: the interpreter (python3). Ctrl-C,
+# SIGTERM and SIGHUP stop all of them: one save, then the same command goes on. A second
+# Ctrl-C ends them at once. If this script itself is killed, they save and stop.
 set -euo pipefail
 
 hosts=${1:-}
@@ -22,11 +23,21 @@ port=$("$python" -c \
 processes=()
 # shellcheck disable=SC2329  # the trap calls it
 stop() { kill -TERM "${processes[@]}" 2>/dev/null || true; }
-trap stop TERM INT
+# shellcheck disable=SC2329
+interrupt() {
+    trap 'kill -KILL "${processes[@]}" 2>/dev/null; exit 130' INT
+    stop
+}
+trap stop TERM HUP
+trap interrupt INT
+
+# So that they do not outlive this script, however it ends.
+tied=(setpriv --pdeathsig TERM --)
+"${tied[@]}" true 2>/dev/null || tied=()
 
 for ((i = 0; i < hosts; i++)); do
     # A session of its own: Ctrl-C must reach Python as SIGTERM, which saves.
-    setsid "$python" -m mtp_jax train "$@" \
+    setsid ${tied[@]+"${tied[@]}"} "$python" -m mtp_jax train "$@" \
         --coordinator="127.0.0.1:$port" --num_processes="$hosts" --process_id="$i" &
     processes+=($!)
 done

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mtp_jax.rehearsal.rehearsal import rehearse
     from mtp_jax.run.audit import audit
     from mtp_jax.run.train import train
+    from mtp_jax.run.workdirs import list_runs
     from mtp_jax.verification.verifier import verify
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "count_corpus",
     "evaluate",
     "head_outputs",
+    "list_runs",
     "plan",
     "prepare",
     "rehearse",
@@ -50,6 +52,7 @@ _MODULES = {
     "count_corpus": "mtp_jax.data.ngram_counts",
     "evaluate": "mtp_jax.eval.heldout",
     "head_outputs": "mtp_jax.eval.outputs",
+    "list_runs": "mtp_jax.run.workdirs",
     "plan": "mtp_jax.planning.plan",
     "prepare": "mtp_jax.data.prepare",
     "rehearse": "mtp_jax.rehearsal.rehearsal",

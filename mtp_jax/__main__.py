@@ -3,9 +3,20 @@
 import importlib
 import os
 import re
+import signal
 import sys
+from collections.abc import Callable
+from typing import NoReturn
 
-from mtp_jax.errors import RunFailed, UserError, told_as
+from mtp_jax.distributed import hosts
+from mtp_jax.distributed.lifetime import (
+    PARENT,
+    STOP_SIGNALS,
+    end_with_parent,
+    exit_now,
+    on_signals,
+)
+from mtp_jax.errors import RunFailed, UserError, disk_errors_told, settle, told_as, warn
 
 _USAGE = """\
 usage: mtp-jax VERB [options]
@@ -15,6 +26,7 @@ Multi-token prediction: train a model with n heads, and let it draft for itself.
   prepare   text, JSONL or code into a tokenized corpus
   count     how often tokens of a corpus follow each other, for dynamo
   train     train a model; the same command again continues the run
+  runs      list the runs under a folder: step, loss, how their configs differ
   evaluate  measure a trained model on held-out text
   generate  decode from a trained model
   verify    prove on a trained model that drafting changes nothing
@@ -30,6 +42,7 @@ _MODULES = {
     "prepare": "mtp_jax.cli.prepare",
     "count": "mtp_jax.cli.count",
     "train": "mtp_jax.cli.train",
+    "runs": "mtp_jax.cli.runs",
     "evaluate": "mtp_jax.cli.evaluate",
     "generate": "mtp_jax.cli.generate",
     "verify": "mtp_jax.cli.verify",
@@ -39,10 +52,17 @@ _MODULES = {
     "rehearse": "mtp_jax.cli.rehearse",
 }
 _VERBS = tuple(_MODULES)
+_TIDY = ("prepare", "rehearse")  # verbs that remove or end something if interrupted
 
 
 def main() -> int:
-    """Runs a verb; the exit code is 0, 1 for a run that failed, 2 for bad input."""
+    """Runs a verb.
+
+    The exit code is 0, 1 for a run that failed, 2 for bad input; as a shell has it, 130
+    for Ctrl-C, and 141 where nobody reads the output any more.
+    """
+    if parent := os.environ.pop(PARENT, ""):  # the programs it starts have another
+        end_with_parent(int(parent))
     if "_ARGCOMPLETE" in os.environ:  # a shell asks how a command line could go on
         from mtp_jax.cli.completion import complete
 
@@ -60,11 +80,60 @@ def main() -> int:
     try:
         if verb not in _VERBS:
             raise UserError(f"{verb!r} is not a verb; there are {', '.join(_VERBS)}.")
-        return importlib.import_module(_MODULES[verb]).main(argv)
+        with disk_errors_told(f"what {verb} prints"):
+            code = _run(verb, argv)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return code
     except (UserError, RunFailed) as error:
         code, shown, _ = told_as(error)
-        print(shown, file=sys.stderr)
+        warn(shown)
         return code
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE
+    finally:
+        settle()
+
+
+def _run(verb: str, argv: list[str]) -> int:
+    """Runs a verb with what a signal means to it; returns its exit code."""
+    if verb == "train":
+        with hosts.heeding_signals():
+            code = _main_of(verb)(argv)
+        for number in STOP_SIGNALS:  # it has ended as it was told to
+            signal.signal(number, signal.SIG_IGN)
+        return code
+    if verb not in _TIDY:
+        # At once: KeyboardInterrupt in the midst of compiled code can crash Python.
+        on_signals([signal.SIGINT], lambda number, count: _interrupted(number))
+        return _main_of(verb)(argv)
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _unwind)
+    try:
+        return _main_of(verb)(argv)
+    except KeyboardInterrupt as interrupt:
+        (number,) = interrupt.args or (signal.SIGINT,)
+        _interrupted(number)
+
+
+def _main_of(verb: str) -> Callable[[list[str]], int]:
+    """The function that runs a verb."""
+    return importlib.import_module(_MODULES[verb]).main
+
+
+def _unwind(number: int, frame: object) -> None:
+    """Has everything that is open closed; after that only Ctrl-C ends it at once."""
+    for other in STOP_SIGNALS:
+        signal.signal(other, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, lambda number, frame: _interrupted(number))
+    raise KeyboardInterrupt(number)
+
+
+def _interrupted(number: int) -> NoReturn:
+    """Says that a signal came, and ends the process."""
+    warn("mtp-jax: interrupted")
+    exit_now(128 + number)
 
 
 def _threads() -> int:

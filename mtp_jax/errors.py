@@ -1,6 +1,15 @@
-"""Errors of the input and of a run, told apart from bugs, and their exit codes."""
+"""Errors of the input and of a run, told apart from bugs; and how people are told."""
 
+import contextlib
+import errno
+import os
+import sys
 import traceback
+from collections.abc import Iterator
+from typing import TextIO
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class UserError(Exception):
@@ -29,3 +38,60 @@ def told_as(error: BaseException) -> tuple[int, str, str]:
         return code, f"{before}{error}", str(error)
     line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     return code, "".join(traceback.format_exception(error)).rstrip(), line
+
+
+@contextlib.contextmanager
+def disk_errors_told(what: str | os.PathLike[str]) -> Iterator[None]:
+    """A context that turns errors of a full or write-protected disk into UserErrors.
+
+    Args:
+      what: is named where the error itself names no file.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or os.fspath(what)
+        if error.errno in NO_ROOM:
+            text = f"{where}: {error.strerror}; free space and run the same command"
+            raise UserError(f"{text} again.") from error
+        if error.errno in _NOT_ALLOWED:
+            raise UserError(f"{where}: {error.strerror}.") from error
+        raise
+
+
+def say(line: str) -> None:
+    """Prints a line on stdout; goes on where nobody takes it."""
+    _print(line, sys.stdout)
+
+
+def warn(line: str) -> None:
+    """Prints a line on stderr; goes on where nobody takes it."""
+    _print(line, sys.stderr)
+
+
+def settle() -> None:
+    """Drops what stdout and stderr cannot get rid of; Python would try at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and not stream.closed:
+            try:
+                stream.flush()
+            except OSError:
+                _drop(stream)
+
+
+def _drop(stream: TextIO) -> None:
+    """Sends what a stream still holds, and all that follows, nowhere."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def _print(line: str, stream: TextIO | None) -> None:
+    """Prints; a terminal, pipe or disk that takes no more must not end a run."""
+    if stream is None:  # closed when the program started
+        return
+    try:
+        print(line, file=stream, flush=True)
+    except OSError:
+        _drop(stream)

@@ -5,6 +5,7 @@ Also the writing of small files there, never in part.
 
 import json
 import os
+import re
 from typing import Any
 
 from etils import epath
@@ -16,9 +17,16 @@ def workdir_at(text: str) -> epath.Path:
     """A path here or in an object store.
 
     Raises:
-      UserError: what reaches that store is not installed.
+      UserError: what reaches that store is not installed, or the path looks like a
+        pattern: Orbax takes it for one, and finds nothing of what it saved there.
     """
     path = epath.Path(text)
+    whole = os.fspath(absolute(path))
+    if found := re.search(r"[*?[]", whole):
+        raise UserError(
+            f"{whole} has {found[0]!r} in it, so that checkpoints there could not be "
+            "read; give a path without any of * ? [, such as a link to this one."
+        )
     if is_remote(path):
         try:
             path.exists()
@@ -28,6 +36,37 @@ def workdir_at(text: str) -> epath.Path:
                 f"{text} cannot be reached ({error}); pip install 'mtp-jax[{kind}]'."
             ) from None
     return path
+
+
+def run_at(text: str) -> tuple[epath.Path, int | None]:
+    """The workdir of a run, and the step of the checkpoint if one is named in it.
+
+    Args:
+      text: the workdir, its folder `checkpoints`, or a checkpoint in that.
+
+    Raises:
+      UserError: what reaches that store is not installed.
+    """
+    path = workdir_at(text)
+    given = absolute(path)
+    if (given / "checkpoints").is_dir():
+        return path, None
+    if given.name == "checkpoints":
+        return given.parent, None
+    if given.parent.name == "checkpoints" and given.name.isdecimal():
+        return given.parent.parent, int(given.name)
+    return path, None
+
+
+def where_runs_are(folder: epath.Path) -> str:
+    """A hint for a folder that is no workdir: the layout of one, and those nearby."""
+    hint = "give the workdir of a run, the folder with run.json and checkpoints/ in it"
+    if not folder.is_dir():
+        return f"there is no such folder; {hint}"
+    below = sorted(str(path.parent) for path in folder.glob("*/checkpoints"))
+    if not below:
+        return hint
+    return f"{hint}, like {', '.join(below[:3])}{' ...' * (len(below) > 3)}"
 
 
 def is_remote(path: epath.Path) -> bool:
@@ -46,8 +85,12 @@ def write_atomically(path: epath.Path, text: str) -> None:
         path.write_text(text)
         return
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: epath.Path, value: Any) -> None:

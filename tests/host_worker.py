@@ -8,11 +8,18 @@ import os
 import sys
 import time
 
-from mtp_jax.distributed import hosts
+from mtp_jax.distributed import hosts, lifetime
 from mtp_jax.errors import RunFailed, UserError
 
 
 def main():
+    os.environ.setdefault("MTP_JAX_SECRET", "the secret of the tests")
+    lifetime.end_with_parent(int(os.environ.pop(lifetime.PARENT)))
+    with hosts.heeding_signals():
+        return work()
+
+
+def work():
     address, count, index, join_s, host_s, about, deed = sys.argv[1:]
     try:
         place = hosts.ProcessInfo(address, int(count), int(index))

@@ -4,6 +4,7 @@ python poisoned_worker.py HOST:PORT I
 """
 
 import dataclasses
+import os
 import sys
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from models import mesh_of, tiny_config
 
-from mtp_jax.distributed import hosts
+from mtp_jax.distributed import hosts, lifetime
 from mtp_jax.distributed.cluster import ProcessInfo
 from mtp_jax.parallel.to_devices import batch_sharding, place_rows, rows_of_process
 from mtp_jax.training.train_step import make_init, make_step
@@ -20,6 +21,8 @@ POISON = 31
 
 
 def main():
+    os.environ.setdefault("MTP_JAX_SECRET", "the secret of the tests")
+    lifetime.end_with_parent(int(os.environ.pop(lifetime.PARENT)))
     hosts.join(ProcessInfo(sys.argv[1], 2, int(sys.argv[2])), 120, 60)
     cfg = tiny_config()
     mesh = mesh_of(1, 2, 1)

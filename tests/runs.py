@@ -11,6 +11,8 @@ import time
 
 import numpy as np
 
+from mtp_jax.distributed.lifetime import PARENT
+
 ROOT = pathlib.Path(__file__).parent.parent
 CACHE = ROOT / ".pytest_cache" / "jax"
 TIMINGS = ("tokens_per_s", "step_s", "data_wait_share")
@@ -48,6 +50,8 @@ def start(args, *, devices=1, program=(sys.executable, "-m", "mtp_jax")):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(ROOT),
     }
+    if program[0] == sys.executable:  # then nothing is left, however the tests end
+        environment[PARENT] = str(os.getpid())
     process = subprocess.Popen(
         [*program, *map(str, args)],
         cwd=ROOT,

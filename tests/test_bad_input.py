@@ -24,7 +24,7 @@ def program(monkeypatch, capsys):
         raise AssertionError("the checks let it through")
 
     monkeypatch.setattr("mtp_jax.run.train.run", passed)
-    monkeypatch.setattr("mtp_jax.run.train._start_jax", lambda cfg, place: None)
+    monkeypatch.setattr("mtp_jax.run.train._start_jax", lambda *run: None)
 
     def run(*args):
         monkeypatch.setattr(sys, "argv", ["mtp-jax", *map(str, args)])
@@ -49,7 +49,7 @@ def assert_refused(result, *words):
     [
         ("model.d_modle=3", ["d_modle", "d_model"]),
         ("modle.d_model=3", ["modle"]),
-        ("compute.rematt=full", ["'rematt'", 'did you mean "remat"?']),
+        ("compute.rematt=full", ["'rematt'", "did you mean config.compute.remat?"]),
         ("mesh.data=2", ["config.mesh has no field 'data'"]),
         ("compute.chunk_tokens=1.5", ["chunk_tokens=1.5: must be a whole number"]),
         ("mesh.tensor=3", ["the axes beside the one of -1 come to 3"]),

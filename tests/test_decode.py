@@ -28,6 +28,10 @@ class Letters:
     eos_id: int
     bos_id: int = 0
     fingerprint: str = "letters"
+    vocab_size: int = VOCAB
+
+    def unfinished(self, ids):
+        return 0
 
     def encode(self, text):
         return np.array([ord(c) - ord("a") for c in text], np.int32)

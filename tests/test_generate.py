@@ -12,6 +12,7 @@ from models import mesh_of
 
 from mtp_jax.checkpoint.restore import Restored
 from mtp_jax.cli import generate
+from mtp_jax.cli.args import unescape
 from mtp_jax.config import Config, DataConfig, ModelConfig
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.prompts import heldout_prompts
@@ -264,7 +265,7 @@ def test_a_batch_goes_on_where_it_was_ended(restored, capsys, tmp_path, monkeypa
 
 
 def test_stop_texts_may_hold_escapes():
-    assert generate._unescape(r"a\n\tb\\n") == "a\n\tb\\n"
+    assert unescape(r"a\n\tb\\n") == "a\n\tb\\n"
 
 
 class FakeDocuments:

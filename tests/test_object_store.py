@@ -65,7 +65,7 @@ def test_a_run_in_a_bucket_goes_on_and_is_evaluated(bucket, corpus_dir):
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 9))
     assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"3", "6", "8"}
-    assert json.loads((workdir / "eval.json").read_text())["step"] == 8
+    assert json.loads((workdir / "eval-batches1.json").read_text())["step"] == 8
     assert not os.path.exists("gs:")  # nothing of it is on this machine
 
 

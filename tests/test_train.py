@@ -261,7 +261,7 @@ def test_eight_devices_train_and_one_evaluates_and_decodes(tmp_path, corpus_dir)
     complete(["evaluate", f"--workdir={workdir}"])
     all_heads = json.loads((workdir / "eval.json").read_text())
     complete(["evaluate", f"--workdir={workdir}", "--heads=1"])
-    one_head = json.loads((workdir / "eval.json").read_text())
+    one_head = json.loads((workdir / "eval-heads1.json").read_text())
     decode = ["generate", f"--workdir={workdir}", "--prompt=import", "--json"]
     decode.append("--max_new_tokens=8")
     drafted = json.loads(complete(decode))
@@ -308,7 +308,7 @@ def test_sentencepiece_from_text_to_sample(tmp_path, stories):
     complete(["evaluate", f"--workdir={workdir}", "--max_batches=4"])
     made = complete(["generate", f"--workdir={workdir}", "--prompt=Once", "--json"])
 
-    figures = json.loads((workdir / "eval.json").read_text())
+    figures = json.loads((workdir / "eval-batches4.json").read_text())
     assert (workdir / "tokenizer.model").exists()
     assert figures["bytes"] > 1.5 * figures["tokens"]  # a token is more than a byte
     assert figures["heads"][0]["loss"] < 5.5  # less than log 512: it has learned
@@ -332,4 +332,4 @@ def test_a_run_of_single_row_microbatches_trains_and_is_evaluated(tmp_path, corp
     complete(["evaluate", f"--workdir={workdir}", "--max_batches=3"])
 
     assert records(workdir, "heldout.jsonl")[0]["step"] == 2
-    assert json.loads((workdir / "eval.json").read_text())["step"] == 2
+    assert json.loads((workdir / "eval-batches3.json").read_text())["step"] == 2

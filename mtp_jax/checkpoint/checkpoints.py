@@ -7,26 +7,24 @@ config, the data position, the tokenizer's identity and a checksum of every arra
 
 import contextlib
 import dataclasses
-import errno
-import sys
+import math
 from collections.abc import Iterator
 from typing import Any
 
-import absl.logging
 import jax
 import jax.numpy as jnp
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from mtp_jax.checkpoint.library_log import show_warnings_only
+from mtp_jax.checkpoint.older_states import as_saved, as_wanted
+from mtp_jax.checkpoint.retention import HELDOUT_LOSS, retention
 from mtp_jax.config import CheckpointConfig
 from mtp_jax.distributed import hosts
-from mtp_jax.errors import RunFailed, UserError
+from mtp_jax.errors import NO_ROOM, RunFailed, UserError, warn
 from mtp_jax.parallel.sharding import abstract_tree
 from mtp_jax.storage import absolute, is_remote
 from mtp_jax.training.train_step import TrainState
-
-_POLICIES = ocp.training.preservation_policies
-HELDOUT_LOSS = "heldout_loss"  # the metric that keep_best compares, smaller is better
 
 
 class Checkpoints:
@@ -34,20 +32,20 @@ class Checkpoints:
 
     def __init__(self, workdir: epath.PathLike, cfg: CheckpointConfig | None = None):
         """Opens them; without cfg nothing is ever deleted (reading)."""
-        # Orbax logs the traceback of a failed save in every thread it passes through,
-        # and then raises it all the same.
-        absl.logging.set_verbosity(absl.logging.FATAL)
+        show_warnings_only()
         self.folder = epath.Path(workdir) / "checkpoints"
         if cfg is not None and jax.process_index() == 0:
             for part in self.folder.glob("*.orbax-checkpoint-tmp"):
                 part.rmtree()  # a save that a crash cut short
         hosts.wait_for_all("the checkpoints are tidy")
+        self._measured: dict[int, float] = {}
         self._orbax = ocp.training.Checkpointer(
             absolute(self.folder),
-            preservation_policy=None if cfg is None else _retention(cfg),
+            preservation_policy=None if cfg is None else retention(cfg, self._measured),
         )
         self._pending: Any = None
         self._saving = 0  # the step
+        self._proved = False  # that what is saved here can be read
         self._timeout_s = (cfg or CheckpointConfig()).timeout_s
 
     def steps(self) -> list[int]:
@@ -63,22 +61,37 @@ class Checkpoints:
     ) -> None:
         """Begins to save; returns once the arrays are copied off the devices.
 
+        The first time it returns once the checkpoint is on disk and can be read. A
+        `heldout_loss` that is not finite counts as none.
+
         Raises:
           UserError: this save or the one before it found no room on the disk.
+          RunFailed: the first checkpoint cannot be read.
         """
         self.wait()
         items = _items(state)
         sums = {name: _plain(jax.device_get(_sums(items[name]))) for name in items}
         self._saving = step
+        measured = heldout_loss is not None and math.isfinite(heldout_loss)
         with self._in_time(), _disk_full_is_said(self.folder, self.steps()):
             self._pending = self._orbax.save_checkpointables_async(
                 step,
                 items,
                 force=True,
                 overwrite=True,
-                metrics=None if heldout_loss is None else {HELDOUT_LOSS: heldout_loss},
+                metrics={HELDOUT_LOSS: heldout_loss} if measured else None,
                 custom_metadata={**metadata, "checksums": sums},
             )
+        if not self._proved:
+            self.wait()
+            self._prove(items)
+
+    def measured(self, heldout_losses: dict[int, float]) -> None:
+        """Takes, by step, held-out losses that the checkpoints do not hold.
+
+        All processes must give the same ones.
+        """
+        self._measured |= heldout_losses
 
     def wait(self) -> None:
         """Waits until the last save is on disk; its failure is raised here."""
@@ -86,6 +99,19 @@ class Checkpoints:
         if pending is not None:
             with self._in_time(), _disk_full_is_said(self.folder, self.steps()):
                 pending.result()
+
+    def _prove(self, items: dict[str, Any]) -> None:
+        """Reads the description of the newest checkpoint, which Orbax may not find."""
+        folder = self.folder / str(self._saving)
+        try:
+            saved = self._orbax.checkpointables_metadata(self._saving)
+            if any(saved.metadata[name] is None for name in items):
+                raise ValueError("its arrays are not found")
+        except Exception as error:
+            raise RunFailed(
+                f"{folder} was saved, but cannot be read: {error}"
+            ) from error
+        self._proved = True
 
     def _in_time(self) -> contextlib.AbstractContextManager[None]:
         """A limit for what is inside: Orbax waits for a failed process for ever."""
@@ -140,9 +166,10 @@ class Checkpoints:
         if lost := [name for name, tree in trees.items() if tree is None]:
             cause = ValueError(f"nothing of {' and '.join(lost)} can be read")
             raise DamagedCheckpoint(self.folder / str(step), cause)
-        _refuse_mismatch(self.folder / str(step), trees, abstract)
+        saved_form = as_saved(abstract, trees)
+        _refuse_mismatch(self.folder / str(step), trees, saved_form)
         try:
-            items = self._orbax.load_checkpointables(step, abstract)
+            items = self._orbax.load_checkpointables(step, saved_form)
         except (PermissionError, MemoryError):
             raise
         except Exception as error:  # Orbax and TensorStore raise many kinds
@@ -156,7 +183,7 @@ class Checkpoints:
         if wrong:
             cause = ValueError(f"the checksums of {' and '.join(wrong)} do not match")
             raise DamagedCheckpoint(self.folder / str(step), cause)
-        return items
+        return as_wanted(items, abstract)
 
     def set_aside(self, step: int) -> epath.Path:
         """Moves a damaged checkpoint out of the way; all processes must call it."""
@@ -219,7 +246,7 @@ def restore_newest(
         except DamagedCheckpoint as error:
             if not error.seen_by_all:
                 raise
-            print(f"mtp_jax: {error}", file=sys.stderr)
+            warn(f"mtp_jax: {error}")
             damaged.append(candidate)
     raise UserError(f"{checkpoints.folder} holds no checkpoint that can be read.")
 
@@ -237,6 +264,8 @@ def state_from_items(items: dict[str, Any]) -> TrainState:
 def _items(state: TrainState) -> dict[str, Any]:
     """A state as the items of a checkpoint, which are saved apart."""
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    if state.rounded_off is None:
+        del fields["rounded_off"]
     return {"params": fields.pop("params"), "training": fields}
 
 
@@ -293,22 +322,6 @@ def _refuse_mismatch(
         )
 
 
-def _retention(cfg: CheckpointConfig) -> Any:
-    """Orbax's policy of which checkpoints to keep."""
-    policies: list[Any] = [_POLICIES.LatestN(cfg.keep_latest)]
-    if cfg.keep_every:
-        policies.append(_POLICIES.EveryNSteps(cfg.keep_every))
-    if cfg.keep_best:
-        best = _POLICIES.BestN(
-            get_metric_fn=lambda metrics: metrics[HELDOUT_LOSS],
-            reverse=True,
-            n=cfg.keep_best,
-            keep_checkpoints_without_metrics=False,
-        )
-        policies.append(best)
-    return _POLICIES.AnyPreservationPolicy(policies)
-
-
 @contextlib.contextmanager
 def _disk_full_is_said(folder: epath.Path, intact: list[int]) -> Iterator[None]:
     """Turns errors that say "no space" in any way into one line; others pass."""
@@ -316,7 +329,7 @@ def _disk_full_is_said(folder: epath.Path, intact: list[int]) -> Iterator[None]:
         yield
     except Exception as error:
         text = f"{type(error).__name__} {error} {error.__cause__}"
-        full = isinstance(error, OSError) and error.errno in _NO_ROOM
+        full = isinstance(error, OSError) and error.errno in NO_ROOM
         if not full and not any(sign in text for sign in _NO_ROOM_SIGNS):
             raise
         kept = f"; the checkpoint of step {intact[-1]} is intact" if intact else ""
@@ -326,5 +339,4 @@ def _disk_full_is_said(folder: epath.Path, intact: list[int]) -> Iterator[None]:
         ) from error
 
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_ROOM_SIGNS = ("No space left on device", "Disk quota exceeded", "File too large")

@@ -6,17 +6,19 @@ No config file is needed: it lies in the checkpoint. Only parameters are read.
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from mtp_jax.checkpoint.checkpoints import Checkpoints, restore_newest
 from mtp_jax.config import Config, MeshConfig, config_from_json
+from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.tokenizer import Tokenizer, tokenizer_from_dir
 from mtp_jax.errors import UserError
 from mtp_jax.model.language_model import model_builder
 from mtp_jax.parallel.sharding import abstract_tree, make_mesh, slice_count
-from mtp_jax.storage import workdir_at
+from mtp_jax.storage import run_at, where_runs_are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,27 @@ class Restored:
     mesh: jax.sharding.Mesh
     step: int
     tokenizer: Tokenizer
+
+    def with_data(self, sources: Sequence[str | os.PathLike[str]] | None) -> "Restored":
+        """This model with held-out text from other corpora; None: from its own.
+
+        Raises:
+          UserError: a folder is not a corpus, or one of another tokenizer.
+        """
+        if sources is None:
+            return self
+        names = tuple(os.fspath(name) for name in sources)
+        for name in names:
+            if Corpus.open(name).tokenizer.fingerprint != self.tokenizer.fingerprint:
+                raise UserError(
+                    f"{name} was prepared with another tokenizer than the model's; "
+                    "prepare it with the tokenizer.model of the workdir."
+                    if self.tokenizer.kind != "bytes"
+                    else f"{name} was not prepared with the model's tokenizer, bytes."
+                )
+        data = dataclasses.replace(self.config.data, sources=names, weights=())
+        config = dataclasses.replace(self.config, data=data)
+        return dataclasses.replace(self, config=config)
 
 
 def as_restored(model: Restored | str | os.PathLike[str]) -> Restored:
@@ -45,7 +68,7 @@ def restore_model(
     """Parameters of a checkpoint on any mesh.
 
     Args:
-      workdir: of a run.
+      workdir: of a run; or its folder of checkpoints, or a checkpoint in that.
       mesh: None for all devices of this process's machine or pod.
       step: which checkpoint; None for the newest that is intact.
       heads: how many heads to keep, counted from head 1; None for all.
@@ -53,9 +76,14 @@ def restore_model(
     Raises:
       UserError: no such run or checkpoint, or more heads than the model has.
     """
-    folder = workdir_at(os.fspath(workdir))
+    folder, named = run_at(os.fspath(workdir))
+    if step is not None and named not in (None, step):
+        raise UserError(
+            f"--step={step} is not the step of {workdir}; keep one of them."
+        )
+    step = named if step is None else step
     if not (folder / "checkpoints").is_dir():
-        raise UserError(f"{workdir} holds no checkpoints; give the workdir of a run.")
+        raise UserError(f"{workdir} holds no checkpoints; {where_runs_are(folder)}.")
     checkpoints = Checkpoints(folder)
     if not checkpoints.steps():
         raise UserError(f"{workdir} holds no finished checkpoint yet.")

@@ -1,15 +1,22 @@
 """Arguments, types and errors that the command lines of the verbs share."""
 
 import argparse
+import dataclasses
+import json
 import os
 import pathlib
+import re
+from collections.abc import Callable
 from typing import NoReturn
 
 import absl.flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from mtp_jax.config import Config, freeze
+from mtp_jax.cli.overrides import plain_overrides
+from mtp_jax.config import Config, config_from_json, freeze
+from mtp_jax.config.names import did_you_mean, fields_meant
 from mtp_jax.errors import UserError
+from mtp_jax.storage import workdir_at
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,6 +63,22 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Adds --data, the corpora to use instead of those of the run."""
+    parser.add_argument(
+        "--data",
+        action="append",
+        metavar="DIR",
+        help="another prepared corpus instead of the run's own; may be repeated",
+    )
+
+
+def unescape(text: str) -> str:
+    """A text with `\\n`, `\\t` and `\\\\` as the characters they stand for."""
+    parts = text.split("\\\\")
+    return "\\".join(p.replace("\\n", "\n").replace("\\t", "\t") for p in parts)
+
+
 def output_file(option: str, path: str) -> pathlib.Path:
     """Returns the path of an output option, checked before the work is done.
 
@@ -80,13 +103,59 @@ def config_from(path: str, overrides: list[str]) -> Config:
     """
     if not pathlib.Path(path.partition(":")[0]).is_file():
         raise UserError(f"--config={path} is not a file; configs/tiny.py is one.")
-    argv = ["mtp-jax", f"--config={path}", *overrides]
-    flags = absl.flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=flags, sys_argv=argv)
+    argv = ["mtp-jax", f"--config={path}", *plain_overrides(overrides)]
+
+    def define(flags: absl.flags.FlagValues) -> None:
+        config_flags.DEFINE_config_file("config", flag_values=flags, sys_argv=argv)
+
+    return _parsed(define, argv, path, overrides)
+
+
+def config_of_run(workdir: str, overrides: list[str]) -> Config:
+    """Returns the config with which the run in a workdir was last started, edited.
+
+    Args:
+      workdir: of the run, here or in an object store.
+      overrides: as for `config_from`.
+
+    Raises:
+      UserError: no run is there, or what `config_from` raises.
+    """
+    path = workdir_at(workdir) / "run.json"
     try:
+        written = json.loads(path.read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{workdir} holds no run to go on with; give --config=FILE to begin one."
+        ) from None
+    tree = ConfigDict(dataclasses.asdict(config_from_json(written, str(path))))
+    argv = ["mtp-jax", *plain_overrides(overrides)]
+
+    def define(flags: absl.flags.FlagValues) -> None:
+        config_flags.DEFINE_config_dict(
+            "config", tree.lock(), flag_values=flags, sys_argv=argv
+        )
+
+    return _parsed(define, argv, str(path), overrides)
+
+
+def _parsed(
+    define: Callable[[absl.flags.FlagValues], None],
+    argv: list[str],
+    path: str,
+    overrides: list[str],
+) -> Config:
+    """Returns the config that the flag `config` holds after the command line."""
+    flags = absl.flags.FlagValues()
+    try:
+        define(flags)
         rest = flags(argv)[1:]
     except absl.flags.UnrecognizedFlagError as error:
-        raise UserError(f"unknown option --{error.flagname}; see --help.") from error
+        name = error.flagname
+        meant = (
+            did_you_mean(name, before="--") if fields_meant(name) else "; see --help."
+        )
+        raise UserError(f"unknown option --{name}{meant}") from error
     except UserError:
         raise
     except Exception as error:  # a config is code, and may fail in any way
@@ -100,7 +169,12 @@ def _what_is_wrong(path: str, overrides: list[str], error: Exception) -> str:
     """One line for a config library's error, without its list of all fields."""
     text = str(error.args[0] if error.args else error).replace("\\n", " ")
     if "Error whilst parsing config file" in text:
-        return f"{path}: {text.strip().splitlines()[-1]}"
+        last = text.strip().splitlines()[-1]
+        wrong = re.search(r"field '(\w+)' \(reference\)\. (.*) is of .*'(.*)'>", last)
+        if wrong:
+            kind = wrong[3].rpartition(".")[2]
+            return f"{path}: {wrong[1]} is {wrong[2]}; it must be of type {kind}."
+        return f"{path}: {last}"
     if isinstance(error, absl.flags.Error):
         flag, separator, _ = text.partition(": Failed to parse ")
         if separator and "as a ConfigDict" in text:
@@ -110,11 +184,21 @@ def _what_is_wrong(path: str, overrides: list[str], error: Exception) -> str:
         return text
     if not isinstance(error, (AttributeError, KeyError)) or "get_config" in text:
         return f"{path}: {type(error).__name__}: {error}"
-    hint = text.partition("Did you mean ")[2].partition("?")[0].partition(" instead")[0]
-    name = text.strip("\\'\"").partition("'")[0].partition('"')[0].strip("\\ ")
-    paths = (option.partition("=")[0].lstrip("-") for option in overrides)
-    sections = (path.rpartition(".") for path in paths)
-    section = next((place for place, _, field in sections if field == name), "config")
-    return f"{section} has no field {name!r}" + (
-        f"; did you mean {hint}?" if hint else "."
-    )
+    return _unknown_field(path, overrides, text)
+
+
+def _unknown_field(path: str, overrides: list[str], text: str) -> str:
+    """One line for a field that is not there, set by an option or in the file."""
+    quoted = text.strip("\\'\"").removeprefix('Key "')
+    name = quoted.partition("'")[0].partition('"')[0].strip("\\ ")
+    for option in overrides:
+        where, _, field = option.partition("=")[0].lstrip("-").rpartition(".")
+        if name in (field, *where.split(".")):
+            where = where if name == field else "config"
+            return f"{where} has no field {name!r}" + did_you_mean(name, where[7:])
+    first = re.search(r"fields present: \"\{\\?'(\w+)", text)
+    where = "config"
+    for section, fields in dataclasses.asdict(Config()).items():
+        if first and first[1] == next(iter(fields)):
+            where = f"config.{section}"
+    return f"{path}: {where} has no field {name!r}" + did_you_mean(name, where[7:])

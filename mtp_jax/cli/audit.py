@@ -4,7 +4,7 @@ import dataclasses
 import json
 from typing import Any
 
-from mtp_jax.cli.args import Parser, positive_int
+from mtp_jax.cli.args import Parser, add_data, positive_int
 from mtp_jax.run.audit import Audit, RowPiece, audit
 
 
@@ -27,9 +27,10 @@ def main(argv: list[str]) -> int:
         metavar="S",
         help="also name what the batch of a step holds",
     )
+    add_data(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
-    found = audit(args.workdir, step=args.step)
+    found = audit(args.workdir, step=args.step, data=args.data)
     if args.json:
         print(json.dumps(_object(found)))
         return 0

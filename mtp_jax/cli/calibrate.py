@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from mtp_jax.cli.args import Parser, output_file, positive_int
+from mtp_jax.cli.args import Parser, add_data, output_file, positive_int
 from mtp_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def main(argv: list[str]) -> int:
         help="held-out passages of up to 256 tokens to measure (128)",
     )
     parser.add_argument("--step", type=int, help="checkpoint; the latest if not given")
+    add_data(parser)
     args = parser.parse_args(argv)
     output = output_file("output", args.output)
 
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> int:
     from mtp_jax.decode.calibrate import calibrate
     from mtp_jax.storage import write_json
 
-    restored = restore.restore_model(args.workdir, step=args.step)
+    restored = restore.restore_model(args.workdir, step=args.step).with_data(args.data)
     result = calibrate(restored, passages=args.passages, nodes=args.nodes)
     print(_table(result))
     try:

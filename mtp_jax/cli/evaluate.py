@@ -1,18 +1,26 @@
 """The verb `evaluate`: figures of a trained model on held-out text."""
 
+import argparse
+import hashlib
+import pathlib
 from typing import Any
 
-from mtp_jax.cli.args import Parser, positive_int
+from mtp_jax.cli.args import Parser, add_data, positive_int
 from mtp_jax.errors import UserError
 
 
 def main(argv: list[str]) -> int:
-    """Prints a table and writes eval.json into the workdir.
+    """Prints a table and writes it into the workdir, a file a setting.
 
     Raises:
       UserError: a flag, the run, a corpus, or a file that cannot be written.
     """
-    parser = Parser("mtp-jax evaluate", "Measure a trained model on held-out text.")
+    parser = Parser(
+        "mtp-jax evaluate",
+        "Measure a trained model on held-out text.",
+        epilog="Written to eval.json in the workdir; with options, to a file that they "
+        "name, such as eval-step20-heads1.json.",
+    )
     parser.add_argument("--workdir", required=True, metavar="D", help="folder of a run")
     parser.add_argument(
         "--step", type=int, metavar="S", help="which checkpoint; default: the newest"
@@ -20,12 +28,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--heads", type=int, metavar="K", help="keep only the first K heads"
     )
-    parser.add_argument(
-        "--data",
-        action="append",
-        metavar="DIR",
-        help="another prepared corpus instead of the run's own; may be repeated",
-    )
+    add_data(parser)
     parser.add_argument(
         "--max_batches",
         type=positive_int,
@@ -35,15 +38,13 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
 
     # Not before the flags are known to be good: these import JAX.
-    from etils import epath
-
     from mtp_jax.checkpoint import restore
     from mtp_jax.eval.heldout import evaluate
-    from mtp_jax.storage import write_json
+    from mtp_jax.storage import run_at, write_json
 
     restored = restore.restore_model(args.workdir, step=args.step, heads=args.heads)
     result = evaluate(restored, data=args.data, max_batches=args.max_batches)
-    path = epath.Path(args.workdir) / "eval.json"
+    path = run_at(args.workdir)[0] / _file_name(args)
     print(_table(result))
     try:
         write_json(path, result)
@@ -53,17 +54,40 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _file_name(args: argparse.Namespace) -> str:
+    """The file for these options: figures of others are not written over."""
+    parts = ["eval"]
+    for name, value in (
+        ("step", args.step),
+        ("heads", args.heads),
+        ("batches", args.max_batches),
+    ):
+        if value is not None:
+            parts.append(f"{name}{value}")
+    if args.data:
+        folders = [str(pathlib.Path(name).resolve()) for name in args.data]
+        digest = hashlib.sha256("\n".join(folders).encode()).hexdigest()[:6]
+        parts.append(f"{pathlib.Path(folders[0]).name}_{digest}")
+    return "-".join(parts) + ".json"
+
+
 def _table(result: dict[str, Any]) -> str:
     """The figures for people."""
-    lines = ["head  loss (nats)  perplexity  accuracy  accepted"]
+    lines = ["head  loss (nats)  perplexity  accuracy  agrees"]
     accepted = [1.0, *result["accept"]["by_head"]]
     for head, share in zip(result["heads"], accepted, strict=True):
         lines.append(
             f"{head['offset']:>4}  {head['loss']:>11.4f}  {head['perplexity']:>10.3f}"
-            f"  {head['accuracy']:>8.4f}  {share:>8.4f}"
+            f"  {head['accuracy']:>8.4f}  {share:>6.4f}"
         )
     lines.append(
-        f"{result['bits_per_byte']:.4f} bits per byte; accepted length "
-        f"{result['accept']['length']:.3f} (teacher-forced); {result['tokens']} tokens"
+        f"{result['bits_per_byte']:.4f} bits per byte of {result['batches']} batches "
+        f"({result['tokens']} tokens)"
     )
+    if len(result["heads"]) > 1:
+        lines.append(
+            f"heads agree for {result['accept']['length']:.3f} of "
+            f"{len(result['heads'])} tokens on average: what a forward pass would "
+            "accept, on true text, right or wrong"
+        )
     return "\n".join(lines)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mtp_jax.cli.args import Parser, output_file, positive_int
+from mtp_jax.cli.args import Parser, add_data, output_file, positive_int, unescape
 from mtp_jax.errors import UserError
 
 
@@ -42,13 +42,14 @@ def main(argv: list[str]) -> int:
     restored = restore.restore_model(args.workdir, step=args.step, heads=heads)
     run = restored.config
     if args.heldout:
-        prompts = heldout_prompts(run.data.sources, args.heldout, args.prompt_tokens)
+        sources = restored.with_data(args.data).config.data.sources
+        prompts = heldout_prompts(sources, args.heldout, args.prompt_tokens)
     generator = Generator.from_restored(restored)
     if args.max_prompt_tokens is not None:
         generator.max_prompt_tokens = args.max_prompt_tokens
     settings = {
         "max_new_tokens": args.max_new_tokens,
-        "stop": [_unescape(text) for text in args.stop],
+        "stop": [unescape(text) for text in args.stop],
         "adaptive": args.adaptive,
     }
     trained = run.data.seq_len
@@ -136,6 +137,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="K held-out beginnings")  # fmt: skip
     add("--prompt_tokens", type=positive_int, default=64, metavar="N",
         help="tokens of a held-out prompt (64)")  # fmt: skip
+    add_data(parser)
     add("--max_prompt_tokens", type=positive_int, metavar="N",
         help="longest prompt to accept; as long as trained on")  # fmt: skip
     add("--decoder", metavar="NAME", help="blockwise, or plain if there is 1 head; its "
@@ -166,6 +168,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--color", choices=("auto", "always", "never"), default="auto",
         help="tokens by head (auto: in a terminal)")  # fmt: skip
     args, options = parser.parse_known_args(argv)
+    if args.data and not args.heldout:
+        raise UserError("--data is for --heldout; give --heldout=K, too.")
     if "" in args.stop:
         raise UserError("--stop is empty; give the text that ends a continuation.")
     if args.html is not None:
@@ -233,10 +237,10 @@ def _stream(generator: Any, prompt: Any, settings: dict[str, Any]) -> Any:
     from mtp_jax.reports.texts import ending
 
     writing = generator.stream(prompt, **settings)
-    print(generator.prompt_text(prompt), end="", flush=True)
+    print(_shown(generator.prompt_text(prompt)), end="", flush=True)
     while True:
         try:
-            print(next(writing), end="", flush=True)
+            print(_shown(next(writing)), end="", flush=True)
         except StopIteration as end:
             print(f"\n{ending(end.value)}\n")
             return end.value
@@ -252,12 +256,19 @@ def _print(generator: Any, results: Sequence[Any], args: argparse.Namespace) -> 
         if args.json:
             print(json.dumps(dataclasses.asdict(result)))
             continue
-        shown = f"{result.prompt}{result.text}"
+        shown = _shown(f"{result.prompt}{result.text}")
         if coloured:
             shown = terminal(result, generator.tokenizer)
         print(f"{shown}\n{ending(result)}\n")
     if coloured and not args.json:
         print(terminal_legend(results))
+
+
+def _shown(text: str) -> str:
+    """A text as it is, but for a terminal, which it must not steer."""
+    from mtp_jax.reports.printable import printable
+
+    return printable(text) if sys.stdout.isatty() else text
 
 
 def _write_page(path: str, generator: Any, results: Sequence[Any], title: str) -> None:
@@ -268,9 +279,3 @@ def _write_page(path: str, generator: Any, results: Sequence[Any], title: str) -
         pathlib.Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--html={path} cannot be written: {error.strerror}.") from None
-
-
-def _unescape(text: str) -> str:
-    """A text with `\\n`, `\\t` and `\\\\` as the characters they stand for."""
-    parts = text.split("\\\\")
-    return "\\".join(p.replace("\\n", "\n").replace("\\t", "\t") for p in parts)

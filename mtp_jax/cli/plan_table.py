@@ -43,6 +43,17 @@ def table(rows: list[Row], heads: list[int]) -> str:
         }
         for row in rows
     ]
+    run = [
+        {
+            "topology": row["topology"],
+            "heads": str(row["heads"]),
+            "chip-hours": _amount(row["chip_hours"]),
+            "days": _amount(row["hours"] / 24),
+            **({"dollars": _amount(row["dollars"])} if row["dollars"] else {}),
+        }
+        for row in rows
+        if "chip_hours" in row
+    ]
     notes = [_note(r) for r in rows if not r["fits"] and r["heads"] in heads]
     return "\n".join(
         [
@@ -52,6 +63,7 @@ def table(rows: list[Row], heads: list[int]) -> str:
             "",
             "Useful FLOPs of a step, all chips; GB that a device sends in it.",
             *_aligned(work),
+            *(["", _of_a_run(rows[0]), *_aligned(run)] if run else []),
             *([""] if notes else []),
             *notes,
         ]
@@ -68,6 +80,17 @@ def _aligned(cells: list[dict[str, str]]) -> list[str]:
         + "".join(f"  {line[name]:>{widths[name]}}" for name in names[1:])
         for line in lines
     ]
+
+
+def _of_a_run(row: Row) -> str:
+    return (
+        f"{row['tokens']:.3g} tokens at that least time of a step: a lower bound, "
+        "without pauses."
+    )
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _millions(params: int) -> str:

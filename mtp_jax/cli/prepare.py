@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import rich.console
 import rich.progress
 
-from mtp_jax.cli.args import Parser, positive_int
+from mtp_jax.cli.args import Parser, positive_int, unescape
 from mtp_jax.data.prepare import SHARD_TOKENS, Advance, prepare, summary
 
 
@@ -21,20 +21,25 @@ def main(argv: list[str]) -> int:
       UserError: a bad option or bad input; the output folder is then untouched.
     """
     args = _parse(argv)
+    told: list[str] = []
     manifest = prepare(
         args.input,
         args.output,
         tokenizer=args.tokenizer,
         train_tokenizer=args.train_tokenizer,
         text_field=args.text_field,
+        skip_bad=args.skip_bad,
+        split_at=args.split_at,
+        split_bytes=args.split_bytes,
         exclude=args.exclude,
         heldout=args.heldout,
         shard_tokens=args.shard_tokens,
         workers=args.workers,
         force=args.force,
         progress=_bar,
+        report=told.append,
     )
-    for line in summary(manifest):
+    for line in (*summary(manifest), *told):
         print(line)
     # Without "./" and doubled slashes, as messages name folders.
     print(f"corpus in {pathlib.Path(args.output)}")
@@ -54,7 +59,19 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="the bytes of UTF-8 (default), or a SentencePiece model")  # fmt: skip
     add("--train_tokenizer", type=positive_int, metavar="V",
         help="train a SentencePiece model of V pieces on the train split")  # fmt: skip
-    add("--text_field", default="text", help="field of the text in .jsonl lines")
+    add("--text_field", default="text", metavar="NAME",
+        help="field of the text in .jsonl lines (default text); OUTER.INNER for a "
+        "field of a field")  # fmt: skip
+    add("--skip_bad", action="store_true",
+        help="leave out and count what is not UTF-8, and lines without a text in "
+        "that field")  # fmt: skip
+    cut = parser.add_mutually_exclusive_group()
+    cut.add_argument("--split_at", type=unescape, metavar="TEXT",
+        help=r"cut text files into documents where this stands; \n, \t and \\ are "
+        "known")  # fmt: skip
+    cut.add_argument("--split_bytes", type=positive_int, metavar="N",
+        help="cut text files into documents of at most N bytes, at line "
+        "ends")  # fmt: skip
     add("--exclude", action="append", default=[], metavar="NAME",
         help="name or glob of files and directories to leave out; may be given "
         "several times")  # fmt: skip

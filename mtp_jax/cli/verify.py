@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from mtp_jax.cli.args import Parser, positive_int
+from mtp_jax.cli.args import Parser, add_data, positive_int
 
 if TYPE_CHECKING:
     from mtp_jax.data.tokenizer import Tokenizer
@@ -34,6 +34,7 @@ def main(argv: list[str]) -> int:
 
     asked = {spec: decoder_of(spec) for spec in args.decoder}
     restored = restore.restore_model(args.workdir, step=args.step, heads=args.heads)
+    restored = restored.with_data(args.data)
     chosen, left_out = exact_decoders(restored.config.model.n_future_tokens, asked)
     settings = VerifySettings(
         prompts=args.heldout,
@@ -110,6 +111,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--least_p", type=float, default=1e-4, metavar="P",
         help="p-value below which it fails (1e-4)")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object, no more")
+    add_data(parser)
     return parser.parse_args(argv)
 
 
@@ -130,9 +132,11 @@ def _shown(check: "Check", tokenizer: "Tokenizer", row: Callable[..., str]) -> s
 
 
 def _told(d: "Difference", tokenizer: "Tokenizer") -> str:
+    from mtp_jax.decode.text_stream import Continuation
+
+    within = Continuation(tokenizer, tokenizer.encode("a"))
     a, b = (
-        "nothing" if x is None else repr(tokenizer.decode([x]))
-        for x in (d.plain, d.other)
+        "nothing" if x is None else repr(within.decode([x])) for x in (d.plain, d.other)
     )
     gap = "" if d.gap is None else f"; plain's is {d.gap:+.2g} ahead"
     tie = ", a near-tie" if d.near_tie else ""

@@ -1,6 +1,7 @@
 """The config of a run: its fields, defaults and checks, and how files edit it."""
 
 from mtp_jax.config.formats import config_from_json, config_to_json
+from mtp_jax.config.listing import config_to_python
 from mtp_jax.config.sections import (
     Attention,
     CheckpointConfig,
@@ -16,6 +17,7 @@ from mtp_jax.config.sections import (
     ModelConfig,
     OptimConfig,
     Remat,
+    Schedule,
     TrainConfig,
 )
 from mtp_jax.config.tree import default, freeze
@@ -35,9 +37,11 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "Remat",
+    "Schedule",
     "TrainConfig",
     "config_from_json",
     "config_to_json",
+    "config_to_python",
     "default",
     "freeze",
 ]

@@ -9,6 +9,7 @@ Dtype = Literal["float32", "bfloat16"]
 Attention = Literal["auto", "splash", "cudnn", "xla"]
 Remat = Literal["none", "full", "dots", "offload"]
 HeadLoss = Literal["fused", "remat", "naive"]
+Schedule = Literal["cosine", "wsd"]
 
 
 def _require(ok: bool, message: str) -> None:
@@ -28,19 +29,19 @@ def _require_at_least(section: str, low: float, **fields: float) -> None:
 class ModelConfig:
     """A Llama-style trunk and its prediction heads (arXiv:2404.19737, section 2)."""
 
-    vocab_size: int = 256
-    d_model: int = 512
+    vocab_size: int = 256  # ids of the model; no fewer than the tokenizer has
+    d_model: int = 512  # width of the trunk
     num_layers: int = 8  # trunk and heads together, so that n does not change the size
     n_future_tokens: int = 4  # n: heads, one layer each; 1 is an ordinary model
-    num_query_heads: int = 8
+    num_query_heads: int = 8  # of attention, in every layer
     num_kv_heads: int = 8  # fewer than query heads: grouped-query attention
-    d_head: int = 64
-    d_ff: int = 1408
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-5
-    tie_embeddings: bool = False
-    param_dtype: Dtype = "float32"
-    compute_dtype: Dtype = "float32"
+    d_head: int = 64  # width of an attention head
+    d_ff: int = 1408  # width of the feed-forward layer
+    rope_theta: float = 10_000.0  # base of the rotary positions
+    norm_eps: float = 1e-5  # of RMSNorm, under the root
+    tie_embeddings: bool = False  # unembed with the embedding
+    param_dtype: Dtype = "float32"  # of a model; the optimizer sees float32
+    compute_dtype: Dtype = "float32"  # of products and activations
 
     def __post_init__(self):
         _require_at_least(
@@ -162,14 +163,22 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW; the defaults are the paper's (arXiv:2404.19737, table S13)."""
+    """AdamW; the defaults are the paper's (arXiv:2404.19737, table S13).
 
-    peak_lr: float = 3e-4
-    warmup_steps: int = 2000
-    decay_ratio: float = 0.03  # the cosine ends at decay_ratio x peak_lr
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
+    schedule, after the warm-up: cosine falls from the peak to the last step, so more
+    steps are another curve from the first one on; wsd (warm-up, stable, decay,
+    arXiv:2405.18392) stays at the peak, and falls linearly over the last decay_share of
+    the steps: before those, a run can be given more steps, and nothing else changes.
+    """
+
+    peak_lr: float = 3e-4  # the learning rate at the end of the warm-up
+    warmup_steps: int = 2000  # from 0 to peak_lr
+    schedule: Schedule = "cosine"  # or wsd
+    decay_share: float = 0.1  # of all steps, at the end; of wsd
+    decay_ratio: float = 0.03  # the schedule ends at decay_ratio x peak_lr
+    b1: float = 0.9  # decay of the mean of gradients
+    b2: float = 0.95  # decay of the mean of their squares
+    eps: float = 1e-8  # added to the root of that mean
     weight_decay: float = 0.1  # on matrices (parameters named w_*), not on norms
     clip_norm: float = 1.0  # of the global gradient norm
 
@@ -187,6 +196,11 @@ class OptimConfig:
             0 <= self.b1 < 1 and 0 <= self.b2 < 1,
             "config.optim.b1 and config.optim.b2 must be in [0, 1).",
         )
+        _require(
+            0 < self.decay_share <= 1,
+            f"config.optim.decay_share is {self.decay_share}; it must be above 0 and "
+            "at most 1.",
+        )
         _require(self.clip_norm > 0, "config.optim.clip_norm must be above 0.")
 
 
@@ -194,7 +208,7 @@ class OptimConfig:
 class TrainConfig:
     """Length of the run and what the step does."""
 
-    steps: int = 25_000
+    steps: int = 25_000  # of the optimizer, in all
     accumulation: int = 1  # microbatches a step
     seed: int = 0  # of the initial parameters and of the sampled prompts
     max_bad_steps: int = 10  # non-finite steps in a row that end the run
@@ -242,7 +256,7 @@ class CheckpointConfig:
     """When to save, and what to keep."""
 
     every: int = 1000  # steps; the last step is always saved
-    keep_latest: int = 3
+    keep_latest: int = 3  # newest checkpoints that stay
     keep_every: int = 0  # also those of every multiple of this step; 0: none
     keep_best: int = 0  # also so many with the lowest held-out loss of head 1
     local_dir: str = (
@@ -280,7 +294,7 @@ class LogConfig:
     """The log of a run: how often, and what beside it."""
 
     every: int = 10  # steps
-    tensorboard: bool = True
+    tensorboard: bool = True  # also write its event files
     profile_step: int = 0  # first step of a profiler trace; 0: no trace
     profile_steps: int = 3  # how many steps it covers
 

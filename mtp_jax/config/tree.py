@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from ml_collections import ConfigDict
 
+from mtp_jax.config.names import did_you_mean
 from mtp_jax.config.sections import Config
 from mtp_jax.errors import UserError
 
@@ -36,7 +37,9 @@ def _build(cls: type, tree: Any, path: str) -> Any:
     if not isinstance(tree, dict):
         raise UserError(f"{path} is {tree!r}; it must be a section of fields.")
     for name in tree:
-        _require(name in hints, f"{path}.{name} is not a field. Known: {list(hints)}.")
+        if name not in hints:
+            meant = did_you_mean(name, path.partition(".")[2])
+            raise UserError(f"{path}.{name} is not a field{meant}")
     values = {}
     for name, value in tree.items():
         hint = hints[name]

@@ -1,8 +1,9 @@
-"""Batches as a function of the seed, the corpora and the step alone.
+"""Batches as a function of the seed, the corpora and the rows consumed alone.
 
-The state of a run's data is the number of global batches it has consumed: reading
-again from any step gives the same batches, with any number of hosts, reader processes
-and threads. Axes: B rows of this host, S = seq_len + n_future_tokens.
+The state of a run's data is the number of rows it has consumed, which is steps times
+batch size as long as that stays: reading again from any row gives the same batches,
+with any number of hosts, reader processes and threads. Axes: B rows of this host,
+S = seq_len + n_future_tokens.
 """
 
 import dataclasses
@@ -39,6 +40,7 @@ def open_sources(
     directories: Sequence[str] | None = None,
     splits: Sequence[str] = SPLITS,
     part: tuple[int, int] = (0, 1),
+    tokenizer: str | None = None,
 ) -> list[Corpus]:
     """Opens the corpora and checks that they fit the model and each other.
 
@@ -47,6 +49,7 @@ def open_sources(
       directories: instead of `cfg.data.sources`.
       splits: those that will be read.
       part: (process, processes): each checks only its share of the file contents.
+      tokenizer: fingerprint of that of the run; None: any.
 
     Raises:
       UserError: a corpus is missing, damaged or too short, has ids that the model
@@ -55,7 +58,8 @@ def open_sources(
     names = list(cfg.data.sources if directories is None else directories)
     corpora = [Corpus.open(name) for name in names]
     for corpus in corpora:
-        _check_source(cfg, corpus, corpora[0], splits)
+        _check_tokenizer(corpus, corpora[0], tokenizer)
+        _check_source(cfg, corpus, splits)
         if cfg.data.verify:
             verify_files(corpus, splits, part)
     return corpora
@@ -66,6 +70,8 @@ def train_batches(
     rows_of_this_host: np.ndarray,
     start_step: int,
     sources: Sequence[Corpus] | None = None,
+    *,
+    start_row: int | None = None,
 ) -> Generator[Batch, None, None]:
     """Batches of `start_step` and all steps after it, without end.
 
@@ -76,6 +82,7 @@ def train_batches(
       rows_of_this_host: rows of the global batch to give, see `rows_of_process`.
       start_step: global batches consumed before.
       sources: opened corpora; None: `open_sources(cfg)`.
+      start_row: rows consumed before; None: `start_step` batches of today's size.
 
     Returns:
       Batches of tokens, segments and positions, int32 [B, S], and hash, uint32
@@ -87,11 +94,11 @@ def train_batches(
     """
     corpora = open_sources(cfg) if sources is None else sources
     rows = _mixture(cfg, corpora)
-    n_batches = sys.maxsize // cfg.data.batch_size  # row numbers must fit an int64
-    batches = HostBatches(rows, cfg.data.batch_size, rows_of_this_host, n_batches)
-    dataset = grain.MapDataset.source(batches)[start_step:].to_iter_dataset(
-        _READ_OPTIONS
-    )
+    size = cfg.data.batch_size
+    first = start_step * size if start_row is None else start_row
+    n_batches = (sys.maxsize - first) // size  # row numbers must fit an int64
+    batches = HostBatches(rows, size, rows_of_this_host, n_batches, first)
+    dataset = grain.MapDataset.source(batches).to_iter_dataset(_READ_OPTIONS)
     if cfg.data.workers:
         # Grain hands the command line's flags to its processes, even if none are used.
         if not absl.flags.FLAGS.is_parsed():
@@ -117,12 +124,16 @@ class Piece:
 
 
 def pieces_of_step(
-    cfg: Config, step: int, sources: Sequence[Corpus]
+    cfg: Config, step: int, sources: Sequence[Corpus], *, start_row: int | None = None
 ) -> list[list[Piece]]:
-    """The pieces of documents in each row of global batch `step`, counted from 0."""
+    """The pieces of documents in each row of global batch `step`, counted from 0.
+
+    `start_row` is the row that it begins with; None: after `step` batches of its size.
+    """
     rows = _mixture(cfg, sources, _RowPieces)
     size = cfg.data.batch_size
-    return [rows[step * size + r] for r in range(size)]
+    first = step * size if start_row is None else start_row
+    return [rows[first + r] for r in range(size)]
 
 
 def heldout_batches(
@@ -184,22 +195,29 @@ class _SpreadRows:
         return self._rows[index * len(self._rows) // self._n_rows]
 
 
-def _check_source(
-    cfg: Config, corpus: Corpus, first: Corpus, splits: Sequence[str]
-) -> None:
-    """Raises UserError if a corpus does not fit the model or the first corpus."""
+def _check_tokenizer(corpus: Corpus, first: Corpus, wanted: str | None) -> None:
+    """Raises UserError if it is not that of the run, or of the first corpus."""
+    used, other = (c.manifest["tokenizer"]["name"] for c in (first, corpus))
+    if wanted is not None and corpus.tokenizer.fingerprint != wanted:
+        raise UserError(
+            f"{corpus.directory} was made with another tokenizer ({other}) than the "
+            "run's; prepare it with the one in the workdir, or choose another workdir."
+        )
+    if corpus.tokenizer.fingerprint != first.tokenizer.fingerprint:
+        raise UserError(
+            f"{corpus.directory} was made with another tokenizer ({other}) than "
+            f"{first.directory} ({used}); prepare both with the same one."
+        )
+
+
+def _check_source(cfg: Config, corpus: Corpus, splits: Sequence[str]) -> None:
+    """Raises UserError if a corpus does not fit the model."""
     vocab_size = corpus.tokenizer.vocab_size
     if vocab_size > cfg.model.vocab_size:
         raise UserError(
             f"{corpus.directory} has a vocabulary of {vocab_size} ids, "
             f"config.model.vocab_size is {cfg.model.vocab_size}; give at least "
             f"{vocab_size}."
-        )
-    if corpus.tokenizer.fingerprint != first.tokenizer.fingerprint:
-        used, other = (c.manifest["tokenizer"]["name"] for c in (first, corpus))
-        raise UserError(
-            f"{corpus.directory} was made with another tokenizer ({other}) than "
-            f"{first.directory} ({used}); prepare both with the same one."
         )
     n_tokens = corpus.manifest["splits"]["train"]["tokens"]
     if "train" in splits and n_tokens < cfg.row_len:

@@ -20,7 +20,7 @@ from mtp_jax.errors import UserError
 
 FORMAT = 1
 SPLITS = ("train", "heldout")
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 SHARD_FILES = ("tokens", "offsets", "names")
 
 
@@ -116,7 +116,7 @@ class Corpus:
             return cls._checked(path, manifest)
         except (KeyError, TypeError, AttributeError):
             raise UserError(
-                f"{path / _MANIFEST} is damaged; run prepare again."
+                f"{path / MANIFEST} is damaged; run prepare again."
             ) from None
 
     @classmethod
@@ -196,10 +196,10 @@ def read_manifest(directory: pathlib.Path) -> dict[str, Any]:
     Raises:
       UserError: there is none, or it is of another format.
     """
-    path = directory / _MANIFEST
+    path = directory / MANIFEST
     if not path.is_file():
         raise UserError(
-            f"{directory} is not a prepared corpus (no {_MANIFEST}); make one with "
+            f"{directory} is not a prepared corpus (no {MANIFEST}); make one with "
             f"prepare --input=PATH --output={directory}."
         )
     try:
@@ -218,7 +218,7 @@ def read_manifest(directory: pathlib.Path) -> dict[str, Any]:
 def write_manifest(directory: pathlib.Path, manifest: dict[str, Any]) -> None:
     """Writes `manifest.json`, with the format's version in front."""
     text = json.dumps({"format": FORMAT, **manifest}, indent=1, ensure_ascii=False)
-    (directory / _MANIFEST).write_text(text + "\n", encoding="utf-8")
+    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def own_files(directory: pathlib.Path) -> set[str]:
@@ -229,7 +229,7 @@ def own_files(directory: pathlib.Path) -> set[str]:
         for shard in split["shards"]
     ]
     names = {f"{name}.{kind}" for name in shards for kind in SHARD_FILES}
-    return names | {_MANIFEST, "tokenizer.model"}
+    return names | {MANIFEST, "tokenizer.model"}
 
 
 def _unescape(text: str) -> str:

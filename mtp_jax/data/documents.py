@@ -1,149 +1,211 @@
-"""Documents from text files: the files of a command line, cut into documents.
+"""Documents from text files.
 
-A text file is one document; a line of a .jsonl file is one. All may be gzipped.
+A text file is one document, or several if it is cut; a line of a .jsonl file is one.
+All may be gzipped, and may begin with a byte order mark, which is left out.
 """
 
+import collections
+import contextlib
 import dataclasses
-import fnmatch
 import gzip
 import json
-import os
-import pathlib
 import zlib
 from collections.abc import Iterator
+from typing import IO
 
+from mtp_jax.data.input_files import InputFile
 from mtp_jax.errors import UserError
 
-_TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
-_LINES_SUFFIX = ".jsonl"
-_ALWAYS_EXCLUDED = ("__pycache__", ".*")
-_BLOCK_BYTES = 4_000_000  # of lines that are read, and sent to a worker, together
+_BLOCK_BYTES = 4_000_000  # of text that is read, and sent to a worker, together
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_END = "or leave out what cannot be read with --skip_bad"
 
 
 @dataclasses.dataclass(frozen=True)
-class InputFile:
-    """A file to read, and the name of its documents."""
+class ReadOptions:
+    """Options that decide what is a document, and the split that it goes to."""
 
-    path: pathlib.Path
-    name: str
-    size: int  # bytes on disk
-
-    @property
-    def holds_lines(self) -> bool:
-        return _suffix(self.path) == _LINES_SUFFIX
-
-    @property
-    def gzipped(self) -> bool:
-        return self.path.name.lower().endswith(".gz")
+    text_field: str  # of .jsonl lines; with dots, a field of a field
+    heldout: float  # share of documents
+    skip_bad: bool = False  # leave out documents that cannot be read, and count them
+    split_at: str | None = None  # a text at which text files are cut, and which goes
+    split_bytes: int | None = None  # of a piece of a text file, at most; cut at lines
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A whole text file, still unread, or some lines of a .jsonl file."""
+    """A whole text file, still unread, or pieces of one, or lines of a .jsonl file."""
 
     file: InputFile
     read_bytes: int  # bytes on disk that this part stands for
-    lines: bytes | None = None  # None: the whole file, one document
-    first_line: int = 1
+    # None: the whole file, one document. Else (number of its first line, text).
+    pieces: tuple[tuple[int, bytes], ...] | None = None
 
 
-def find_files(inputs: list[str], excluded: list[str]) -> list[InputFile]:
-    """Lists the files of `inputs` in the order given, those of a directory sorted.
+@dataclasses.dataclass(frozen=True)
+class Bad:
+    """A document that cannot be read."""
 
-    Args:
-      inputs: files, of any suffix, and directories, of which the known suffixes count.
-      excluded: names or globs; a file or folder below an input that matches one is
-        left out, like hidden ones and `__pycache__`.
-
-    Raises:
-      UserError: an input does not exist, or there is no file in all of them.
-    """
-    found: dict[str, InputFile] = {}  # by real path: no file counts twice
-    for text in inputs:
-        root = pathlib.Path(text)
-        if root.is_dir():
-            paths = sorted(_walk(root, [*excluded, *_ALWAYS_EXCLUDED]))
-        elif root.is_file():
-            paths = [] if _matches(root.name, excluded) else [root]
-        else:
-            raise UserError(f"--input={text} does not exist; give a file or directory.")
-        for path in paths:
-            name = path.relative_to(root.parent).as_posix()
-            file = InputFile(path, name, path.stat().st_size)
-            found.setdefault(os.path.realpath(path), file)
-    if not found:
-        raise UserError(
-            f"there is no file to read in {', '.join(inputs)}; known are "
-            f"{', '.join((*_TEXT_SUFFIXES, _LINES_SUFFIX))}, also with .gz, and any "
-            "text file that --input names itself."
-        )
-    return list(found.values())
+    kind: str  # for counting
+    message: str  # where it is, what is wrong, and what would be right
 
 
-def split_into_parts(files: list[InputFile]) -> Iterator[Part]:
+def split_into_parts(files: list[InputFile], options: ReadOptions) -> Iterator[Part]:
     """Cuts files into parts that can be read or parsed apart from each other.
 
     Raises:
-      UserError: a .jsonl file cannot be read.
+      UserError: a file that is cut cannot be read.
     """
+    cut = options.split_at is not None or options.split_bytes is not None
     for file in files:
-        if not file.holds_lines:
+        if not (file.holds_lines or cut):
             yield Part(file, file.size)
             continue
         try:
-            yield from _line_parts(file)
+            with open(file.path, "rb") as raw, _unpacked(file, raw) as stream:
+                position = 0
+                for pieces in _blocks(file, stream, options):
+                    yield Part(file, raw.tell() - position, pieces)
+                    position = raw.tell()
         except (OSError, EOFError, zlib.error) as error:
             raise _unreadable(file, error) from None
 
 
-def documents_of(part: Part, text_field: str) -> Iterator[tuple[str, bytes]]:
+def documents_of(
+    part: Part, options: ReadOptions, bad: collections.Counter[str]
+) -> Iterator[tuple[str, bytes]]:
     """Yields (name, UTF-8 bytes) of each document of a part; some may be empty.
 
+    Args:
+      part: of the input.
+      options: how to read it.
+      bad: counts what cannot be read, by kind, if it is to be skipped.
+
     Raises:
-      UserError: a file that cannot be read or is not UTF-8, or a line that is not a
-        JSON object with a text in `text_field`.
+      UserError: a file that cannot be read; where nothing is to be skipped, also a text
+        that is not UTF-8, or a line that is not a JSON object with a text in its field.
     """
-    if part.lines is None:
-        text = _read(part.file)
-        _check_utf8(text, str(part.file.path))
-        yield part.file.name, text
+    for name, text in _texts(part, options):
+        if not isinstance(text, Bad):
+            yield name, text
+        elif options.skip_bad:
+            bad[text.kind] += 1
+        else:
+            raise UserError(text.message)
+
+
+def _texts(part: Part, options: ReadOptions) -> Iterator[tuple[str, bytes | Bad]]:
+    file = part.file
+    if part.pieces is None:
+        text = _read(file).removeprefix(_BYTE_ORDER_MARK)
+        yield file.name, _not_utf8(text, str(file.path)) or text
+    elif not file.holds_lines:
+        for number, text in part.pieces:
+            yield f"{file.name}:{number}", _not_utf8(text, f"{file.path}") or text
+    else:
+        for first_line, lines in part.pieces:
+            for number, line in enumerate(lines.split(b"\n"), first_line):
+                if line.strip():
+                    where = f"{file.path}:{number}"
+                    text_or_bad = _text_of_line(line, options.text_field, where)
+                    yield f"{file.name}:{number}", text_or_bad
+
+
+def _unpacked(file: InputFile, raw: IO[bytes]) -> contextlib.AbstractContextManager:
+    return gzip.GzipFile(fileobj=raw) if file.gzipped else contextlib.nullcontext(raw)
+
+
+def _blocks(
+    file: InputFile, stream: IO[bytes], options: ReadOptions
+) -> Iterator[tuple[tuple[int, bytes], ...]]:
+    """Yields the pieces of a file, about as many together as are worth sending."""
+    if file.holds_lines:
+        yield from ((block,) for block in _blocks_of_lines(stream))
         return
-    for number, line in enumerate(part.lines.split(b"\n"), part.first_line):
-        if line.strip():
-            text = _text_of_line(line, text_field, f"{part.file.path}:{number}")
-            yield f"{part.file.name}:{number}", text
+    together: list[tuple[int, bytes]] = []
+    size = 0
+    for piece in _pieces(stream, options):
+        together.append(piece)
+        size += len(piece[1])
+        if size >= _BLOCK_BYTES:
+            yield tuple(together)
+            together, size = [], 0
+    yield tuple(together)
 
 
-def _suffix(path: pathlib.Path) -> str:
-    return pathlib.Path(path.name.lower().removesuffix(".gz")).suffix
+def _blocks_of_lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Yields blocks that end with a line, each with the number of its first line."""
+    first_line = 1
+    while block := stream.read(_BLOCK_BYTES):
+        # Only a line feed ends a line: U+2028 and its like may stand inside the
+        # strings of JSON.
+        lines = block + stream.readline()
+        without = lines.removeprefix(_BYTE_ORDER_MARK) if first_line == 1 else lines
+        yield first_line, without
+        first_line += lines.count(b"\n")
 
 
-def _matches(name: str, patterns: list[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+def _pieces(stream: IO[bytes], options: ReadOptions) -> Iterator[tuple[int, bytes]]:
+    """Yields the pieces of a text that is cut, each with the number of its line."""
+    if options.split_at is not None:
+        separator = options.split_at.encode()
+        cut = _cut_at(stream, separator)
+    else:
+        separator = b""
+        cut = _cut_by_size(stream, options.split_bytes or _BLOCK_BYTES)
+    line = 1
+    for i, piece in enumerate(cut):
+        text = piece.removeprefix(_BYTE_ORDER_MARK) if i == 0 else piece
+        if separator:  # line ends beside it belong to it
+            text = text.lstrip(b"\r\n")
+            before = piece[: len(piece) - len(text)].count(b"\n")
+            text = text.rstrip(b"\r\n")
+        else:
+            before = 0
+        if text.strip():
+            yield line + before, text
+        line += (piece + separator).count(b"\n")
 
 
-def _walk(root: pathlib.Path, excluded: list[str]) -> Iterator[pathlib.Path]:
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not _matches(name, excluded)]
-        for name in names:
-            path = pathlib.Path(folder, name)
-            known = _suffix(path) in (*_TEXT_SUFFIXES, _LINES_SUFFIX)
-            if known and not _matches(name, excluded) and path.is_file():
-                yield path
+def _cut_at(stream: IO[bytes], separator: bytes) -> Iterator[bytes]:
+    """Yields what stands between separators."""
+    held, searched = bytearray(), 0
+    while block := stream.read(_BLOCK_BYTES):
+        held += block
+        begin = 0
+        while (end := held.find(separator, max(searched, begin))) >= 0:
+            yield bytes(held[begin:end])
+            begin = end + len(separator)
+        del held[:begin]
+        searched = max(0, len(held) - len(separator) + 1)
+    yield bytes(held)
 
 
-def _line_parts(file: InputFile) -> Iterator[Part]:
-    with open(file.path, "rb") as raw:
-        stream = gzip.GzipFile(fileobj=raw) if file.gzipped else raw
-        first_line = 1
-        position = 0
-        while block := stream.read(_BLOCK_BYTES):
-            # A block ends with a line, and only a line feed ends one: U+2028 and
-            # its like may stand inside the strings of JSON.
-            lines = block + stream.readline()
-            yield Part(file, raw.tell() - position, lines, first_line)
-            position = raw.tell()
-            first_line += lines.count(b"\n")
+def _cut_by_size(stream: IO[bytes], size: int) -> Iterator[bytes]:
+    """Yields a text in pieces of at most `size` bytes, at least 4 for a character."""
+    held = b""
+    while block := stream.read(max(_BLOCK_BYTES, size)):
+        held += block
+        begin = 0
+        while len(held) - begin > size:
+            end = _end_of_piece(held, begin, size)
+            yield held[begin:end]
+            begin = end
+        held = held[begin:]
+    yield held
+
+
+def _end_of_piece(text: bytes, begin: int, size: int) -> int:
+    """The last end of a line that is near enough, else of a word, of a character."""
+    limit = begin + size
+    for end in (b"\n", b" "):
+        after = text.rfind(end, begin, limit) + 1
+        if after > begin:
+            return after
+    for back in range(4):  # the other bytes of a character of UTF-8 are 0b10......
+        if text[limit - back] & 0xC0 != 0x80:
+            return limit - back
+    return limit
 
 
 def _read(file: InputFile) -> bytes:
@@ -162,36 +224,68 @@ def _unreadable(file: InputFile, error: Exception) -> UserError:
     )
 
 
-def _check_utf8(data: bytes, where: str) -> None:
+def _not_utf8(data: bytes, where: str) -> Bad | None:
     try:
         data.decode()
     except UnicodeDecodeError as error:
-        raise UserError(
+        return Bad(
+            "not UTF-8",
             f"{where} is not UTF-8 at byte {error.start} ({data[error.start]:#04x}); "
-            "convert it, or leave the file out with --exclude=NAME."
-        ) from None
+            f"convert it, leave the file out with --exclude=NAME, {_END}.",
+        )
+    return None
 
 
-def _text_of_line(line: bytes, text_field: str, where: str) -> bytes:
-    _check_utf8(line, where)
+def _text_of_line(line: bytes, text_field: str, where: str) -> bytes | Bad:
+    if bad := _not_utf8(line, where):
+        return bad
     try:
         record = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON ({error}); one object a line.") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{where} is not a JSON object; one object a line.")
-    if text_field not in record:
-        raise UserError(
-            f"{where} has no field {text_field!r}; it has {', '.join(record) or 'none'}"
-            ": name the field of the text with --text_field."
+        return Bad(
+            "not JSON",
+            f"{where} is not JSON ({error}); give one object a line, {_END}.",
         )
-    text = record[text_field]
+    if not isinstance(record, dict):
+        return Bad(
+            "not an object",
+            f"{where} is not a JSON object; give one a line, {_END}.",
+        )
+    try:
+        text = _field(record, text_field)
+    except LookupError:
+        return Bad(
+            "lack the field",
+            f"{where} has no field {text_field!r}; it has "
+            f"{', '.join(record) or 'none'}: name the field of the text with "
+            f"--text_field (OUTER.INNER for a field of a field), {_END}.",
+        )
     if not isinstance(text, str):
-        raise UserError(f"{where}: field {text_field!r} is not a string.")
+        return Bad(
+            "null" if text is None else "not a string",
+            f"{where}: field {text_field!r} is not a string; repair the line, {_END}.",
+        )
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(
+        return Bad(
+            "half a surrogate pair",
             f"{where}: character {error.start} of field {text_field!r} is half of a "
-            "surrogate pair, which no UTF-8 text can hold; repair the line."
-        ) from None
+            f"surrogate pair, which no UTF-8 text can hold; repair the line, {_END}.",
+        )
+
+
+def _field(record: dict, name: str) -> object:
+    """The field of this very name, else the one that it leads to by its dots.
+
+    Raises:
+      LookupError: there is neither.
+    """
+    if name in record:
+        return record[name]
+    value: object = record
+    for part in name.split("."):
+        if not isinstance(value, dict):
+            raise LookupError
+        value = value[part]
+    return value

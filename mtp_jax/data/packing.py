@@ -137,6 +137,7 @@ class HostBatches:
         batch_size: int,
         rows_of_this_host: np.ndarray,
         n_batches: int,
+        first_row: int = 0,
     ):
         """Cuts `rows` into batches; rows past the end of `rows` are padding.
 
@@ -145,11 +146,13 @@ class HostBatches:
           batch_size: rows of a global batch.
           rows_of_this_host: those of them to give, int [B of this host].
           n_batches: how many batches there are.
+          first_row: the row that batch 0 begins with.
         """
         self._rows = rows
         self._batch_size = batch_size
         self._rows_of_this_host = [int(r) for r in rows_of_this_host]
         self._n_batches = n_batches
+        self._first_row = first_row
 
     def __len__(self) -> int:
         return self._n_batches
@@ -167,7 +170,7 @@ class HostBatches:
         return batch
 
     def _row(self, step: int, r: int) -> Row:
-        return self._rows[step * self._batch_size + r]
+        return self._rows[self._first_row + step * self._batch_size + r]
 
 
 def document_order(n_documents: int, seed: Sequence[int] | None) -> np.ndarray:

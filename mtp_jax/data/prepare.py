@@ -4,24 +4,20 @@ The output depends on the input files and the options alone, not on how many pro
 work: parts of the input are tokenized anywhere and written in order.
 """
 
+import collections
 import contextlib
+import dataclasses
 import os
 import pathlib
-import secrets
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from mtp_jax.data.corpus import (
-    SPLITS,
-    own_files,
-    read_manifest,
-    token_dtype,
-    write_manifest,
-)
-from mtp_jax.data.documents import InputFile, find_files, split_into_parts
+from mtp_jax.data.corpus import SPLITS, read_manifest, token_dtype, write_manifest
+from mtp_jax.data.documents import ReadOptions, split_into_parts
+from mtp_jax.data.input_files import InputFile, find_files
+from mtp_jax.data.output_folder import whole_folder
 from mtp_jax.data.shard_writer import ShardWriter
 from mtp_jax.data.tokenizer import (
     SentencePieceTokenizer,
@@ -30,12 +26,16 @@ from mtp_jax.data.tokenizer import (
     save_tokenizer,
     train_sentencepiece,
 )
-from mtp_jax.data.tokenizing import ReadOptions, TaskResult, tokenized, training_texts
-from mtp_jax.errors import UserError
+from mtp_jax.data.tokenizing import TaskResult, tokenized, training_texts
+from mtp_jax.errors import UserError, disk_errors_told
 
 SHARD_TOKENS = 100_000_000  # of a shard, where nothing else is asked for
 Advance = Callable[[int], None]  # takes the bytes that were read since the last call
 Progress = Callable[[str, int], contextlib.AbstractContextManager[Advance]]
+_HOW_TO_CUT = (
+    ", or cut text files into several, with --split_bytes={} or with --split_at=TEXT "
+    "where a text stands between them"
+)
 StrPath = str | os.PathLike[str]
 
 
@@ -46,12 +46,16 @@ def prepare(
     tokenizer: str = "bytes",
     train_tokenizer: int | None = None,
     text_field: str = "text",
+    skip_bad: bool = False,
+    split_at: str | None = None,
+    split_bytes: int | None = None,
     exclude: Sequence[str] = (),
     heldout: float = 0.05,
     shard_tokens: int = SHARD_TOKENS,
     workers: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    report: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Tokenizes text files into a corpus and returns its manifest.
 
@@ -64,7 +68,13 @@ def prepare(
       output: folder for the corpus; new, empty, or with `force` an earlier corpus.
       tokenizer: "bytes" of UTF-8, or the path of a SentencePiece model.
       train_tokenizer: pieces of a SentencePiece model to be trained on the train split.
-      text_field: field of the text in .jsonl lines.
+      text_field: field of the text in .jsonl lines; OUTER.INNER for a field of a field.
+      skip_bad: leave out documents that are not UTF-8, and .jsonl lines without a text
+        in that field; they are counted in the manifest, as `skipped_bad`.
+      split_at: cut text files into documents wherever this text stands, which is left
+        out, with the line ends beside it.
+      split_bytes: cut text files into documents of at most so many bytes, at the ends
+        of lines.
       exclude: names or globs of files and folders to leave out.
       heldout: share of documents held out, in [0, 1); chosen by their content.
       shard_tokens: tokens of a shard, at most; a longer document has its own.
@@ -72,6 +82,8 @@ def prepare(
       force: replace an earlier corpus, when the new one is complete.
       progress: called with a title and the bytes of the input on disk; returns a
         context manager that gives a function to call with bytes that were read.
+      report: called at the end with lines about files that were read and left out, and
+        about a tokenizer that changes texts.
 
     Returns:
       The content of the corpus's `manifest.json`: tokenizer, splits with their shards
@@ -80,44 +92,37 @@ def prepare(
     Raises:
       UserError: a bad option or bad input; the output folder is then untouched.
     """
-    _check_options(output, tokenizer, train_tokenizer, heldout, shard_tokens, workers)
+    _check_options(output, tokenizer, train_tokenizer, heldout)
+    _check_counts(train_tokenizer, shard_tokens, workers, split_at, split_bytes)
     texts = [inputs] if isinstance(inputs, str | os.PathLike) else inputs
     names = [os.fspath(path) for path in texts]
-    folder = pathlib.Path(output)
-    _check_output(folder, force)
-    files = find_files(names, list(exclude))
-    reading = ReadOptions(text_field, heldout)
+    reading = ReadOptions(text_field, heldout, skip_bad, split_at, split_bytes)
     progress = progress or _no_progress
-    used = _make_tokenizer(tokenizer, train_tokenizer, files, reading, progress)
-    partial = _make_partial(folder)
-    try:
+    folder = pathlib.Path(output)
+    found = find_files(names, list(exclude))
+    files = found.files
+    with disk_errors_told(f"--output={output}"), whole_folder(folder, force) as partial:
+        used = _make_tokenizer(tokenizer, train_tokenizer, files, reading, progress)
         size = sum(file.size for file in files)
         with progress("preparing", size) as advance:
-            parts = split_into_parts(files)
+            parts = split_into_parts(files, reading)
             results = tokenized(parts, used, reading, workers or os.cpu_count() or 1)
-            counts = _write_shards(
-                partial, results, token_dtype(used.vocab_size), shard_tokens, advance
-            )
-        _check_splits(counts["splits"], counts["skipped_empty"], heldout)
+            dtype = token_dtype(used.vocab_size)
+            written = _write_shards(partial, results, dtype, shard_tokens, advance)
+        counts = written.counts(skip_bad)
+        _check_splits(counts, reading, files)
         save_tokenizer(used, partial)
-        options = {
-            "input": [_without_machine(name) for name in names],
-            "exclude": list(exclude),
-            "text_field": text_field,
-            "heldout": float(heldout),
-            "shard_tokens": shard_tokens,
-            "train_tokenizer": train_tokenizer,
-        }
+        options = _options(names, exclude, shard_tokens, train_tokenizer, reading)
         described = {"tokenizer": _describe(used), **counts, "options": options}
         write_manifest(partial, described)
-        _put_in_place(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    if report is not None:
+        for line in (*found.summary(), *written.warnings(used)):
+            report(line)
     return read_manifest(folder)
 
 
 def summary(manifest: dict[str, Any]) -> list[str]:
-    """Lines for people about a manifest: the sizes of both splits, what was skipped."""
+    """Lines for people about a manifest: sizes of both splits, skipped documents."""
     lines = []
     for split, entry in manifest["splits"].items():
         line = (
@@ -129,16 +134,14 @@ def summary(manifest: dict[str, Any]) -> list[str]:
         lines.append(line)
     if manifest["skipped_empty"]:
         lines.append(f"{manifest['skipped_empty']:,} empty documents skipped")
+    if bad := manifest.get("skipped_bad"):
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in bad.items())
+        lines.append(f"bad documents skipped: {kinds}")
     return lines
 
 
 def _check_options(
-    output: StrPath,
-    tokenizer: str,
-    train_tokenizer: int | None,
-    heldout: float,
-    shard_tokens: int,
-    workers: int | None,
+    output: StrPath, tokenizer: str, train_tokenizer: int | None, heldout: float
 ) -> None:
     if not os.fspath(output).strip():
         raise UserError("output is empty; name a directory.")
@@ -146,6 +149,15 @@ def _check_options(
         raise UserError("tokenizer and train_tokenizer exclude each other; keep one.")
     if not 0 <= heldout < 1:
         raise UserError(f"heldout is {heldout}; give a share in [0, 1).")
+
+
+def _check_counts(
+    train_tokenizer: int | None,
+    shard_tokens: int,
+    workers: int | None,
+    split_at: str | None,
+    split_bytes: int | None,
+) -> None:
     counts = {
         "train_tokenizer": train_tokenizer,
         "shard_tokens": shard_tokens,
@@ -154,50 +166,12 @@ def _check_options(
     for name, value in counts.items():
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; give a whole number above 0.")
-
-
-def _check_output(output: pathlib.Path, force: bool) -> None:
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output={output} is a file; name a directory.")
-    if not output.is_dir() or not any(output.iterdir()):
-        return
-    try:
-        foreign = {path.name for path in output.iterdir()} - own_files(output)
-    except (UserError, LookupError, TypeError, AttributeError):
-        foreign = {path.name for path in output.iterdir()}
-    if foreign:
-        raise UserError(
-            f"--output={output} holds something that prepare did not write "
-            f"({min(foreign)}); name another directory."
-        )
-    if not force:
-        raise UserError(
-            f"--output={output} holds a corpus already; name another directory, or "
-            "replace it with --force."
-        )
-
-
-def _make_partial(output: pathlib.Path) -> pathlib.Path:
-    """A folder beside the output, on the same disk, to be renamed when complete."""
-    partial = output.parent / f".{output.name}.{secrets.token_hex(4)}.partial"
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(
-            f"--output={output} cannot be written ({error.strerror}); name a directory "
-            "that can."
-        ) from None
-    return partial
-
-
-def _put_in_place(partial: pathlib.Path, output: pathlib.Path) -> None:
-    if output.is_dir() and any(output.iterdir()):
-        replaced = partial.with_suffix(".replaced")
-        output.rename(replaced)
-        partial.rename(output)
-        shutil.rmtree(replaced)
-    else:
-        partial.rename(output)
+    if split_at is not None and split_bytes is not None:
+        raise UserError("split_at and split_bytes exclude each other; keep one.")
+    if split_at == "":
+        raise UserError("split_at is empty; give the text that stands between two.")
+    if split_bytes is not None and split_bytes < 4:
+        raise UserError(f"split_bytes is {split_bytes}; a character may have 4 bytes.")
 
 
 def _make_tokenizer(
@@ -211,10 +185,42 @@ def _make_tokenizer(
         return load_tokenizer(name)
     size = sum(file.size for file in files)
     with progress("training a tokenizer", size) as advance:
-        texts = training_texts(split_into_parts(files), reading, size, advance)
+        parts = split_into_parts(files, reading)
+        texts = training_texts(parts, reading, size, advance)
         # Drawn before the trainer runs: it would swallow an error in the texts.
         model = train_sentencepiece(iter(list(texts)), pieces)
     return SentencePieceTokenizer(model, "tokenizer.model")
+
+
+@dataclasses.dataclass
+class _Written:
+    """The content of a manifest that was counted, and texts that came back changed."""
+
+    splits: dict[str, Any] = dataclasses.field(default_factory=dict)
+    skipped_empty: int = 0
+    bad: collections.Counter[str] = dataclasses.field(
+        default_factory=collections.Counter
+    )
+    tried: int = 0
+    changed: int = 0
+    example: str = ""
+
+    def counts(self, skip_bad: bool) -> dict[str, Any]:
+        """The entries of the manifest."""
+        counts: dict[str, Any] = {"splits": self.splits}
+        counts["skipped_empty"] = self.skipped_empty
+        if skip_bad:
+            counts["skipped_bad"] = dict(sorted(self.bad.items()))
+        return counts
+
+    def warnings(self, tokenizer: Tokenizer) -> list[str]:
+        """A line about a tokenizer that does not give texts back as they were."""
+        if not self.changed:
+            return []
+        return [
+            f"{tokenizer.name} changes texts: {self.changed:,} of {self.tried:,} that "
+            f"were decoded again came back otherwise, for example {self.example}"
+        ]
 
 
 def _write_shards(
@@ -223,9 +229,9 @@ def _write_shards(
     dtype: np.dtype,
     shard_tokens: int,
     advance: Advance,
-) -> dict[str, Any]:
-    """Writes all shards; returns `splits` and `skipped_empty` of the manifest."""
-    skipped_empty = 0
+) -> _Written:
+    """Writes all shards."""
+    written = _Written()
     with contextlib.ExitStack() as stack:
         writers = {
             split: stack.enter_context(
@@ -234,34 +240,68 @@ def _write_shards(
             for split in SPLITS
         }
         for result in results:
-            skipped_empty += result.n_empty
+            written.skipped_empty += result.n_empty
+            written.bad += result.bad
+            written.tried += result.tried
+            written.changed += len(result.changed)
+            written.example = written.example or next(iter(result.changed), "")
             for document in result.documents:
                 writer = writers[document.split]
                 writer.add(document.tokens, document.name, document.n_bytes)
             advance(result.read_bytes)
-        splits = {split: writer.finish() for split, writer in writers.items()}
-    return {"splits": splits, "skipped_empty": skipped_empty}
+        written.splits = {split: writer.finish() for split, writer in writers.items()}
+    return written
 
 
-def _check_splits(splits: dict[str, Any], skipped_empty: int, heldout: float) -> None:
-    counts = {split: entry["documents"] for split, entry in splits.items()}
-    total = sum(counts.values())
+def _check_splits(
+    counts: dict[str, Any], reading: ReadOptions, files: list[InputFile]
+) -> None:
+    splits, heldout = counts["splits"], reading.heldout
+    of_split = {split: entry["documents"] for split, entry in splits.items()}
+    total = sum(of_split.values())
     if total == 0:
+        bad = sum(counts.get("skipped_bad", {}).values())
         raise UserError(
-            f"the corpus is empty: no documents with text in it ({skipped_empty} empty "
-            "ones); give files with text."
+            f"the corpus is empty: no documents with text in it "
+            f"({counts['skipped_empty']} empty ones{f', {bad} bad ones' * (bad > 0)}); "
+            "give files with text."
         )
-    if counts["train"] == 0:
+    size = sum(entry["bytes"] for entry in splits.values())
+    whole = reading.split_at is None and reading.split_bytes is None
+    cut = ""
+    if whole and not all(file.holds_lines for file in files):
+        cut = _HOW_TO_CUT.format(max(100, size // 200))
+    if of_split["train"] == 0:
         raise UserError(
             f"no documents to train on: all {total} are held out with "
-            f"--heldout={heldout}; give more documents or a smaller share."
+            f"--heldout={heldout}; give more documents or a smaller share{cut}."
         )
-    if counts["heldout"] == 0 and heldout > 0:
+    if of_split["heldout"] == 0 and heldout > 0:
         raise UserError(
             f"no held-out documents: none of {total} fell into the share "
             f"--heldout={heldout}; give more documents, a larger share, or "
-            "--heldout=0 for no held-out split."
+            f"--heldout=0 for no held-out split{cut}."
         )
+
+
+def _options(
+    names: list[str],
+    exclude: Sequence[str],
+    shard_tokens: int,
+    train_tokenizer: int | None,
+    reading: ReadOptions,
+) -> dict[str, Any]:
+    options = {
+        "input": [_without_machine(name) for name in names],
+        "exclude": list(exclude),
+        "text_field": reading.text_field,
+        "heldout": float(reading.heldout),
+        "shard_tokens": shard_tokens,
+        "train_tokenizer": train_tokenizer,
+    }
+    # Named only where they are used, so that other manifests stay what they were.
+    later = ("skip_bad", "split_at", "split_bytes")
+    return options | {k: getattr(reading, k) for k in later if getattr(reading, k)}
 
 
 def _describe(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Writes the shards of a prepared corpus, in the format that `corpus` describes."""
 
+import contextlib
 import hashlib
 import pathlib
 from typing import IO, Any
@@ -35,8 +36,9 @@ class ShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in self._files.values():
-            file.close()
+        with contextlib.ExitStack() as stack:  # all of them, also if the disk is full
+            for file in self._files.values():
+                stack.callback(file.close)
 
     def add(self, tokens: np.ndarray, name: str, n_bytes: int) -> None:
         """Appends a document, begin and end of text included."""

@@ -4,6 +4,7 @@ Texts round-trip exactly with the byte tokenizer and with every model that
 `train_sentencepiece` makes. A model from elsewhere keeps its own normalisation.
 """
 
+import codecs
 import hashlib
 import io
 import re
@@ -18,6 +19,7 @@ from mtp_jax.errors import UserError
 
 _MODEL_FILE = "tokenizer.model"
 _SPACE = "\u2581"  # stands for a space inside the pieces of SentencePiece
+_MOST_BYTES = 4  # of a character in UTF-8
 _SENTENCE_CHARS = 1000  # the trainer drops sentences of more than 4192 bytes
 
 
@@ -37,6 +39,10 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids; begin and end of text are left out."""
+        ...
+
+    def unfinished(self, ids: Sequence[int] | np.ndarray) -> int:
+        """The number of ids at the end that begin a character and do not end it."""
         ...
 
     def piece_bytes(self) -> np.ndarray:
@@ -63,6 +69,10 @@ class ByteTokenizer:
         values = np.asarray(ids, np.int64)
         special = (values == self.bos_id) | (values == self.eos_id)
         return bytes(values[~special].tolist()).decode(errors="replace")
+
+    def unfinished(self, ids: Sequence[int] | np.ndarray) -> int:
+        """The number of bytes at the end that begin a character and do not end it."""
+        return _pending_bytes(bytes(np.asarray(ids, np.int64)[-_MOST_BYTES:].tolist()))
 
     def piece_bytes(self) -> np.ndarray:
         """1 for each byte, 0 for begin and end of text, int32 [256]."""
@@ -125,6 +135,15 @@ class SentencePieceTokenizer:
         """The text of ids; begin and end of text are left out."""
         return self._model.decode(np.asarray(ids, np.int64).tolist())
 
+    def unfinished(self, ids: Sequence[int] | np.ndarray) -> int:
+        """The number of byte pieces at the end that only begin a character."""
+        values: list[int] = []
+        for i in reversed(np.asarray(ids, np.int64)[-_MOST_BYTES:].tolist()):
+            if not self._model.is_byte(i):
+                break
+            values.insert(0, int(self._model.id_to_piece(i)[1:-1], 16))  # <0xE2>
+        return _pending_bytes(bytes(values))
+
     def piece_bytes(self) -> np.ndarray:
         """The number of bytes of UTF-8 of each id, int32 [vocab_size].
 
@@ -158,6 +177,13 @@ class SentencePieceTokenizer:
             *self._model.encode("a"),
         ]
         return ids if cuttable and all(map(self._model.is_byte, ids)) else None
+
+
+def _pending_bytes(data: bytes) -> int:
+    """The number of bytes at the end of UTF-8 that wait for the rest of a character."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(data)
+    return len(decoder.getstate()[0])
 
 
 def train_sentencepiece(texts: Iterator[str], vocab_size: int) -> bytes:

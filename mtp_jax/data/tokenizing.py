@@ -6,26 +6,22 @@ import dataclasses
 import hashlib
 import itertools
 import multiprocessing
+import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from mtp_jax.data.corpus import token_dtype
-from mtp_jax.data.documents import Part, documents_of
+from mtp_jax.data.documents import Part, ReadOptions, documents_of
 from mtp_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from mtp_jax.distributed.lifetime import end_with_parent
 
 _TASK_BYTES = 4_000_000  # of input a worker takes at once
 _TASK_PARTS = 256
+_TRIED_BYTES = 50_000  # of each task, to see if the tokenizer gives texts back
 _TRAINING_BYTES = 200_000_000  # of text that a tokenizer is trained on, about
-
-
-@dataclasses.dataclass(frozen=True)
-class ReadOptions:
-    """Options that decide what is a document, and the split that it goes to."""
-
-    text_field: str
-    heldout: float  # share of documents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +41,9 @@ class TaskResult:
     documents: list[Tokenized]
     n_empty: int
     read_bytes: int
+    bad: collections.Counter[str]  # documents that were skipped, by kind
+    tried: int  # documents that were decoded again
+    changed: list[str]  # of those, a line for each that came back as another text
 
 
 def split_of(text: bytes, heldout: float) -> str:
@@ -69,7 +68,7 @@ def training_texts(
     """
     share = min(1.0, _TRAINING_BYTES / max(size, 1))
     for part in parts:
-        for _, text in documents_of(part, options.text_field):
+        for _, text in documents_of(part, options, collections.Counter()):
             digest = hashlib.blake2b(text, digest_size=8, key=b"tokenizer").digest()
             chosen = int.from_bytes(digest, "little") < share * 2**64
             if chosen and split_of(text, options.heldout) == "train":
@@ -95,13 +94,16 @@ def _tokenize(
     """Tokenizes the documents of a task, in order."""
     dtype = token_dtype(tokenizer.vocab_size)
     documents: list[Tokenized] = []
-    n_empty = 0
+    bad: collections.Counter[str] = collections.Counter()
+    changed: list[str] = []
+    n_empty = tried = tried_bytes = 0
     for part in task:
-        for name, text in documents_of(part, options.text_field):
+        for name, text in documents_of(part, options, bad):
             if not text.strip():
                 n_empty += 1
                 continue
-            ids = tokenizer.encode(text.decode())
+            decoded = text.decode()
+            ids = tokenizer.encode(decoded)
             tokens = np.empty(len(ids) + 2, dtype)
             tokens[0], tokens[1:-1], tokens[-1] = (
                 tokenizer.bos_id,
@@ -110,13 +112,28 @@ def _tokenize(
             )
             split = split_of(text, options.heldout)
             documents.append(Tokenized(split, name, tokens, len(text)))
-    return TaskResult(documents, n_empty, sum(part.read_bytes for part in task))
+            if tokenizer.kind != "bytes" and tried_bytes < _TRIED_BYTES:
+                tried, tried_bytes = tried + 1, tried_bytes + len(text)
+                if (back := tokenizer.decode(ids)) != decoded:
+                    changed.append(f"{name}: {_difference(decoded, back)}")
+    read_bytes = sum(part.read_bytes for part in task)
+    return TaskResult(documents, n_empty, read_bytes, bad, tried, changed)
+
+
+def _difference(text: str, back: str) -> str:
+    """The first place where two texts differ, of each a few characters."""
+    pairs = enumerate(zip(text, back, strict=False))
+    at = next((i for i, (a, b) in pairs if a != b), min(len(text), len(back)))
+    part = slice(max(0, at - 10), at + 10)
+    return f"{text[part]!r} comes back as {back[part]!r}"
 
 
 _worker: dict[str, Any] = {}  # of a worker process: its tokenizer and ReadOptions
 
 
-def _start_worker(model_bytes: bytes | None, options: ReadOptions) -> None:
+def _start_worker(model_bytes: bytes | None, options: ReadOptions, parent: int) -> None:
+    end_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, and ends this
     _worker["options"] = options
     _worker["tokenizer"] = (
         SentencePieceTokenizer(model_bytes, "tokenizer.model")
@@ -148,7 +165,7 @@ def tokenized(
         workers,
         multiprocessing.get_context("spawn"),
         _start_worker,
-        (getattr(tokenizer, "model_bytes", None), options),
+        (getattr(tokenizer, "model_bytes", None), options, os.getpid()),
     )
     try:
         pending: collections.deque[concurrent.futures.Future] = collections.deque()

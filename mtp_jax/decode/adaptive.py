@@ -10,6 +10,7 @@ M = N - 1 drafting heads, D model width, V vocabulary.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +30,6 @@ from mtp_jax.decode.decoders.state import (
     DecodeState,
     Drafter,
     last_token,
-    next_logits,
 )
 from mtp_jax.parallel.sharding import spec
 
@@ -76,12 +76,12 @@ def begin_alone(
       decoder: the one that goes on; its carry gets drafts without meaning.
     """
     b, _, d = trunk_BED.shape
-    sampler = Sampler(state.keys, state.length_B)
     nothing_BMD = _nothing(b, len(model.heads) - 1, d, trunk_BED.dtype)
-    carry = decoder.draft(model, state, nothing_BMD, sampler)
     alone = Alone(trunk_BED, jnp.zeros_like(state.length_B), _unknown())
-    state = dataclasses.replace(state, carry=carry, alone=alone)
-    return write_one(state, next_logits(model, state, head_B1D))
+    state = decoder.begin(
+        model, state, jnp.concatenate([head_B1D, nothing_BMD], axis=1)
+    )
+    return dataclasses.replace(state, alone=alone)
 
 
 def step_alone(model: DecodeModel, state: DecodeState) -> DecodeState:
@@ -101,7 +101,12 @@ def step_alone(model: DecodeModel, state: DecodeState) -> DecodeState:
 
 
 def catch_up(
-    cfg: ModelConfig, params: Any, state: DecodeState, alone: Alone, decoder: Drafter
+    cfg: ModelConfig,
+    params: Any,
+    state: DecodeState,
+    alone: Alone,
+    decoder: Drafter,
+    ids: int | None = None,
 ) -> DecodeState:
     """Has the drafting heads read what they have missed, and draft again.
 
@@ -111,6 +116,7 @@ def catch_up(
       state: the state, without `alone`.
       alone: the trunk's outputs that the heads have not read.
       decoder: the decoder that drafts.
+      ids: as for `build`.
     """
     drafting = range(1, len(params["heads"]))
     b, d = state.tokens_BE.shape[0], cfg.d_model
@@ -137,10 +143,47 @@ def catch_up(
     start = (alone.since_B, nothing_BMD, state.cache)
     _, heads_BMD, cache = lax.while_loop(behind, chunk, start)
     sampler = Sampler(state.keys, state.length_B)
-    carry = decoder.draft(build(cfg, params), state, heads_BMD, sampler)
+    carry = decoder.draft(build(cfg, params, ids), state, heads_BMD, sampler)
     return dataclasses.replace(
         state, cache=cache, carry=carry, keys=sampler.next_keys()
     )
+
+
+class DepthSchedule:
+    """Depths in turn, one forward pass each, and again; the first reads the prompts.
+
+    It measures nothing, so that what is written depends on no clock.
+    """
+
+    def __init__(self, depths: Sequence[int]):
+        self._depths = tuple(depths)
+        self._next = itertools.cycle(self._depths)
+
+    def leaves_heads(self) -> bool:
+        """Returns True if texts begin without the drafting heads."""
+        return self._depths[0] == 1
+
+    def begin(self, confidence_M: Sequence[float] | None) -> None:
+        """Begins new texts, with the first depth for the pass that reads them."""
+        del confidence_M
+        self._next = itertools.cycle(self._depths)
+        next(self._next)
+
+    def depth(self) -> int:
+        """The depth of the next forward pass."""
+        return next(self._next)
+
+    def passes(self) -> int:
+        """The number of forward passes of that depth: one."""
+        return 1
+
+    def saw(
+        self, depth: int, accepted_N: np.ndarray, passes: int, seconds: float
+    ) -> None:
+        """Takes no notice of the result of a pass."""
+
+    def saw_entropy(self, entropy: float) -> None:
+        """Takes no notice of the entropy."""
 
 
 class DepthChooser:

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-from mtp_jax.decode.adaptive import DepthChooser, leave_heads
+from mtp_jax.decode.adaptive import DepthChooser, DepthSchedule, leave_heads
 from mtp_jax.decode.cache import grow
 from mtp_jax.decode.decoders.plain import Plain
 from mtp_jax.decode.decoders.sampling import RandomKeys, Sampling, sampling_arrays
@@ -62,7 +62,7 @@ class DecodeBatch:
         max_new_tokens: int,
         sampling: Sampling,
         first: int = 0,
-        adaptive: bool = False,
+        adaptive: bool | Sequence[int] = False,
     ):
         """Compiles what is not compiled yet, so that no compilation is measured.
 
@@ -74,8 +74,9 @@ class DecodeBatch:
           max_new_tokens: most tokens of a continuation.
           sampling: how next tokens are chosen.
           first: number of the first prompt; its draws depend on that and the seed.
-          adaptive: use fewer heads where that is faster; exact decoders only, which
-            all do the same with one.
+          adaptive: use fewer heads where that is faster; or the depths of forward
+            passes, see `DepthSchedule`. Exact decoders only, which all do the same
+            with one head.
         """
         self._programs = programs
         self._params = params
@@ -90,23 +91,36 @@ class DecodeBatch:
             rows, max_new_tokens, sampling, first, params, rows_of(decoder)
         )
         self._state: DecodeState | None = None
-        self._chooser: DepthChooser | None = None  # of the depth of these texts
+        # Of the depth of these texts.
+        self._chooser: DepthChooser | DepthSchedule | None = None
         self._learner: DepthChooser | None = None  # takes the measurements of them
         if adaptive and self._depth > 1 and not decoder.lossy:
-            self._learner = programs.chooser(
-                self._measure, decoder, params, self._prompts, self._room, self._slots
-            )
-            if self._learner.stays_alone(max_new_tokens):
-                self._decoder, self._depth = Plain(), 1
-                self._params = {**params, "heads": params["heads"][:1]}
-            else:
-                self._chooser = self._learner
+            self._adapt(adaptive, max_new_tokens)
         alone = self._chooser is not None and self._chooser.leaves_heads()
         self._begin, (shapes, _) = self._begun(alone)
         if self._chooser is None:
             programs.advance(self._decoder, self._params, self._depth, shapes)
         if isinstance(decoder, Finishing):
             programs.finish(decoder, params, shapes)
+
+    def _adapt(self, adaptive: bool | Sequence[int], max_new_tokens: int) -> None:
+        """Prepares for depths that change."""
+        if not isinstance(adaptive, bool):
+            self._chooser = DepthSchedule([min(d, self._depth) for d in adaptive])
+            return
+        self._learner = self._programs.chooser(
+            self._measure,
+            self._decoder,
+            self._params,
+            self._prompts,
+            self._room,
+            self._slots,
+        )
+        if self._learner.stays_alone(max_new_tokens):
+            self._decoder, self._depth = Plain(), 1
+            self._params = {**self._params, "heads": self._params["heads"][:1]}
+        else:
+            self._chooser = self._learner
 
     def _begun(self, alone: bool) -> tuple[Begin, Any]:
         """The compiled program that begins these texts, and the shapes it gives."""
@@ -135,7 +149,7 @@ class DecodeBatch:
                 self._learner.saw(1, np.zeros(1), passes, seconds)
         return self._fetch()
 
-    def _stretch(self, chooser: DepthChooser, left: int) -> None:
+    def _stretch(self, chooser: DepthChooser | DepthSchedule, left: int) -> None:
         """Runs and measures a few forward passes at the depth that promises most."""
         depth = chooser.depth()
         before_N = self._acceptance_counts() if depth > 1 else 0
@@ -277,7 +291,11 @@ def _prompts(
         limit_B=put(length_B + np.int32(max_new_tokens)),
         done_B=put(np.arange(b) >= len(rows)),
         sampling=sampling_arrays(sampling, params["w_embedding"].shape[0]),
-        keys=RandomKeys(put(np.asarray(jax.random.key_data(keys_B)))),
+        keys=RandomKeys(
+            put(np.asarray(jax.random.key_data(keys_B))),
+            at_B=put(np.zeros(b, np.int32)),
+            drawn_B=put(np.zeros(b, np.int32)),
+        ),
     )
 
 

@@ -26,10 +26,9 @@ import numpy as np
 
 from mtp_jax.checkpoint.restore import Restored, as_restored
 from mtp_jax.config import ModelConfig
-from mtp_jax.data.corpus import Corpus
-from mtp_jax.data.prompts import heldout_prompts
+from mtp_jax.data.prompts import heldout_passages
 from mtp_jax.decode.cache import chain, decode_head, decode_trunk, make_cache
-from mtp_jax.decode.decode_model import build, unstack
+from mtp_jax.decode.decode_model import DecodeModel, build, unstack
 from mtp_jax.decode.decoders.sampling import most_likely
 from mtp_jax.errors import UserError
 from mtp_jax.parallel.sharding import batch_shards, spec
@@ -81,7 +80,8 @@ def calibrate(
 
     Args:
       model: a restored model with all heads that are to draft, or the workdir of a run.
-      passages: held-out passages of up to 256 tokens to measure.
+      passages: held-out passages of up to 256 tokens to measure; all, if there are
+        fewer.
       nodes: drafts in the tree, at most.
 
     Returns:
@@ -96,50 +96,59 @@ def calibrate(
     n, sources = cfg.n_future_tokens, restored.config.data.sources
     if n == 1:
         raise UserError("the model has one head; a tree needs others that draft.")
-    lengths = [Corpus.open(s).documents("heldout").lengths for s in sources]
-    longest = int(max(map(np.max, filter(len, lengths)), default=0)) - 2
-    if longest < n:
+    rows = heldout_passages(sources, passages, n, PASSAGE_TOKENS)
+    if not rows:
         raise UserError(
             f"no held-out document of {', '.join(sources)} has {n} tokens; prepare "
             "more text."
         )
-    rows = heldout_prompts(sources, passages, min(PASSAGE_TOKENS, longest))
-    ranks_XM = measure_ranks(cfg, restored.params, rows, restored.mesh)
+    ranks_XM = measure_ranks(
+        cfg, restored.params, rows, restored.mesh, restored.tokenizer.vocab_size
+    )
     chosen = choose(ranks_XM, nodes)
     return dataclasses.replace(chosen, step=restored.step, data=tuple(sources))
 
 
 def measure_ranks(
-    cfg: ModelConfig, params: Any, rows: Sequence[np.ndarray], mesh: jax.sharding.Mesh
+    cfg: ModelConfig,
+    params: Any,
+    rows: Sequence[np.ndarray],
+    mesh: jax.sharding.Mesh,
+    ids: int | None = None,
 ) -> np.ndarray:
     """Ranks that heads 2..n give to what head 1 will predict, int32 [X, M]; 0 is best.
 
     Args:
       cfg: of the model.
       params: as `model_builder` makes them, on the mesh.
-      rows: passages of equal length, token ids.
+      rows: passages of at least n tokens each, token ids.
       mesh: the mesh.
+      ids: as for `build`.
     """
     size, found = _BATCH * batch_shards(mesh), []
+    n, most = cfg.n_future_tokens, max(map(len, rows))
+    # No position sees what stands after it, so what fills a row up changes nothing.
+    rows_T = [np.pad(row, (0, most - len(row))) for row in rows]
     with jax.set_mesh(mesh):
         params = unstack(cfg, params)
-        ranks = jax.jit(lambda params, tokens_BT: _ranks(cfg, params, tokens_BT))
+        ranks = jax.jit(
+            lambda params, tokens_BT: _ranks(build(cfg, params, ids), tokens_BT)
+        )
         sharding = jax.NamedSharding(mesh, spec("batch", None))
         for start in range(0, len(rows), size):
-            now = rows[start : start + size]
+            now = rows_T[start : start + size]
             # The last ones are read again to fill the batch, and not counted twice.
             tokens_BT = np.stack([*now, *[now[-1]] * (size - len(now))])
             ranks_BUM = ranks(params, jax.device_put(tokens_BT, sharding))
-            found.append(
-                np.asarray(ranks_BUM)[: len(now)].reshape(-1, cfg.n_future_tokens - 1)
-            )
+            ranks_BUM = np.asarray(ranks_BUM)
+            lengths = map(len, rows[start : start + size])
+            found += [ranks_BUM[b, : k - n + 1] for b, k in enumerate(lengths)]
     return np.concatenate(found)
 
 
-def _ranks(cfg: ModelConfig, params: Any, tokens_BT: jax.Array) -> jax.Array:
+def _ranks(model: DecodeModel, tokens_BT: jax.Array) -> jax.Array:
     """Ranks in a batch of passages, int32 [B, U, M]; see `measure_ranks`."""
-    model = build(cfg, params)
-    (b, t), n = tokens_BT.shape, len(model.heads)
+    (b, t), n, cfg = tokens_BT.shape, len(model.heads), model.cfg
     cache = make_cache(cfg, len(model.trunk) + n, b, t)
     new = chain(tokens_BT, jnp.zeros(b, jnp.int32, out_sharding=spec("batch")))
     trunk_BTD, cache = decode_trunk(model, new, cache)

@@ -38,6 +38,12 @@ class DecodeModel:
     w_embedding_VD: jax.Array
     w_unembedding_VD: jax.Array | Projects
     tables: Any = None  # of a decoder that reads a file, see `state.ReadsTables`
+    ids: int | None = None  # ids that there are tokens for, the first ones; None: all
+
+    @property
+    def choices(self) -> int:
+        """The number of ids that may be chosen: those that there are tokens for."""
+        return self.cfg.vocab_size if self.ids is None else self.ids
 
     def embed(self, tokens_BW: jax.Array) -> jax.Array:
         """Token embeddings, [B, W, D]."""
@@ -48,12 +54,19 @@ class DecodeModel:
         return rope_angles(positions_BW, self.cfg.d_head, self.cfg.rope_theta)
 
     def logits(self, heads_BWD: jax.Array) -> jax.Array:
-        """Scores of the vocabulary from heads' outputs, float32 [B, W, V]."""
+        """Scores of the vocabulary from heads' outputs, float32 [B, W, V].
+
+        Those of ids to spare, which no token has, are -inf.
+        """
         normed_BWD = rms_norm(heads_BWD, self.norm_D, self.cfg.norm_eps)
         w_VD = self.w_unembedding_VD
         if isinstance(w_VD, jax.Array):
             w_VD = jax.sharding.reshard(w_VD, spec("vocab", None))
-        return unembed(normed_BWD, w_VD, spec("batch", None, "vocab"))
+        logits_BWV = unembed(normed_BWD, w_VD, spec("batch", None, "vocab"))
+        if self.choices == self.cfg.vocab_size:
+            return logits_BWV
+        ids_11V = jnp.arange(self.cfg.vocab_size)[None, None]
+        return jnp.where(ids_11V < self.choices, logits_BWV, -jnp.inf)
 
 
 def unstack(cfg: ModelConfig, params: Any) -> Any:
@@ -98,11 +111,12 @@ def unstack(cfg: ModelConfig, params: Any) -> Any:
     return whole(params)
 
 
-def build(cfg: ModelConfig, params: Any) -> DecodeModel:
+def build(cfg: ModelConfig, params: Any, ids: int | None = None) -> DecodeModel:
     """The model of parameters from `unstack`, with the heads that are among them.
 
-    A loop that reads it builds it within: what enters the loop are then the weights as
-    they are stored, and not copies of them with their axes moved back.
+    There are tokens for its first `ids` ids, or for all of them. A loop that reads it
+    builds it within: what enters the loop are then the weights as they are stored, and
+    not copies of them with their axes moved back.
     """
     backend = backend_for(cfg.compute_dtype)
     graphdef = nnx.graphdef(
@@ -137,4 +151,5 @@ def build(cfg: ModelConfig, params: Any) -> DecodeModel:
         w_embedding_VD=params["w_embedding"],
         w_unembedding_VD=w_unembedding,
         tables=params.get("tables"),
+        ids=None if ids is None else min(ids, cfg.vocab_size),
     )

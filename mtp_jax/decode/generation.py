@@ -10,7 +10,7 @@ import numpy as np
 
 from mtp_jax.data.tokenizer import Tokenizer
 from mtp_jax.decode.batch import Texts
-from mtp_jax.decode.text_stream import before_stop, find_stop
+from mtp_jax.decode.text_stream import Continuation, before_stop, find_stop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Generation:
     which the draft of head i + 2 and all drafts before it were accepted.
     """
 
-    prompt: str
+    prompt: str  # without the first bytes of a character that the text goes on with
     text: str  # up to the stop string
     tokens: list[int]  # new ones, without end of text; none reaches into a stop string
     heads: list[int]  # the head that made each token: 1, or the one that drafted it
@@ -34,6 +34,8 @@ class Generation:
     tokens_per_s: float  # of the batch: its new tokens / its time, without compilation
     finish: str  # "length", "eos" or "stop"
     deviations: int | None = None  # tokens not the exact choice; None: exact decoder
+    # Of the prompt, begin of text first.
+    prompt_tokens: list[int] = dataclasses.field(default_factory=list)
 
 
 def generation_of(
@@ -53,12 +55,13 @@ def generation_of(
     made, finish = len(tokens), "length"
     if tokens[-1] == tokenizer.eos_id:
         tokens, finish = tokens[:-1], "eos"
-    text = tokenizer.decode(tokens)
-    if (found := find_stop(tokenizer, tokens, stop)) is not None:
+    after = Continuation(tokenizer, texts.tokens_BE[b, :start])
+    text = after.decode(tokens)
+    if (found := find_stop(after, tokens, stop)) is not None:
         made, finish = found, "stop"
-        text = before_stop(tokenizer.decode(tokens[:found]), stop)
+        text = before_stop(after.decode(tokens[:found]), stop)
         kept = found
-        while len(tokenizer.decode(tokens[:kept])) > len(text):
+        while len(after.decode(tokens[:kept])) > len(text):
             kept -= 1
         tokens = tokens[:kept]
     forward_T = texts.forward_BE[b, start : start + made]
@@ -70,7 +73,7 @@ def generation_of(
         heads_T = place_T + 1
     accepted = accepted_T[first[1:]]  # the first pass read the prompt
     return Generation(
-        prompt=tokenizer.decode(texts.tokens_BE[b, :start]),
+        prompt=after.prompt,
         text=text,
         tokens=tokens,
         heads=heads_T[: len(tokens)].tolist(),
@@ -86,6 +89,7 @@ def generation_of(
         deviations=None
         if texts.deviated_BE is None
         else int(texts.deviated_BE[b, start : start + made].sum()),
+        prompt_tokens=texts.tokens_BE[b, :start].tolist(),
     )
 
 

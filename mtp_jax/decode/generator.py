@@ -4,7 +4,6 @@ Axes: B batch, T new tokens.
 """
 
 import dataclasses
-import time
 from collections.abc import Generator as Coroutine
 from collections.abc import Sequence
 from typing import Any, Self
@@ -17,6 +16,7 @@ from mtp_jax.checkpoint.restore import Restored, restore_model
 from mtp_jax.config import ModelConfig
 from mtp_jax.data.tokenizer import Tokenizer
 from mtp_jax.decode.batch import DecodeBatch, Texts, rows_of
+from mtp_jax.decode.clock import Clock, with_speed
 from mtp_jax.decode.decode_model import unstack
 from mtp_jax.decode.decoders import DECODERS
 from mtp_jax.decode.decoders.sampling import Sampling
@@ -24,10 +24,12 @@ from mtp_jax.decode.decoders.state import Decoder, ReadsTables
 from mtp_jax.decode.fitting import default_decoder, needs_heads
 from mtp_jax.decode.generation import Generation, generation_of
 from mtp_jax.decode.programs import Programs
-from mtp_jax.decode.text_stream import find_stop, settled
+from mtp_jax.decode.prompt_list import as_prompts, check_numbers
+from mtp_jax.decode.text_stream import Continuation, find_stop, settled
 from mtp_jax.errors import UserError
 
 _LOOK = 16  # forward passes between two looks for stop strings
+_MOST_NEW = 2**20  # tokens of a continuation: there is room for all of them at once
 _GREEDY = Sampling()
 
 
@@ -51,7 +53,9 @@ class Generator:
         self.tokenizer = tokenizer
         self.mesh = mesh
         self.max_prompt_tokens = max_prompt_tokens
-        self._programs = Programs(model_cfg, tokenizer.eos_id)
+        # A model may have ids to spare, which no token has.
+        self._ids = min(model_cfg.vocab_size, tokenizer.vocab_size)
+        self._programs = Programs(model_cfg, tokenizer.eos_id, self._ids)
         self._tables: dict[ReadsTables, Any] = {}
         self.use(params)
 
@@ -102,22 +106,23 @@ class Generator:
 
     def generate(
         self,
-        prompts: Sequence[str] | Sequence[np.ndarray],
+        prompts: str | np.ndarray | Sequence[str] | Sequence[np.ndarray],
         *,
         max_new_tokens: int,
         decoder: str | Decoder | None = None,
         heads: int | None = None,
         sampling: Sampling = _GREEDY,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         batch_size: int | None = None,
         first: int = 0,
-        adaptive: bool = False,
+        adaptive: bool | Sequence[int] = False,
     ) -> list[Generation]:
         """Continues every prompt.
 
         Args:
           prompts: texts, or token ids; begin of text is put in front. No ids at all
-            stand for begin of text alone; an empty text is refused.
+            stand for begin of text alone; an empty text is refused. One text, or the
+            ids of one, is one prompt.
           max_new_tokens: most tokens a continuation may have, end of text included.
           decoder: a name in DECODERS, or one with options of its own; if None,
             blockwise where there are heads to draft with, else plain.
@@ -128,7 +133,11 @@ class Generator:
           first: number of the first prompt. What is drawn for a prompt depends on the
             seed and its number, not on the other prompts.
           adaptive: use as many of the heads as is fastest, from moment to moment; of
-            no effect on lossy decoders.
+            no effect on lossy decoders. Greedy texts stay what they are, and sampled
+            ones keep their distribution; but which text is drawn then depends on the
+            numbers of heads, which follow measured times. Numbers of heads in a list
+            are used instead, one a forward pass, the first for the prompts, over and
+            over: then seed and number of a prompt decide its text.
 
         Returns:
           A generation a prompt. Its `tokens_per_s` counts the new tokens of its batch
@@ -138,8 +147,10 @@ class Generator:
           UserError: an argument out of range, a prompt that is empty or too long, or a
             token id the model does not know; before anything is compiled.
         """
-        decoder, heads = self._check(max_new_tokens, decoder, heads, stop)
-        rows = [self._prompt_ids(prompt) for prompt in prompts]
+        stop = [stop] if isinstance(stop, str) else stop
+        decoder, heads = self._check(max_new_tokens, decoder, heads, stop, adaptive)
+        rows = [self._prompt_ids(prompt) for prompt in as_prompts(prompts)]
+        check_numbers(first, len(rows))
         size = len(rows) if batch_size is None else batch_size
         if rows and size < 1:
             raise UserError(f"batch_size is {size}; give at least 1.")
@@ -149,7 +160,7 @@ class Generator:
         results: list[Generation] = []
         for start in range(0, len(rows), size or 1):
             now = rows[start : start + size]
-            clock = _Clock(self._programs)
+            clock = Clock(self._programs)
             batch = self._batch(
                 now,
                 decoder,
@@ -169,7 +180,7 @@ class Generator:
                 generation_of(self.tokenizer, texts, b, stop, heads - 1)
                 for b in range(len(now))
             ]
-            results += [_with_speed(r, made, seconds) for r in made]
+            results += [with_speed(r, made, seconds) for r in made]
         return results
 
     def stream(
@@ -180,9 +191,9 @@ class Generator:
         decoder: str | Decoder | None = None,
         heads: int | None = None,
         sampling: Sampling = _GREEDY,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         first: int = 0,
-        adaptive: bool = False,
+        adaptive: bool | Sequence[int] = False,
     ) -> Coroutine[str, None, Generation]:
         """Yields the continuation of a prompt as it is written, a forward pass a time.
 
@@ -193,9 +204,12 @@ class Generator:
         Raises:
           UserError: as `generate`, when the first piece is asked for.
         """
-        decoder, heads = self._check(max_new_tokens, decoder, heads, stop)
+        stop = [stop] if isinstance(stop, str) else stop
+        decoder, heads = self._check(max_new_tokens, decoder, heads, stop, adaptive)
         rows = [self._prompt_ids(prompt)]
-        clock = _Clock(self._programs)
+        after = Continuation(self.tokenizer, rows[0])
+        check_numbers(first, 1)
+        clock = Clock(self._programs)
         batch = self._batch(
             rows, decoder, heads, max_new_tokens, sampling, first, adaptive, clock
         )
@@ -205,14 +219,14 @@ class Generator:
             texts = self._advance(batch, look, stop, len(rows))
             if texts.done_B.all():
                 break
-            text = settled(self.tokenizer.decode(texts.new_tokens(0)), stop)
+            text = settled(after.decode(texts.new_tokens(0)), stop)
             if len(text) > shown:
                 yield text[shown:]
                 shown = len(text)
         result = generation_of(self.tokenizer, texts, 0, stop, heads - 1)
         if len(result.text) > shown:
             yield result.text[shown:]
-        return _with_speed(result, [result], clock.seconds())
+        return with_speed(result, [result], clock.seconds())
 
     def prompt_length(self, prompt: str | np.ndarray) -> int:
         """Tokens of a prompt, begin of text included.
@@ -224,7 +238,7 @@ class Generator:
 
     def prompt_text(self, prompt: str | np.ndarray) -> str:
         """Returns a prompt as `Generation.prompt` has it."""
-        return self.tokenizer.decode(self._prompt_ids(prompt))
+        return Continuation(self.tokenizer, self._prompt_ids(prompt)).prompt
 
     def _batch(
         self,
@@ -234,8 +248,8 @@ class Generator:
         max_new_tokens: int,
         sampling: Sampling,
         first: int,
-        adaptive: bool,
-        clock: "_Clock",
+        adaptive: bool | Sequence[int],
+        clock: "Clock",
     ) -> DecodeBatch:
         """Makes a batch and reads its prompts; starts the clock before."""
         # The mesh must not stay set between the pieces of a stream.
@@ -278,11 +292,7 @@ class Generator:
         """
         with jax.set_mesh(self.mesh):
             texts = batch.advance(forwards)
-            stopped = [
-                b
-                for b in range(count)
-                if find_stop(self.tokenizer, texts.new_tokens(b), stop) is not None
-            ]
+            stopped = [b for b in range(count) if stop and self._stops(texts, b, stop)]
             if not stopped or texts.done_B.all():
                 return texts
             batch.end(stopped)
@@ -290,18 +300,27 @@ class Generator:
             done_B[stopped] = True
             return dataclasses.replace(texts, done_B=done_B)
 
+    def _stops(self, texts: Texts, b: int, stop: Sequence[str]) -> bool:
+        """Returns True if the continuation of text b holds a stop string."""
+        after = Continuation(self.tokenizer, texts.tokens_BE[b, : texts.start_B[b]])
+        return find_stop(after, texts.new_tokens(b), stop) is not None
+
     def _check(
         self,
         max_new_tokens: int,
         decoder: str | Decoder | None,
         heads: int | None,
         stop: Sequence[str],
+        adaptive: bool | Sequence[int],
     ) -> tuple[Decoder, int]:
         """Checks arguments; returns the decoder and the number of heads it runs."""
         n = self.cfg.n_future_tokens
         heads = n if heads is None else heads
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {max_new_tokens}; give at least 1.")
+        if not 1 <= max_new_tokens <= _MOST_NEW:
+            raise UserError(
+                f"max_new_tokens is {max_new_tokens}; give at least 1, and at most "
+                f"{_MOST_NEW}."
+            )
         if not 1 <= heads <= n:
             raise UserError(f"heads is {heads}; the model has heads 1 to {n}.")
         if decoder is None:
@@ -314,7 +333,14 @@ class Generator:
             name = type(decoder).__name__.lower()
             whose = "the model has" if n == 1 else "heads is"
             raise UserError(f"{name} drafts with heads 2 to n; {whose} 1: use plain.")
-        if isinstance(stop, str) or not all(stop):
+        if not isinstance(adaptive, bool) and not all(
+            1 <= d <= heads for d in adaptive
+        ):
+            raise UserError(
+                f"adaptive is {list(adaptive)}; give True, or numbers of heads from 1 "
+                f"to {heads}."
+            )
+        if not all(stop):
             raise UserError("a stop string is empty; give some text, or none at all.")
         return decoder, decoder.heads(heads)
 
@@ -330,32 +356,9 @@ class Generator:
                 f"a prompt has {len(ids)} tokens, begin of text included; at most "
                 f"{most} are allowed (max_prompt_tokens)."
             )
-        if not 0 <= ids.min() <= ids.max() < self.cfg.vocab_size:
+        if not 0 <= ids.min() <= ids.max() < self._ids:
             raise UserError(
                 f"a prompt has token ids from {ids.min()} to {ids.max()}; the model "
-                f"knows 0 to {self.cfg.vocab_size - 1}."
+                f"knows 0 to {self._ids - 1}."
             )
         return ids.astype(np.int32)
-
-
-class _Clock:
-    """Seconds since the start, without compilation."""
-
-    def __init__(self, programs: Programs):
-        self._programs = programs
-
-    def start(self) -> None:
-        self._started = time.perf_counter()
-        self._compiled = self._programs.compile_s
-
-    def seconds(self) -> float:
-        compiled_s = self._programs.compile_s - self._compiled  # for a cache that grew
-        return time.perf_counter() - self._started - compiled_s
-
-
-def _with_speed(
-    result: Generation, of_batch: list[Generation], seconds: float
-) -> Generation:
-    """A result with the speed of its batch."""
-    made = sum(r.tokens_per_forward * r.forwards for r in of_batch)
-    return dataclasses.replace(result, tokens_per_s=made / seconds)

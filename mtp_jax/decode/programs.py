@@ -64,9 +64,11 @@ class Prompts:
 class Programs:
     """The programs compiled for a model, kept so that equal shapes share them."""
 
-    def __init__(self, cfg: ModelConfig, eos_id: int):
+    def __init__(self, cfg: ModelConfig, eos_id: int, ids: int | None = None):
+        """Compiles nothing yet; `ids` as for `build`."""
         self._cfg = cfg
         self._eos_id = eos_id
+        self._ids = ids
         self._compiled: dict[Any, Any] = {}
         self.compile_s = 0.0  # seconds that it took so far
 
@@ -91,7 +93,9 @@ class Programs:
         """
 
         def compiled():
-            begin = _begin(self._cfg, decoder, self._eos_id, room, slots, alone)
+            begin = _begin(
+                self._cfg, decoder, self._eos_id, room, slots, alone, self._ids
+            )
             lowered = begin.lower(params, prompts)
             return lowered.compile(), jax.tree.map(_abstract, lowered.out_info)
 
@@ -104,7 +108,7 @@ class Programs:
         def compiled():
             @jax.jit(donate_argnames="state")
             def caught_up(params, state, alone):
-                return catch_up(self._cfg, params, state, alone, decoder)
+                return catch_up(self._cfg, params, state, alone, decoder, self._ids)
 
             rest = dataclasses.replace(state, alone=None)
             abstract = jax.tree.map(_abstract, (params, rest, state.alone))
@@ -118,7 +122,7 @@ class Programs:
 
         def compiled():
             forwards = jax.ShapeDtypeStruct((), jnp.int32)
-            advance = _advance(self._cfg, decoder, depth)
+            advance = _advance(self._cfg, decoder, depth, self._ids)
             abstract = jax.tree.map(_abstract, state)
             return advance.lower(params, abstract, forwards).compile()
 
@@ -144,7 +148,8 @@ class Programs:
         def compiled():
             @jax.jit
             def finish(params, state):
-                state = decoder.finish(build(self._cfg, params), state)
+                model = build(self._cfg, params, self._ids)
+                state = decoder.finish(model, state)
                 return {name: getattr(state, name) for name in REPORTED}
 
             return finish.lower(params, jax.tree.map(_abstract, state)).compile()
@@ -183,10 +188,11 @@ def _begin(
     room: int,
     slots: int,
     alone: bool,
+    ids: int | None = None,
 ) -> Any:
     @jax.jit
     def begin(params, prompts):
-        model = build(cfg, params)
+        model = build(cfg, params, ids)
         b, p = prompts.tokens_BP.shape
         layers = len(model.trunk) + len(model.heads)
         cache = make_cache(cfg, layers, b, slots)
@@ -236,14 +242,16 @@ def _confidence(
     return jnp.sum(jnp.exp(top_BM) * counts_B1, axis=0) / jnp.sum(counts_B1)
 
 
-def _advance(cfg: ModelConfig, decoder: Decoder, depth: int) -> Any:
+def _advance(
+    cfg: ModelConfig, decoder: Decoder, depth: int, ids: int | None = None
+) -> Any:
     @jax.jit(donate_argnames="state")
     def advance(params, state, forwards):
         width = slack(decoder, len(params["heads"]))
         end = state.forward + forwards
 
         def step(state):
-            model = build(cfg, params)  # in the loop
+            model = build(cfg, params, ids)  # in the loop
             if state.alone is not None:
                 return step_alone(model, state)
             return decoder.step(model, state, depth)

@@ -4,14 +4,45 @@ Axes: none; tokens are those of one text.
 """
 
 from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
 
 from mtp_jax.data.tokenizer import Tokenizer
 
 _UNFINISHED = "\ufffd"  # the first bytes of a character decode to this
 
 
+class Decodes(Protocol):
+    """Turns tokens into text: a tokenizer, or a `Continuation`."""
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of ids."""
+        ...
+
+
+class Continuation:
+    """Decodes what follows a prompt as it stands in the text of both together.
+
+    Alone it may be another text: a SentencePiece model may take a space off the
+    beginning of what it decodes, and a character may begin in the prompt.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] | np.ndarray):
+        """Takes the prompt's ids; its text is `prompt`, without half a character."""
+        self._tokenizer = tokenizer
+        self._ids = np.asarray(prompt, np.int64)
+        whole = len(self._ids) - tokenizer.unfinished(self._ids)
+        self.prompt = tokenizer.decode(self._ids[:whole])
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text that these tokens add to the prompt's."""
+        both = np.concatenate([self._ids, np.asarray(ids, np.int64)])
+        return self._tokenizer.decode(both)[len(self.prompt) :]
+
+
 def find_stop(
-    tokenizer: Tokenizer, tokens: Sequence[int], stop: Sequence[str]
+    tokenizer: Decodes, tokens: Sequence[int], stop: Sequence[str]
 ) -> int | None:
     """The number of tokens up to the end of the first complete stop string, or None.
 
@@ -50,7 +81,7 @@ def settled(text: str, stop: Sequence[str]) -> str:
     return text
 
 
-def token_texts(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
+def token_texts(tokenizer: Decodes, tokens: Sequence[int]) -> list[str]:
     """The text that each token adds; together they are the text.
 
     A character of several tokens comes with the last of them.

@@ -4,6 +4,7 @@ Each process (`member`) keeps one connection to it, on which both sides send a J
 object a line. A process that is killed closes its connection, one that freezes falls
 silent, one that fails says so; whatever comes first ends all the others, with the same
 line. The same port passes on what jax.distributed sends to its own service (`hosts`).
+Whoever does not know the run's secret is turned away (`gate`).
 """
 
 import asyncio
@@ -12,9 +13,10 @@ import json
 import time
 from typing import Any
 
+from mtp_jax.distributed.gate import Gate
 from mtp_jax.distributed.stop import NOTHING_BEGUN
 
-_LINE_BYTES = 1 << 20
+_LATE_S = 10.0  # for processes that still start to hear that they need not
 _REFUSAL_S = 30.0  # for all processes to hear that they do not fit together
 _FAREWELL_S = 5.0  # for the others to hear the end before process 0 ends
 
@@ -34,7 +36,9 @@ class _Peer:
 class Coordinator:
     """The server in process 0; all of it runs in one event loop."""
 
-    def __init__(self, count: int, join_timeout_s: float, host_timeout_s: float):
+    def __init__(
+        self, count: int, join_timeout_s: float, host_timeout_s: float, secret: bytes
+    ):
         """Waits for `count` processes; times are those of `config.train`, in s."""
         self._count = count
         self._join_timeout_s = join_timeout_s
@@ -45,10 +49,12 @@ class Coordinator:
         self._begun: dict[int, int] = {}  # how far each has come, at a SIGTERM
         self._stopping = False
         self._arrived = 0
-        self._refusal = ""  # why these processes cannot be a group
+        self._refusal = ""  # why these processes cannot be a group, or are not to be
+        self._refusal_code = 2
         self._ended = False
         self._service: int | None = None  # port of jax.distributed, on this machine
         self._tasks: set[asyncio.Task] = set()  # the event loop itself does not
+        self._gate = Gate(secret, count, self._serve)
 
     async def listen(self, host: str, port: int) -> None:
         """Begins to serve.
@@ -56,9 +62,7 @@ class Coordinator:
         Raises:
           OSError: the port is taken.
         """
-        # Other hosts may know this one by another address than `host`.
-        bind = host if host in ("127.0.0.1", "localhost") else None
-        await asyncio.start_server(self._serve, bind, port, limit=_LINE_BYTES)
+        await self._gate.listen(host, port)
         self._spawn(self._watch_peers())
 
     def open_service(self, port: int) -> None:
@@ -75,18 +79,15 @@ class Coordinator:
         task.add_done_callback(self._tasks.discard)
 
     async def _serve(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        hello: dict[str, Any],
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
     ) -> None:
-        try:
-            hello = await receive(reader)
-            if hello.get("kind") == "service":
-                await self._pass_on(reader, writer)
-            elif hello.get("kind") == "host":
-                await self._hear(hello, reader, writer)
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # whoever it was does not speak this protocol
-        finally:
-            writer.close()
+        if hello["kind"] == "service":
+            await self._pass_on(reader, writer)
+        elif hello["kind"] == "host":
+            await self._hear(hello, reader, writer)
 
     async def _pass_on(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -120,10 +121,10 @@ class Coordinator:
         self._arrived += 1
         wrong = self._refusal or self._wrong(index, int(hello["of"]), peer)
         if wrong:
-            writer.write(encode({"end": wrong, "code": 2}))
+            writer.write(encode({"end": wrong, "code": self._refusal_code}))
             if not self._refusal:
                 self._refusal = wrong
-                self._spawn(self._refuse())
+                self._spawn(self._refuse(_REFUSAL_S))
             return
         self._peers[index] = peer
         if len(self._peers) == self._count:
@@ -141,12 +142,18 @@ class Coordinator:
         elif not peer.gone:
             await self._lose(index, "its process ended")
 
-    async def _refuse(self) -> None:
+    async def _refuse(self, wait_s: float) -> None:
         """Ends a meeting that came to nothing, but waits a while for all to hear it."""
-        end = time.monotonic() + _REFUSAL_S
+        end = time.monotonic() + wait_s
         while self._arrived < self._count and time.monotonic() < end:
             await asyncio.sleep(0.1)
-        await self._end(self._refusal, 2)
+        await self._end(self._refusal, self._refusal_code)
+
+    def _stop_meeting(self) -> None:
+        """Ends a meeting in which a process was told to stop; process 0 ends last."""
+        self._refusal, self._refusal_code = NOTHING_BEGUN, 0
+        self._tell({"end": NOTHING_BEGUN, "code": 0}, but=(0,))
+        self._spawn(self._refuse(_LATE_S))
 
     def _wrong(self, index: int, count: int, peer: _Peer) -> str:
         """Returns why a process must not join; empty if it may."""
@@ -160,14 +167,14 @@ class Coordinator:
                 f"two processes came as --process_id={index}, on {other.name} and on "
                 f"{peer.name}"
             )
-        for there in self._peers.values():
-            for key in sorted(there.about.keys() | peer.about.keys()):
-                here, other_value = peer.about.get(key), there.about.get(key)
-                if here != other_value:
-                    return (
-                        f"the hosts differ in {key}: {peer.name} has {here}, "
-                        f"{there.name} {other_value}"
-                    )
+        there = next(iter(self._peers.values()), peer)  # the others are like it
+        for key in sorted(there.about.keys() | peer.about.keys()):
+            here, other_value = peer.about.get(key), there.about.get(key)
+            if here != other_value:
+                return (
+                    f"the hosts differ in {key}: {peer.name} has {here}, "
+                    f"{there.name} {other_value}"
+                )
         return ""
 
     async def _take(self, index: int, peer: _Peer, message: dict[str, Any]) -> None:
@@ -184,9 +191,12 @@ class Coordinator:
             if len(there) == self._count:
                 del self._waiting[message["at"]]
                 self._tell({"pass": message["at"]})
-        if "stop" in message and not self._stopping:
+        if "stop" in message and not (self._stopping or self._refusal):
             self._stopping = True
-            self._tell({"how far": True})
+            if self._met:
+                self._tell({"how far": True})
+            else:
+                self._stop_meeting()
         if "begun" in message:
             self._begun[index] = message["begun"]
             if len(self._begun) == self._count:
@@ -235,16 +245,17 @@ class Coordinator:
         return (
             f"{word} {', '.join(map(str, absent))} of {self._count} did not come "
             f"within {self._join_timeout_s:.0f} s (config.train.join_timeout_s); "
-            f"there: {came}"
+            f"there: {came}{self._gate.turned_away()}"
         )
 
     def _called(self, index: int) -> str:
         return f"host {index} ({self._peers[index].name})"
 
     def _tell(self, message: dict[str, Any], but: tuple[int, ...] = ()) -> None:
+        line = encode(message)
         for i, peer in self._peers.items():
             if i not in but and not peer.writer.is_closing():
-                peer.writer.write(encode(message))
+                peer.writer.write(line)
 
     async def _end(self, line: str, code: int, teller: int = -1) -> None:
         """Tells all processes that the run is over, process 0 after the others."""

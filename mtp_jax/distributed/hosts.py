@@ -7,16 +7,40 @@ main thread is blocked in.
 """
 
 import contextlib
+import signal
 import socket
-import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
+
+from etils import epath
 
 from mtp_jax.distributed.cluster import ProcessInfo, detect
-from mtp_jax.distributed.member import Member, exit_now
-from mtp_jax.distributed.stop import NOTHING_BEGUN, LastStep, on_sigterm
-from mtp_jax.errors import told_as
+from mtp_jax.distributed.lifetime import STOP_SIGNALS, exit_now, on_signals
+from mtp_jax.distributed.member import Member
+from mtp_jax.distributed.secret import secret_of
+from mtp_jax.distributed.stop import NOTHING_BEGUN, LastStep
+from mtp_jax.errors import told_as, warn
+
+
+@contextlib.contextmanager
+def heeding_signals() -> Iterator[None]:
+    """A context in which SIGTERM, SIGHUP and Ctrl-C mean: save once and stop.
+
+    See `told_to_stop`. A second Ctrl-C ends this process at once, with code 130. To be
+    entered in the main thread; inside another one it changes nothing.
+    """
+    global _heeding, _told_early, _last_step
+    if _heeding:
+        yield
+        return
+    _heeding, _told_early, _last_step = True, False, None
+    restore = on_signals(STOP_SIGNALS, _stop)
+    try:
+        yield
+    finally:
+        restore()
+        _heeding = False
 
 
 def join(
@@ -24,31 +48,39 @@ def join(
     join_timeout_s: int,
     host_timeout_s: int,
     about: dict[str, str] | None = None,
+    workdir: epath.Path | None = None,
 ) -> None:
-    """Joins the other processes, if there are any; to be called in the main thread.
+    """Joins the other processes, if there are any.
 
-    From then on SIGTERM ends a process only before its first step: see `told_to_stop`.
+    One that was told to stop before tells the others, and ends here with code 0.
 
     Args:
       process: this process; None: what a TPU pod, GKE, Slurm or Open MPI says.
       join_timeout_s: how long to wait until all are there.
       host_timeout_s: within this time after a process is lost the others end.
       about: what must be the same in all processes, such as a version.
+      workdir: a folder that all processes share, for their secret; made if there are
+        several. Not needed where the environment tells the secret (`secret`).
 
     Raises:
-      UserError: the processes do not fit together.
+      UserError: the processes do not fit together, or have no secret.
       RunFailed: a process did not come, and which.
     """
-    global _member, _last_step
-    on_sigterm(_stop)
+    global _member, _joining, _last_step
     process = process or detect(join_timeout_s)
     if process is not None and process.num_processes > 1:
-        member = Member(process, join_timeout_s, host_timeout_s, about or {})
+        secret = secret_of(workdir, process.process_id)
+        member = Member(process, join_timeout_s, host_timeout_s, about or {}, secret)
+        _joining, _last_step = member, member.last_step
+        if _told_early:
+            member.stop()
         member.meet()
-        _member, _last_step = member, member.last_step
+        _member = member
         member.start_jax()
     else:
         _last_step = LastStep()
+        if _told_early:
+            _end_unbegun()
 
 
 def report(**status: Any) -> None:
@@ -74,9 +106,9 @@ def wait_for_all(barrier: str) -> None:
 
 
 def told_to_stop(done: int) -> bool:
-    """Returns True if a process got a SIGTERM; all learn it after the same step.
+    """Returns True if a process was told to stop; all learn it after the same step.
 
-    Where it comes before any process has called this, they end at once, with code 0.
+    Where that is before any process has called this, they end at once, with code 0.
 
     Args:
       done: steps done; to be called after each, and right before the first.
@@ -85,13 +117,29 @@ def told_to_stop(done: int) -> bool:
     return _last_step.reached(done)
 
 
-def _stop() -> None:
-    """Acts on a SIGTERM: tells the others, or ends where no step has begun."""
-    if _member is not None:
-        _member.stop()
+def _stop(number: int, count: int) -> None:
+    """Acts on a signal: tells the others, or ends where no step has begun."""
+    global _told_early
+    by_hand = number == signal.SIGINT
+    if by_hand and (count > 1 or _last_step is None):
+        warn("mtp-jax: interrupted")
+        exit_now(128 + number)
+    if by_hand and _last_step is not None and _last_step.has_begun():
+        warn("mtp-jax: told to stop: saves first; Ctrl-C again ends at once, unsaved")
+    if _joining is not None:
+        _joining.stop()
+        if count > 1 and not _joining.names:
+            _end_unbegun()
+    elif _last_step is None and count == 1:
+        _told_early = True  # others that are waited for have to hear it
     elif _last_step is None or not _last_step.stop_alone():
-        print(f"mtp-jax: {NOTHING_BEGUN}", file=sys.stderr, flush=True)
-        exit_now(0)
+        _end_unbegun()
+
+
+def _end_unbegun() -> NoReturn:
+    """Ends a process before its first step."""
+    warn(f"mtp-jax: {NOTHING_BEGUN}")
+    exit_now(0)
 
 
 def name_of(index: int) -> str:
@@ -139,9 +187,12 @@ def _give_up(error: BaseException) -> None:
     """Ends this process, alone or with the others, with an error."""
     fail(error)
     code, shown, _ = told_as(error)  # alone
-    print(shown, file=sys.stderr, flush=True)
+    warn(shown)
     exit_now(code)
 
 
-_member: Member | None = None
+_member: Member | None = None  # once all have met
+_joining: Member | None = None  # from before that on
+_heeding = False
+_told_early = False  # to stop, before `join`
 _last_step: LastStep | None = None

@@ -1,10 +1,9 @@
 """One process of a run: it hears from the others, by the coordinator, in a thread."""
 
 import asyncio
+import concurrent.futures
 import contextlib
-import os
 import socket
-import sys
 import threading
 import time
 from typing import Any, NoReturn
@@ -19,9 +18,13 @@ from mtp_jax.distributed.coordinator import (
     silence,
     silence_s,
 )
-from mtp_jax.distributed.stop import LastStep
-from mtp_jax.errors import RunFailed, UserError, told_as
+from mtp_jax.distributed.lifetime import exit_now
+from mtp_jax.distributed.secret import VARIABLE, Denied, Secret, greet
+from mtp_jax.distributed.stop import NOTHING_BEGUN, LastStep
+from mtp_jax.errors import RunFailed, UserError, told_as, warn
 
+_SECRET_S = 30.0  # what a network file system may take to show a new secret
+_UNHEARD_S = 10.0  # for process 0 to come and hear that this one is told to stop
 _VERDICT_S = 5.0  # for the news of a lost host to come after a collective broke
 
 
@@ -34,20 +37,23 @@ class Member:
         join_timeout_s: float,
         host_timeout_s: float,
         about: dict[str, str],
+        secret: Secret,
     ):
         self._process = process
         self._join_timeout_s = join_timeout_s
         self._host_timeout_s = host_timeout_s
         self._about = about
+        self._secret = secret
         self.coordinator: Coordinator | None = None
         self.names: list[str] = []
         self.status: dict[str, Any] = {}
         self.last_step = LastStep()
         self._loop = asyncio.new_event_loop()
         self._reader: asyncio.StreamReader
-        self._writer: asyncio.StreamWriter
+        self._writer: Any = None  # an asyncio.StreamWriter, once there is one
         self._heard = time.monotonic()
         self._failing = False  # and has said why
+        self._stopping = False  # was told to, and tells it
         self._barriers: dict[str, threading.Event] = {}
         self._told = threading.Event()
         self._over = threading.Event()  # all processes have left
@@ -60,7 +66,9 @@ class Member:
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         asyncio.run_coroutine_threadsafe(self._meet(), self._loop).result()
         for part in (self._listen(), self._beat()):
-            self._tasks.append(asyncio.run_coroutine_threadsafe(part, self._loop))
+            task = asyncio.run_coroutine_threadsafe(part, self._loop)
+            task.add_done_callback(self._refuse_deafness)
+            self._tasks.append(task)
 
     def report(self, status: dict[str, Any]) -> None:
         """Sends the status of this process to process 0 (`hosts.report`)."""
@@ -75,8 +83,10 @@ class Member:
         del self._barriers[barrier]
 
     def stop(self) -> None:
-        """Tells the others of a SIGTERM."""
-        self._send({"stop": True})
+        """Tells the others that this process is to stop; also before all have met."""
+        self._stopping = True
+        if self._writer is not None:
+            self._send({"stop": True})
 
     def fail(self, error: BaseException) -> NoReturn:
         """Tells the others of an error and ends this process (`hosts.fail`)."""
@@ -85,7 +95,7 @@ class Member:
         if not is_told and isinstance(error, Exception):  # no person at a keyboard
             time.sleep(_VERDICT_S)  # a verdict ends this process meanwhile
         self._failing = True
-        print(shown, file=sys.stderr, flush=True)
+        warn(shown)
         self._send({"failed": line, "code": code})
         self._told.wait(10.0)
         exit_now(code)
@@ -107,7 +117,10 @@ class Member:
         host, port = _address(address)
         if process.process_id == 0:
             self.coordinator = Coordinator(
-                process.num_processes, self._join_timeout_s, self._host_timeout_s
+                process.num_processes,
+                self._join_timeout_s,
+                self._host_timeout_s,
+                self._secret() or b"",
             )
             try:
                 await self.coordinator.listen(host, port)
@@ -118,9 +131,19 @@ class Member:
                 ) from None
             host = "127.0.0.1"
         end = time.monotonic() + self._join_timeout_s
+        denied = None  # since when
         while not self.names:
             try:
                 await self._greet(host, port, end)
+            except Denied:
+                denied = denied or time.monotonic()
+                if time.monotonic() > denied + _SECRET_S:
+                    raise UserError(
+                        f"host 0, at {address}, has another secret than this host; "
+                        "give a --workdir that all hosts share, or the same "
+                        f"{VARIABLE} to all."
+                    ) from None
+                await asyncio.sleep(0.3)
             except ValueError:
                 raise RunFailed(
                     f"what listens at {address} is not host 0 of a run; give "
@@ -128,6 +151,10 @@ class Member:
                 ) from None
             except OSError as error:
                 self._warn_once(error)
+                if self._stopping:  # there is nobody to tell, or not for long
+                    end = min(end, time.monotonic() + _UNHEARD_S)
+                if self._stopping and time.monotonic() > end:
+                    self._end(NOTHING_BEGUN, 0)
                 if time.monotonic() > end:
                     reason = getattr(error, "strerror", None) or "no answer"
                     raise RunFailed(
@@ -147,11 +174,9 @@ class Member:
         if isinstance(error, socket.gaierror) and not self._warned:
             self._warned = True
             address = self._process.coordinator_address
-            print(
+            warn(
                 f"mtp-jax: {address}: {error.strerror}; trying again for "
-                f"{self._join_timeout_s:.0f} s (config.train.join_timeout_s)",
-                file=sys.stderr,
-                flush=True,
+                f"{self._join_timeout_s:.0f} s (config.train.join_timeout_s)"
             )
 
     async def _greet(self, host: str, port: int, end: float) -> None:
@@ -171,10 +196,15 @@ class Member:
             "about": self._about,
             "status": self.status,
         }
-        self._writer.write(encode(hello))
+        proving = greet(self._reader, self._writer, self._secret, hello)
+        await asyncio.wait_for(proving, 10.0)
+        if self._stopping:
+            self._writer.write(encode({"stop": True}))
         # The coordinator has the last word on who is missing.
         limit = end - time.monotonic() + 2 * self._host_timeout_s
         message = await asyncio.wait_for(receive(self._reader), limit)
+        if message.get("code") == 0:
+            self._end(message["end"], 0)
         if "end" in message:
             raise (UserError if message["code"] == 2 else RunFailed)(message["end"])
         if "names" not in message:
@@ -219,11 +249,11 @@ class Member:
         host, port = _address(self._process.coordinator_address)
         try:
             there = await asyncio.open_connection(host, port)
-            there[1].write(encode({"kind": "service"}))
+            await greet(*there, self._secret, {"kind": "service"})
             down = asyncio.ensure_future(_pump_and_hold(there[0], writer))
             await pump(reader, there[1])
             down.cancel()
-        except OSError:
+        except (OSError, ValueError, Denied):
             await asyncio.sleep(self._host_timeout_s)  # `_beat` has the word
         finally:
             writer.close()
@@ -269,11 +299,18 @@ class Member:
                 how = silence(self._host_timeout_s)
                 self._end(f"{self.name_of(0)} is lost: {how}", 1)
 
+    def _refuse_deafness(self, task: concurrent.futures.Future) -> None:
+        """Ends this process where a bug ended what hears of the others."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            code, shown, _ = told_as(error)
+            warn(shown)
+            exit_now(code)
+
     def _end(self, line: str, code: int) -> None:
         if self._failing:
             self._told.set()
             return
-        print(f"mtp-jax: {line}", file=sys.stderr, flush=True)
+        warn(f"mtp-jax: {line}")
         exit_now(code)
 
     def _send(self, message: dict[str, Any]) -> None:
@@ -293,11 +330,3 @@ async def _pump_and_hold(
 def _address(text: str) -> tuple[str, int]:
     host, _, port = text.rpartition(":")
     return host.strip("[]"), int(port)
-
-
-def exit_now(code: int) -> NoReturn:
-    """Ends the process without atexit, where jax.distributed waits for the others."""
-    with contextlib.suppress(Exception):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)

@@ -1,37 +1,14 @@
-"""The step after which all processes stop, once any of them is told to (SIGTERM).
+"""The step after which all processes stop, once any of them is told to.
 
 When the word spreads they are not all at the same step, and one that stopped before
 another took its next step would leave that one waiting in a collective for ever. So
 each reports its step, and goes no further until it hears which one was the farthest.
 """
 
-import signal
-import socket
 import sys
 import threading
-from collections.abc import Callable
 
 NOTHING_BEGUN = "told to stop before a step: there is nothing new to save"
-
-
-def on_sigterm(act: Callable[[], None]) -> None:
-    """Has SIGTERM call `act` in a thread, whatever the main thread is blocked in.
-
-    A handler of Python's waits for the main thread, which may compile for minutes. A
-    byte in a socket does not; but the event loops of libraries may take that over for a
-    while, so the handler sends one as well.
-    """
-    here, there = socket.socketpair()
-    there.setblocking(False)
-
-    def listen() -> None:
-        while True:
-            if signal.SIGTERM in here.recv(64):
-                act()
-
-    threading.Thread(target=listen, daemon=True).start()
-    signal.signal(signal.SIGTERM, lambda number, frame: there.send(bytes([number])))
-    signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
 
 
 class LastStep:
@@ -58,6 +35,11 @@ class LastStep:
         """Sets the number of steps after which all are to stop."""
         self._last = last
         self._told.set()
+
+    def has_begun(self) -> bool:
+        """Returns True if a step has begun."""
+        with self._lock:
+            return self._begun >= 0
 
     def stop_alone(self) -> bool:
         """Stops a process without others; returns False if it has begun no step."""

@@ -22,6 +22,9 @@ from mtp_jax.parallel.sharding import axes_of, spec, spec_like
 
 M = TypeVar("M", bound=nnx.Module)
 
+# The deviation of a standard normal that is cut at -2 and 2.
+_CUT_DEVIATION = 0.87962566
+
 
 class Projects(Protocol):
     """A matrix that is stored in a form of its own and brings its own product."""
@@ -49,8 +52,12 @@ def weight(
     fan_in: int,
     dtype: str,
 ) -> nnx.Param:
-    """A matrix of variance 1 / fan_in, truncated at two deviations, sharded by axes."""
-    init = jax.nn.initializers.truncated_normal(stddev=fan_in**-0.5)
+    """A matrix of variance 1 / fan_in, sharded by axes.
+
+    Normal, cut at two deviations of what is cut: no weight is larger than
+    2.27 / sqrt(fan_in).
+    """
+    init = jax.nn.initializers.truncated_normal(stddev=fan_in**-0.5 / _CUT_DEVIATION)
     return nnx.Param(init(rngs.params(), shape, dtype, out_sharding=spec(*axes)))
 
 

@@ -27,7 +27,8 @@ from mtp_jax.planning.hlo import HloProgram, read_hlo
 from mtp_jax.training.train_step import TrainState, make_init, make_step
 
 _EXAMPLES = (
-    "v4:2x2x1, v5e:4x4, v5p:4x4x4, v6e:4x4, tpu7x:2x2x1, or 2xv5p:4x4x4 for two slices"
+    "v4:2x2x1, v5e:4x4, v5p:4x4x4, v6e:4x4, tpu7x:2x2x1, 2xv5p:4x4x4 for two slices, "
+    "or v6e-16 as clouds say"
 )
 # Dimensions of a pod and chips of its largest slice; libtpu compiles for more, too.
 # docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x, "System architecture".

@@ -107,6 +107,20 @@ def hbm_traffic(cfg: Config, compiled: Compiled, tensor: int) -> float:
     return 2 * compiled.argument_bytes + cfg.train.accumulation * weights
 
 
+def run_cost(row: Row, tokens: float, chip_hour_dollars: float | None) -> Row:
+    """The time and price of a number of tokens at the least time of a step.
+
+    A lower bound, as that of the step is: no pause, save or restart is counted.
+    """
+    chip_hours = tokens / row["tokens_per_s_per_chip"] / 3600
+    return {
+        "tokens": tokens,
+        "chip_hours": chip_hours,
+        "hours": chip_hours / row["chips"],
+        "dollars": chip_hour_dollars and chip_hours * chip_hour_dollars,
+    }
+
+
 def overhead(row: Row, base: Row) -> float:
     """Step time to that of n = 1, minus 1; without the interconnect if one of the two
     does not fit, and so has no program to tell its collectives."""

@@ -21,6 +21,9 @@ for each topology and number of heads, has the keys:
 - compute_s, hbm_s, links_s (null without a program), dcn_s (null also where the speed
   of the network between slices is not known): the roofline; step_s: the largest of
   them, a lower bound; bound_by: which that is; tokens_per_s_per_chip;
+- tokens: positions that are trained, by default those of the config's run;
+  chip_hours, hours: what they take at step_s, so at the least; dollars: chip_hours at
+  the price that was given, null without one;
 - overhead_vs_n1: step_s to that of n = 1, minus 1;
 - breakeven_accept_length: accepted tokens a pass from which blockwise decoding with all
   heads is faster than plain decoding (`breakeven`).
@@ -35,8 +38,9 @@ from mtp_jax.errors import UserError
 from mtp_jax.model.attention import check_attention
 from mtp_jax.parallel.sharding import check_divisible, make_mesh
 from mtp_jax.planning.aot import Compiled, compile_step, no_devices, topology_devices
-from mtp_jax.planning.costs import Row, describe, figures_of, overhead
+from mtp_jax.planning.costs import Row, describe, figures_of, overhead, run_cost
 from mtp_jax.planning.remedies import Compile, find_remedy
+from mtp_jax.planning.topology_names import topology_of
 
 Report = Callable[[str], None]
 
@@ -46,6 +50,8 @@ def plan(
     topologies: str | Sequence[str],
     *,
     heads: Sequence[int] | None = None,
+    tokens: float | None = None,
+    chip_hour_dollars: float | None = None,
     progress: Report | None = None,
 ) -> list[Row]:
     """Compiles the training step for TPUs that are not there, and tells its cost.
@@ -58,8 +64,11 @@ def plan(
     Args:
       config: the run, with its batch.
       topologies: such as "v5p:4x4x4", or "2xv5p:4x4x4" for two slices; one or several.
+        Names of clouds are understood, too: "v5p-128".
       heads: numbers of heads, on as many layers in all; by default the config's.
         n = 1 is always there, to compare with.
+      tokens: how many are to be trained; by default as many as the config's run has.
+      chip_hour_dollars: what a chip costs an hour.
       progress: gets a line about each compilation.
 
     Returns:
@@ -70,7 +79,8 @@ def plan(
       UserError: libtpu is not installed, there is no such topology or no figures of
         it, the config does not suit it, or there are more heads than layers.
     """
-    names = [topologies] if isinstance(topologies, str) else list(topologies)
+    given = [topologies] if isinstance(topologies, str) else topologies
+    names = [topology_of(name) for name in given]
     wanted = sorted(set(heads or [config.model.n_future_tokens]))
     report = progress or (lambda line: None)
     _check_heads(config, wanted)
@@ -81,10 +91,16 @@ def plan(
     with no_devices():
         for name in names:
             _check(config, name)
+        begin = time.perf_counter()
+        count = len(names) * len({1, *wanted})
+        report(f"{count} programs to compile; one of a large model takes minutes")
         rows: list[Row] = []
         for name in names:
             rows += plan_topology(config, name, wanted, compile_, report)
-    return rows
+        report(f"planned in {time.perf_counter() - begin:.0f} s")
+    positions = config.data.batch_size * config.data.seq_len
+    wanted_tokens = tokens or float(config.train.steps * positions)
+    return [row | run_cost(row, wanted_tokens, chip_hour_dollars) for row in rows]
 
 
 def same_size_with_heads(cfg: Config, n: int) -> Config:
@@ -147,6 +163,7 @@ def _check(cfg: Config, topology: str) -> None:
 def _compile(cfg: Config, topology: str, report: Report) -> Compiled:
     """`compile_step`, with a line about it, as it can take minutes."""
     begin = time.perf_counter()
+    report(f"{topology}, n = {cfg.model.n_future_tokens}: compiling ...")
     compiled = compile_step(cfg, topology_devices(topology))
     verdict = "compiled" if compiled.program else "does not fit"
     report(

@@ -11,6 +11,8 @@ import threading
 import time
 from collections.abc import Sequence
 
+from mtp_jax.distributed.lifetime import PARENT
+
 
 class HostGroup:
     """The processes of one run; the lines they print are kept, and written to files."""
@@ -142,4 +144,5 @@ def _environment(devices: int) -> dict[str, str]:
         # As in this process, where the package may run from its source tree.
         "PYTHONPATH": os.pathsep.join([str(path), os.environ.get("PYTHONPATH", "")]),
         "PYTHONUNBUFFERED": "1",
+        PARENT: str(os.getpid()),
     }

@@ -57,7 +57,7 @@ def compare(
     Returns:
       An iterator of names and figures; a text instead says why a decoder is left out.
     """
-    greedy = sampling.temperature == 0
+    greedy = sampling.greedy
     reference: list[str] = []
     plain_speed = 0.0
     for name, decoder in {"plain": Plain(), **decoders}.items():

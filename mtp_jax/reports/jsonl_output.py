@@ -11,8 +11,10 @@ from mtp_jax.decode.decoders.state import Decoder
 from mtp_jax.decode.fitting import settings_of
 from mtp_jax.decode.generation import Generation
 from mtp_jax.decode.generator import Generator
+from mtp_jax.decode.prompt_list import as_prompts
 from mtp_jax.errors import UserError
 
+_HALF = "\ufffd"
 BATCH_SIZE = 16  # prompts at a time where nothing else is asked for
 
 
@@ -52,6 +54,7 @@ def generate_to_file(
         "step": step,
         "heads": generator.cfg.n_future_tokens,
     }
+    prompts = as_prompts(prompts)
     output = JsonlOutput(path, [generator.prompt_text(p) for p in prompts], kept)
     before, size = output.done, batch_size or BATCH_SIZE
     while output.done < len(prompts):
@@ -115,7 +118,10 @@ class JsonlOutput:
                 f"--output={self._path}: line {number + 1} is not one of this program; "
                 "give another file."
             ) from None
-        if number >= len(prompts) or prompt != prompts[number]:
+        # Earlier versions left half a character at the end of a prompt.
+        if number >= len(prompts) or prompt.rstrip(_HALF) != prompts[number].rstrip(
+            _HALF
+        ):
             raise UserError(
                 f"--output={self._path}: line {number + 1} is of another prompt; give "
                 "the prompts it was begun with, or another file."

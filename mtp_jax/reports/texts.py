@@ -5,6 +5,7 @@ from typing import Any
 
 from mtp_jax.decode.generation import Generation, totals
 from mtp_jax.decode.generator import Generator
+from mtp_jax.decode.prompt_list import as_prompts
 
 
 def ending(result: Generation) -> str:
@@ -39,7 +40,8 @@ def length_warning(
     Raises:
       UserError: as `Generator.generate` of such prompts.
     """
-    longest = max(map(generator.prompt_length, prompts)) + max_new_tokens
+    lengths = map(generator.prompt_length, as_prompts(prompts))
+    longest = max(lengths) + max_new_tokens
     # The last token is never read.
     if longest - 1 <= trained:
         return None

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from mtp_jax.data.tokenizer import Tokenizer
 from mtp_jax.decode.generation import Generation, totals
-from mtp_jax.decode.text_stream import token_texts
+from mtp_jax.decode.text_stream import Continuation, token_texts
+from mtp_jax.reports.printable import printable
 
 _BACK = "\x1b[0m"
 # Some of 256 colours; black on each can be read, in light and dark windows.
@@ -28,8 +29,9 @@ class Span:
 def spans(result: Generation, tokenizer: Tokenizer) -> list[Span]:
     """Cuts a continuation into spans, whose texts add up to its text."""
     found, heads, passes, length = [], [], [], 0
+    after = Continuation(tokenizer, result.prompt_tokens)
     for text, head, forward in zip(
-        token_texts(tokenizer, result.tokens), result.heads, result.passes, strict=True
+        token_texts(after, result.tokens), result.heads, result.passes, strict=True
     ):
         heads.append(head)
         passes.append(forward)
@@ -43,10 +45,10 @@ def spans(result: Generation, tokenizer: Tokenizer) -> list[Span]:
 
 def terminal(result: Generation, tokenizer: Tokenizer) -> str:
     """Prompt and continuation for a terminal; tokens of head 1 have no colour."""
-    parts = [_printable(result.prompt)]
+    parts = [printable(result.prompt)]
     for span in spans(result, tokenizer):
         head = max(span.heads, default=1)
-        text = _printable(span.text)
+        text = printable(span.text)
         parts.append(text if head == 1 else _coloured(text, head))
     return "".join(parts)
 
@@ -87,14 +89,6 @@ def _coloured(text: str, head: int) -> str:
     # A colour that is on at the end of a line may fill the rest of the window.
     return "\n".join(f"{start}{line}{_BACK}" if line else "" for line in
                      text.split("\n"))  # fmt: skip
-
-
-def _printable(text: str) -> str:
-    """Escapes control characters: a text must not steer what shows it."""
-    return "".join(
-        c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode()
-        for c in text
-    )
 
 
 def _colour(head: int, heads: int) -> str:
@@ -158,7 +152,7 @@ def _article(result: Generation, tokenizer: Tokenizer, number: int) -> str:
 
 
 def _escaped(text: str) -> str:
-    return html.escape(_printable(text))
+    return html.escape(printable(text))
 
 
 def _note(span: Span) -> str:

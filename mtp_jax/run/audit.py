@@ -7,7 +7,7 @@ that was logged. Here those are made again, without devices, and compared.
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from etils import epath
@@ -17,7 +17,7 @@ from mtp_jax.data.batches import open_sources, pieces_of_step, train_batches
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.packing import batch_hash, format_hash
 from mtp_jax.errors import RunFailed, UserError
-from mtp_jax.storage import workdir_at
+from mtp_jax.storage import run_at, where_runs_are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +42,18 @@ class Audit:
     rows: list[list[RowPiece]] | None = None  # by row of its batch
 
 
-def audit(workdir: str | os.PathLike[str], *, step: int | None = None) -> Audit:
+def audit(
+    workdir: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    data: Sequence[str | os.PathLike[str]] | None = None,
+) -> Audit:
     """Makes every logged batch of a run again and compares its hash with the log's.
 
     Args:
-      workdir: folder of a run, here or in an object store. The corpora must be where
-        the run found them.
+      workdir: folder of a run, here or in an object store.
       step: also tell what the batch of this step, from 1 on, holds.
+      data: where the run's corpora are now; None for where the run found them.
 
     Raises:
       RunFailed: a batch is not the one that was trained on; the first that is not.
@@ -56,8 +61,8 @@ def audit(workdir: str | os.PathLike[str], *, step: int | None = None) -> Audit:
     """
     if step is not None and step < 1:
         raise UserError(f"step is {step}; steps are counted from 1.")
-    folder = workdir_at(os.fspath(workdir))
-    runs = _runs(folder)
+    folder, _ = run_at(os.fspath(workdir))
+    runs = _runs(folder, None if data is None else [os.fspath(name) for name in data])
     rows = None if step is None else _rows_of_step(runs, step)
     logged = _logged(folder)
     _replay(runs, logged)
@@ -70,8 +75,13 @@ class _Run:
     """A run from one start to the next."""
 
     after: int  # it began with the batch after this step
+    rows: int  # and with the row after so many
     config: Config
     sources: list[Corpus]
+
+    def first_row(self, step: int) -> int:
+        """The row with which the batch of a step, counted from 1, begins."""
+        return self.rows + (step - 1 - self.after) * self.config.data.batch_size
 
 
 def _replay(runs: list[_Run], logged: list[tuple[int, str]]) -> None:
@@ -87,7 +97,10 @@ def _replay(runs: list[_Run], logged: list[tuple[int, str]]) -> None:
         if run is not of or step != at + 1:
             rows = np.arange(run.config.data.batch_size)
             config = _without_workers(run.config)
-            batches = train_batches(config, rows, step - 1, run.sources)
+            first = run.first_row(step)
+            batches = train_batches(
+                config, rows, step - 1, run.sources, start_row=first
+            )
         of, at = run, step
         found = format_hash(batch_hash(next(batches)["hash"]))
         if found != wanted:
@@ -118,7 +131,9 @@ def _rows_of_step(runs: list[_Run], step: int) -> list[list[RowPiece]]:
             )
             for piece in row
         ]
-        for row in pieces_of_step(run.config, step - 1, run.sources)
+        for row in pieces_of_step(
+            run.config, step - 1, run.sources, start_row=run.first_row(step)
+        )
     ]
 
 
@@ -136,26 +151,55 @@ def _without_workers(cfg: Config) -> Config:
     return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, workers=0))
 
 
-def _runs(workdir: epath.Path) -> list[_Run]:
+def _runs(workdir: epath.Path, data: list[str] | None) -> list[_Run]:
     path = workdir / "run.json"
     if not path.is_file():
-        raise UserError(f"{workdir} holds no run.json; give the workdir of a run.")
+        raise UserError(f"{workdir} holds no run.json; {where_runs_are(workdir)}.")
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
         config, entries = config_from_json(run["config"], str(path)), run["runs"]
         corpora: dict[tuple[str, ...], list[Corpus]] = {}
         found = []
         for entry in entries:
-            data = {**dataclasses.asdict(config.data), **entry["data"]}
-            cfg = freeze({**dataclasses.asdict(config), "data": data})
+            fields = {**dataclasses.asdict(config.data), **entry["data"]}
+            if data is not None:
+                fields["sources"] = _moved(fields["sources"], entry["corpora"], data)
+            cfg = freeze({**dataclasses.asdict(config), "data": fields})
             names = cfg.data.sources
             if names not in corpora:
-                corpora[names] = open_sources(cfg, splits=["train"])
+                corpora[names] = _opened(cfg, data)
             _refuse_other_corpora(corpora[names], entry["corpora"])
-            found.append(_Run(entry["after"], cfg, corpora[names]))
+            # Earlier versions went on after so many batches of the size of that start.
+            after = entry["after"]
+            rows = entry.get("rows", after * cfg.data.batch_size)
+            found.append(_Run(after, rows, cfg, corpora[names]))
         return found
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a run's ({error}).") from None
+
+
+def _opened(cfg: Config, data: list[str] | None) -> list[Corpus]:
+    try:
+        return open_sources(cfg, splits=["train"])
+    except UserError as error:
+        hint = " Where the corpora lie elsewhere now, name them with --data=DIR."
+        raise UserError(f"{error}{hint * (data is None)}") from None
+
+
+def _moved(names: list[str], fingerprints: list[str], data: list[str]) -> list[str]:
+    """The folder of `data` that holds each corpus of a run, by its fingerprint.
+
+    Raises:
+      UserError: a corpus of the run is in none of them.
+    """
+    there = {Corpus.open(folder).fingerprint: folder for folder in data}
+    for name, fingerprint in zip(names, fingerprints, strict=True):
+        if fingerprint not in there:
+            raise UserError(
+                f"the run's corpus {name} (sha256 {fingerprint} of its manifest) is "
+                f"none of --data: {', '.join(data)}."
+            )
+    return [there[fingerprint] for fingerprint in fingerprints]
 
 
 def _refuse_other_corpora(sources: list[Corpus], fingerprints: list[str]) -> None:
@@ -170,7 +214,7 @@ def _refuse_other_corpora(sources: list[Corpus], fingerprints: list[str]) -> Non
 def _logged(workdir: epath.Path) -> list[tuple[int, str]]:
     path = workdir / "metrics.jsonl"
     if not path.is_file():
-        raise UserError(f"{workdir} holds no metrics.jsonl; give the workdir of a run.")
+        raise UserError(f"{workdir} holds no metrics.jsonl; {where_runs_are(workdir)}.")
     found = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         try:

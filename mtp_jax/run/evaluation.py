@@ -1,10 +1,10 @@
 """Evaluation during a run: held-out figures and a sample text, on schedule."""
 
 import jax
-import numpy as np
 
 from mtp_jax.config import Config
 from mtp_jax.data.corpus import Corpus
+from mtp_jax.data.prompts import drawn_prompt
 from mtp_jax.decode.generator import Generator
 from mtp_jax.eval.heldout import make_evaluator, measure, placed_heldout
 from mtp_jax.run.goodput import Goodput
@@ -62,13 +62,11 @@ class HeldoutEvaluation:
         splits = [corpus.documents("heldout") for corpus in self._corpora]
         documents = next(split for split in splits if len(split))
         which, where = (int(x) for x in jax.device_get(numbers))
-        document = which % len(documents)
         length = self._cfg.eval.sample_prompt_tokens
-        begin = 1 + where % max(int(documents.lengths[document]) - length - 1, 1)
-        prompt = documents.tokens(document, begin, begin + length).astype(np.int32)
+        prompt = drawn_prompt(documents, length, which, where)
         self._generator.use(state.params)
         made = self._generator.generate(
             [prompt], max_new_tokens=self._cfg.eval.sample_tokens
         )
         self._generator.use(None)  # the next step takes the parameters' memory
-        return self._tokenizer.decode(prompt), made[0].text
+        return made[0].prompt, made[0].text

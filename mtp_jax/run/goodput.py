@@ -17,9 +17,15 @@ _LOADED = time.time()  # this process began not long before
 class Goodput:
     """Wall time in seconds by kind; the clock always runs for one of them."""
 
-    def __init__(self, now: Callable[[], float] = time.time, began: float = _LOADED):
-        """Begins in "start", at the Unix time `began`."""
+    def __init__(
+        self,
+        now: Callable[[], float] = time.time,
+        began: float = _LOADED,
+        tell: Callable[[str], None] = lambda kind: None,
+    ):
+        """Begins in "start", at the Unix time `began`; `tell` hears of other kinds."""
         self._now = now
+        self._tell = tell
         self._kind = "start"
         self._began = began
         self._since = began
@@ -30,6 +36,7 @@ class Goodput:
         """Counts what happens inside as `kind`, and not as what is around it."""
         before = self._switch(kind)
         try:
+            self._tell(kind)
             yield
         finally:
             self._switch(before)

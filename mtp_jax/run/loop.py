@@ -1,6 +1,7 @@
 """The training loop: next batch, step, log, evaluate, save, stop."""
 
 import contextlib
+import shlex
 from collections.abc import Iterator
 
 import jax
@@ -15,10 +16,13 @@ from mtp_jax.errors import RunFailed
 from mtp_jax.parallel.to_devices import batch_sharding, place_rows, rows_of_process
 from mtp_jax.run.evaluation import HeldoutEvaluation
 from mtp_jax.run.goodput import Goodput
+from mtp_jax.run.heldout_losses import make_up
+from mtp_jax.run.history import changes, read_history
 from mtp_jax.run.profiler import Profiler
 from mtp_jax.run.run_file import RunFile
 from mtp_jax.run.run_log import RunLog
 from mtp_jax.run.saver import Saver
+from mtp_jax.run.screen import Screen
 from mtp_jax.run.start import Start, compile_on_all, open_local, restore_or_init
 from mtp_jax.run.step_log import StepLog
 from mtp_jax.training.train_step import Batch, make_step
@@ -41,39 +45,55 @@ def run(
       RunFailed: too many non-finite steps in a row.
       UserError: a checkpoint does not fit, or the disk is full.
     """
-    goodput = Goodput()
+    screen = Screen(active=jax.process_index() == 0)
+    goodput = Goodput(tell=screen.phase)
     durable = Checkpoints(workdir, cfg.checkpoint)
     with goodput.spent("restore"):
         local = open_local(cfg, workdir, mesh)
         start = restore_or_init(cfg, durable, local, goodput)
+    history = read_history(workdir)
     run_file = RunFile.begin(
         cfg,
         workdir,
         mesh,
         corpora,
         start=start.step,
+        rows=start.rows,
         goodput=goodput,
         spent=start.seconds,
     )
-    log = RunLog(workdir, start.step, cfg.log.tensorboard)
+    log = RunLog(workdir, start.step, cfg.log.tensorboard, screen)
     try:
         log.say(_opening(cfg, start, workdir))
+        for line in changes(history, cfg, corpora, start.step):
+            log.say(f"changed: {line}")
+        evaluation = HeldoutEvaluation(cfg, mesh, corpora, log=log, goodput=goodput)
+        make_up(evaluation, durable, start.state, start.step, workdir)
+        first, first_step, size = start.rows, start.step, cfg.data.batch_size
         done = _train(
             cfg,
             start,
-            _placed_batches(cfg, mesh, corpora, start.step),
+            _placed_batches(cfg, mesh, corpora, start),
             goodput=goodput,
             profiler=Profiler(cfg.log, workdir),
             step_log=StepLog(
                 cfg, start.step, log=log, run_file=run_file, goodput=goodput
             ),
-            evaluation=HeldoutEvaluation(cfg, mesh, corpora, log=log, goodput=goodput),
+            evaluation=evaluation,
             saver=Saver(
-                cfg, corpora, durable=durable, local=local, log=log, goodput=goodput
+                cfg,
+                corpora,
+                rows_at=lambda step: first + (step - first_step) * size,
+                durable=durable,
+                local=local,
+                log=log,
+                goodput=goodput,
             ),
         )
         run_file.write(finished=done >= cfg.train.steps)
-        log.say(_ending(cfg, done, workdir))
+        screen.close()
+        for line in _ending(cfg, done, workdir, corpora):
+            log.say(line)
         durable.close()
     except BaseException as error:
         # The first error is the one to tell, and a save before it may still succeed;
@@ -127,13 +147,14 @@ def _train(
 
 
 def _placed_batches(
-    cfg: Config, mesh: jax.sharding.Mesh, corpora: list[Corpus], start: int
+    cfg: Config, mesh: jax.sharding.Mesh, corpora: list[Corpus], start: Start
 ) -> Iterator[Batch]:
-    """Global batches on the devices, of the steps after `start`, without end."""
+    """Global batches on the devices, of the steps after a start, without end."""
     size, accumulation = cfg.data.batch_size, cfg.train.accumulation
     sharding = batch_sharding(mesh)
     rows = rows_of_process(sharding, size, accumulation)
-    for batch in train_batches(cfg, rows, start, corpora):
+    batches = train_batches(cfg, rows, start.step, corpora, start_row=start.rows)
+    for batch in batches:
         yield place_rows(batch, rows, sharding, size, accumulation)
 
 
@@ -149,8 +170,19 @@ def _opening(cfg: Config, start: Start, workdir: epath.Path) -> str:
     )
 
 
-def _ending(cfg: Config, done: int, workdir: epath.Path) -> str:
-    """The last line of a run for people."""
+def _ending(
+    cfg: Config, done: int, workdir: epath.Path, corpora: list[Corpus]
+) -> list[str]:
+    """The last lines of a run for people: how it ended, and what to do next."""
     if done < cfg.train.steps:
-        return f"told to stop: saved step {done}; run the same command to go on"
-    return f"done: step {done}, in {workdir}"
+        return [f"told to stop: saved step {done}; run the same command to go on"]
+    where = f"--workdir={shlex.quote(str(workdir))}"
+    lines = [f"done: step {done}, in {workdir}"]
+    if any(len(corpus.documents("heldout")) for corpus in corpora):
+        lines += [
+            f"next: python -m mtp_jax evaluate {where}",
+            f"next: python -m mtp_jax generate {where} --heldout=2",
+        ]
+    else:
+        lines.append(f"next: python -m mtp_jax generate {where} --prompt=TEXT")
+    return lines

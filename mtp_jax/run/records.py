@@ -9,6 +9,7 @@ from mtp_jax.config import Config
 from mtp_jax.data.packing import format_hash
 from mtp_jax.model.flops import train_flops_per_token
 from mtp_jax.parallel.chips import peak_flops
+from mtp_jax.run.screen import duration
 from mtp_jax.run.stopwatch import Window
 
 
@@ -18,7 +19,7 @@ def step_record(
     metrics: dict[str, np.ndarray],
     window: Window,
 ) -> dict[str, Any]:
-    """The record of a step in metrics.jsonl.
+    """The record of a step in metrics.jsonl: figures of its own batch.
 
     Losses are in nats a target, before the step's update; the learning rate is the one
     it used; `tokens` counts the targets of head 1, `tokens_per_s` the positions of the
@@ -44,24 +45,43 @@ def step_record(
     return record if utilization is None else {**record, "mfu": utilization}
 
 
-def step_line(cfg: Config, record: dict[str, Any], goodput: float) -> str:
-    """The line for people about a step, from its record, with the time that is left.
+def mean_of_steps(metrics: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Means over steps of what `step_line` tells as such; skipped steps are left out.
 
-    `goodput` is the share of the run's wall time so far that was spent in steps.
+    A step counts by its targets. Those that are not finite are told where all are.
     """
-    n = cfg.model.n_future_tokens
-    heads = " ".join(f"{record[f'loss/head_{i}']:.3f}" for i in range(1, n + 1))
+    finite = [m for m in metrics if not m["bad_steps"]] or metrics
+    weights = np.array([max(int(m["tokens"]), 1) for m in finite], np.float64)
+    weights /= weights.sum()
+    return {
+        name: np.tensordot(weights, [np.float64(m[name]) for m in finite], 1)
+        for name in ("loss_N", "accept_length", "grad_norm")
+    }
+
+
+def step_line(
+    cfg: Config, record: dict[str, Any], mean: dict[str, np.ndarray], goodput: float
+) -> str:
+    """The line for people about the steps since the last one, with the time left.
+
+    Args:
+      cfg: the run.
+      record: of the last of the steps.
+      mean: of `mean_of_steps`.
+      goodput: share of the run's wall time so far that was spent in steps.
+    """
+    heads = " ".join(f"{loss:.3f}" for loss in mean["loss_N"])
     left_s = (cfg.train.steps - record["step"]) * record["step_s"]
     parts = [
         f"step {record['step']}/{cfg.train.steps}",
         f"loss by head {heads}",
-        f"accept {record['accept/length']:.2f}",
-        f"grad {record['grad_norm']:.2f}",
+        f"heads agree {mean['accept_length']:.2f} of {cfg.model.n_future_tokens}",
+        f"grad {mean['grad_norm']:.2f}",
         f"lr {record['lr']:.1e}",
         f"{record['tokens_per_s']:,.0f} tok/s",
         f"data wait {record['data_wait_share']:.0%}",
         f"goodput {goodput:.0%}",
-        f"{left_s // 60:.0f}m{left_s % 60:02.0f}s left",
+        f"{duration(left_s)} left",
     ]
     if "mfu" in record:
         parts.insert(-2, f"mfu {record['mfu']:.1%}")
@@ -79,15 +99,18 @@ def heldout_record(step: int, figures: dict[str, Any]) -> dict[str, Any]:
         **{f"accuracy/head_{head['offset']}": head["accuracy"] for head in heads},
         "bits_per_byte": figures["bits_per_byte"],
         "accept/length": figures["accept"]["length"],
+        "batches": figures["batches"],
     }
 
 
 def heldout_line(figures: dict[str, Any], step: int) -> str:
     """The line for people about an evaluation, from figures of `measure`."""
     heads = " ".join(f"{head['loss']:.3f}" for head in figures["heads"])
+    n_batches = figures["batches"]
     return (
-        f"held out at step {step}: {figures['bits_per_byte']:.4f} bits per byte, "
-        f"loss by head {heads}, accept {figures['accept']['length']:.2f}"
+        f"held out at step {step}: {figures['bits_per_byte']:.4f} bits per byte of "
+        f"{n_batches} batch{'es' if n_batches > 1 else ''}, loss by head {heads}, "
+        f"heads agree {figures['accept']['length']:.2f} of {len(figures['heads'])}"
     )
 
 

@@ -1,11 +1,12 @@
 """The files that make a folder a run: `run.json`, its lock and its identity.
 
-`run.json` holds the config, each time the run was started, and where its time went.
+`run.json` holds the config, each time the run was started (`history`), and where its
+time went.
 """
 
 import dataclasses
 import fcntl
-import json
+import itertools
 import os
 import socket
 import time
@@ -21,6 +22,7 @@ from mtp_jax.data.tokenizer import tokenizer_identity
 from mtp_jax.errors import UserError
 from mtp_jax.run.environment import environment
 from mtp_jax.run.goodput import Goodput
+from mtp_jax.run.history import read_history, starts_with_configs
 from mtp_jax.storage import is_remote, write_atomically, write_json
 
 _WRITE_EVERY_S = 30.0  # a workdir may be far away
@@ -47,6 +49,7 @@ class RunFile:
         corpora: list[Corpus],
         *,
         start: int,
+        rows: int,
         goodput: Goodput,
         spent: dict[str, float],
     ) -> "RunFile":
@@ -58,25 +61,28 @@ class RunFile:
           mesh: the mesh of this start.
           corpora: the corpora of this start, opened.
           start: steps done before.
+          rows: rows consumed before.
           goodput: of this process; it goes on with the time that the file tells.
           spent: `Goodput.seconds` when the checkpoint of step `start` was saved.
         """
-        before = _read(workdir / "run.json")
+        before = read_history(workdir)
         goodput.go_on(spent, before.get("goodput"))
         data = dataclasses.asdict(cfg.data)
         entry = {
             "after": start,
+            "rows": rows,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "processes": jax.process_count(),
             "devices": jax.device_count(),
             "data": {name: data[name] for name in _DATA_FIELDS},
             "corpora": [corpus.fingerprint for corpus in corpora],
         }
+        config = config_to_json(cfg)
         content = {
-            "config": config_to_json(cfg),
+            "config": config,
             "tokenizer": tokenizer_identity(corpora[0].tokenizer),
             **environment(mesh),
-            "runs": [*before.get("runs", []), entry],
+            "runs": _with_start(before, entry, config),
         }
         file = cls(workdir, goodput, content)
         file.write()
@@ -95,13 +101,17 @@ class RunFile:
             self.write()
 
 
-def _read(path: epath.Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is none that can be read."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
-    except (OSError, ValueError):
-        return {}
+def _with_start(
+    before: dict[str, Any], entry: dict[str, Any], config: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The starts of a run and a new one; a config is written where it differs."""
+    starts = [*starts_with_configs(before), {**entry, "config": config}]
+    for last, start in reversed(list(itertools.pairwise(starts))):
+        if start["config"] in (None, last["config"]):
+            del start["config"]
+    if starts[0]["config"] is None:
+        del starts[0]["config"]
+    return starts
 
 
 def identity(workdir: epath.Path) -> str:

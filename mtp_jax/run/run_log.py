@@ -4,6 +4,7 @@
 TensorBoard gets the same scalars.
 """
 
+import contextlib
 import json
 import math
 import time
@@ -12,6 +13,8 @@ from typing import Any
 import jax
 from etils import epath
 
+from mtp_jax.run.screen import Screen
+from mtp_jax.run.tensorboard import TensorBoardFile
 from mtp_jax.storage import is_remote, write_atomically
 
 _REMOTE_EVERY_S = 30.0
@@ -20,9 +23,12 @@ _REMOTE_EVERY_S = 30.0
 class RunLog:
     """The log files of a workdir; only process 0 writes."""
 
-    def __init__(self, workdir: epath.Path, start_step: int, tensorboard: bool):
+    def __init__(
+        self, workdir: epath.Path, start_step: int, tensorboard: bool, screen: Screen
+    ):
         """Opens them, and drops records after `start_step`: those steps come again."""
         self._active = jax.process_index() == 0
+        self.screen = screen
         self._files: dict[str, Any] = {}
         self._tensorboard = None
         if not self._active:
@@ -31,11 +37,7 @@ class RunLog:
             _keep_until(workdir / name, start_step)
             self._files[name] = _Lines(workdir / name)
         if tensorboard:
-            from tensorboardX import SummaryWriter  # over a second to import
-
-            self._tensorboard = SummaryWriter(
-                str(workdir / "tensorboard"), purge_step=start_step + 1
-            )
+            self._tensorboard = TensorBoardFile(workdir / "tensorboard", start_step)
 
     def write(self, name: str, record: dict[str, Any]) -> None:
         """Appends a record to a file, and its numbers to TensorBoard."""
@@ -46,12 +48,12 @@ class RunLog:
         self._files[name].add(json.dumps(plain, allow_nan=False) + "\n")
         if self._tensorboard is not None:
             group = name.removesuffix(".jsonl")
-            for key, value in record.items():
-                if key != "step" and isinstance(value, (int, float)):
-                    self._tensorboard.add_scalar(
-                        f"{group}/{key}", value, record["step"]
-                    )
-            self._tensorboard.flush()
+            scalars = {
+                f"{group}/{key}": value
+                for key, value in record.items()
+                if key != "step" and isinstance(value, (int, float))
+            }
+            self._tensorboard.add(record["step"], scalars)
 
     def sync(self) -> None:
         """Writes to the files what an object store has not got yet."""
@@ -60,15 +62,16 @@ class RunLog:
 
     def say(self, line: str) -> None:
         """Prints a line for people on stdout."""
-        if self._active:
-            print(line, flush=True)
+        self.screen.say(line)
 
     def close(self) -> None:
         """Writes what is left, and closes the files."""
-        for file in self._files.values():
-            file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        self.screen.close()
+        with contextlib.ExitStack() as stack:  # all of them, also if the disk is full
+            for file in self._files.values():
+                stack.callback(file.close)
+            if self._tensorboard is not None:
+                stack.callback(self._tensorboard.close)
 
 
 class _Lines:
@@ -103,8 +106,9 @@ class _Lines:
             self._written = time.monotonic()
 
     def close(self) -> None:
-        self.sync()
-        if self._file is not None:
+        if self._file is None:
+            self.sync()
+        else:
             self._file.close()
 
 

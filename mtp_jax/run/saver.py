@@ -1,6 +1,6 @@
 """Checkpoints of a run: when one is due, what goes into it, and where it goes."""
 
-import sys
+from collections.abc import Callable
 from typing import Any
 
 from mtp_jax.checkpoint.checkpoints import Checkpoints
@@ -8,6 +8,7 @@ from mtp_jax.checkpoint.local import LocalCheckpoints
 from mtp_jax.config import Config, config_to_json
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.tokenizer import tokenizer_identity
+from mtp_jax.errors import warn
 from mtp_jax.run.goodput import Goodput
 from mtp_jax.run.run_log import RunLog
 from mtp_jax.training.train_step import TrainState
@@ -21,13 +22,16 @@ class Saver:
         cfg: Config,
         corpora: list[Corpus],
         *,
+        rows_at: Callable[[int], int],
         durable: Checkpoints,
         local: LocalCheckpoints | None,
         log: RunLog,
         goodput: Goodput,
     ):
+        """`rows_at` gives the rows that are consumed after a step."""
         self._cfg = cfg
         self._corpora = corpora
+        self._rows_at = rows_at
         self._durable = durable
         self._local = local
         self._log = log
@@ -75,13 +79,12 @@ class Saver:
         assert self._local is not None
         try:
             with self._goodput.spent("save"):
-                self._local.save(step, state, self._goodput.seconds())
+                about = {**self._goodput.seconds(), "rows": self._rows_at(step)}
+                self._local.save(step, state, about)
         except OSError as error:
-            print(
+            warn(
                 f"mtp_jax: no more local checkpoints: {error.strerror} in "
-                f"config.checkpoint.local_dir ({self._cfg.checkpoint.local_dir})",
-                file=sys.stderr,
-                flush=True,
+                f"config.checkpoint.local_dir ({self._cfg.checkpoint.local_dir})"
             )
             self._local = None
 
@@ -90,7 +93,7 @@ class Saver:
         splits = [corpus.manifest["splits"]["train"] for corpus in self._corpora]
         return {
             "config": config_to_json(self._cfg),
-            "data": {"batches": step, "corpora": splits},
+            "data": {"batches": step, "rows": self._rows_at(step), "corpora": splits},
             "tokenizer": tokenizer_identity(self._corpora[0].tokenizer),
             "seconds": self._goodput.seconds(),
         }

@@ -14,9 +14,9 @@ from mtp_jax.checkpoint.checkpoints import (
     state_from_items,
 )
 from mtp_jax.checkpoint.local import LocalCheckpoints
-from mtp_jax.config import Config
+from mtp_jax.config import Config, config_from_json
 from mtp_jax.distributed import hosts
-from mtp_jax.errors import RunFailed
+from mtp_jax.errors import RunFailed, UserError, say
 from mtp_jax.parallel.sharding import abstract_tree
 from mtp_jax.run.goodput import Goodput
 from mtp_jax.run.run_file import identity
@@ -29,6 +29,7 @@ class Start:
 
     state: TrainState
     step: int  # steps done before
+    rows: int  # rows consumed before
     seconds: dict[str, float]  # `Goodput.seconds` when it was saved; empty if new
 
 
@@ -39,7 +40,7 @@ def open_local(
     if not cfg.checkpoint.local_dir:
         return None
     devices = [int(device.id) for device in mesh.devices.flat]
-    setting = f"{cfg.model} {dict(mesh.shape)} {devices}"
+    setting = f"{cfg.model} {dict(mesh.shape)} {devices} with rows"
     return LocalCheckpoints(cfg.checkpoint, identity(workdir), setting)
 
 
@@ -56,22 +57,27 @@ def restore_or_init(
       UserError: a checkpoint does not fit the config, or none can be read.
     """
     init = make_init(cfg)
-    key = jax.random.key(cfg.train.seed)
+    # Runs of before, whose larger seeds were cut to 32 bits, go on as they were.
+    key = jax.random.key(cfg.train.seed % 2**32)
     newest = max(durable.steps(), default=0)
     if local is not None:
         shapes = jax.eval_shape(init, key)
         abstract = abstract_tree(shapes, jax.sharding.get_mesh())
         step = local.newest(newest, abstract)
         if step > newest:
-            state, seconds = local.restore(step, abstract)
-            return Start(state, step, seconds)
+            state, about = local.restore(step, abstract)
+            return Start(state, step, int(about.pop("rows")), about)
         local.drop_after(newest)
     if newest:
         return _restore(durable, jax.eval_shape(init, key))
+    if cfg.train.seed >= 2**32:
+        raise UserError(
+            f"config.train.seed is {cfg.train.seed}; it must be 0 to 2^32 - 1."
+        )
     with goodput.spent("compile"):
         compile_on_all(init, key)
     with goodput.spent("start"):
-        return Start(init(key), 0, {})
+        return Start(init(key), 0, 0, {})
 
 
 def compile_on_all(function: Any, *args: Any) -> None:
@@ -90,6 +96,16 @@ def _restore(durable: Checkpoints, shapes: TrainState) -> Start:
             "command again, and it goes on from the checkpoint before"
         ) from error
     for other in damaged:
-        print(f"mtp_jax: moved it to {durable.set_aside(other)}", flush=True)
-    seconds = durable.saved_metadata(step).get("seconds", {})
-    return Start(state_from_items(items), step, seconds)
+        say(f"mtp_jax: moved it to {durable.set_aside(other)}")
+    metadata = durable.saved_metadata(step)
+    seconds = metadata.get("seconds", {})
+    return Start(state_from_items(items), step, _rows_consumed(metadata), seconds)
+
+
+def _rows_consumed(metadata: dict[str, Any]) -> int:
+    """Rows consumed before a checkpoint; earlier versions saved batches of one size."""
+    data = metadata["data"]
+    if "rows" in data:
+        return int(data["rows"])
+    config = config_from_json(metadata["config"], "the checkpoint")
+    return int(data["batches"]) * config.data.batch_size

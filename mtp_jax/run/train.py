@@ -15,10 +15,10 @@ from mtp_jax import __version__
 from mtp_jax.config import Config, ModelConfig, config_from_json
 from mtp_jax.data.batches import open_sources
 from mtp_jax.data.corpus import Corpus
-from mtp_jax.data.tokenizer import Tokenizer, save_tokenizer
+from mtp_jax.data.tokenizer import save_tokenizer
 from mtp_jax.distributed import hosts
 from mtp_jax.distributed.cluster import ProcessInfo
-from mtp_jax.errors import UserError
+from mtp_jax.errors import UserError, disk_errors_told
 from mtp_jax.model.attention import check_attention
 from mtp_jax.parallel.sharding import check_divisible, make_mesh
 from mtp_jax.run.loop import run
@@ -34,11 +34,12 @@ def train(
 ) -> None:
     """Trains a model, or goes on where the workdir's newest checkpoint stands.
 
-    Checks everything that can be checked before it changes anything. To be called in
-    the main thread, as it takes SIGTERM to mean: save and stop. It turns on JAX's
-    compilation cache, by `config.train.compilation_cache`. In a process that is one of
-    several, it can be called once: the processes part at the end, and if one fails, all
-    end.
+    Checks everything that can be checked before it changes anything, but for the
+    secret of several hosts, which process 0 writes into the workdir. To be called in
+    the main thread, as until it returns SIGTERM, SIGHUP and Ctrl-C mean: save and stop.
+    It turns on JAX's compilation cache, by `config.train.compilation_cache`. In a
+    process that is one of several, it can be called once: the processes part at the
+    end, and if one fails, all end.
 
     Args:
       config: the run, from `mtp_jax.config.freeze`.
@@ -48,33 +49,35 @@ def train(
 
     Raises:
       UserError: the config, the corpora, the devices and the workdir do not go
-        together, another process trains there, or the disk is full.
+        together, another process trains there, or the disk is full or read-only.
       RunFailed: the run cannot go on, as after too many non-finite steps in a row.
     """
-    try:
-        _train(config, os.fspath(workdir), cluster)
-        hosts.leave()
-    except BaseException as error:
-        hosts.fail(error)  # of several hosts, all end
-        raise
+    with hosts.heeding_signals():
+        try:
+            with disk_errors_told(workdir):
+                _train(config, os.fspath(workdir), cluster)
+            hosts.leave()
+        except BaseException as error:
+            hosts.fail(error)  # of several hosts, all end
+            raise
 
 
 def _train(cfg: Config, name: str, cluster: ProcessInfo | None) -> None:
-    _start_jax(cfg, cluster)
+    workdir = workdir_at(name)
+    _start_jax(cfg, cluster, workdir)
     mesh = make_mesh(cfg.mesh)
     check_divisible(cfg, mesh)
     check_attention(cfg, mesh)
-    workdir = workdir_at(name)
     part = (jax.process_index(), jax.process_count())
-    corpora = open_sources(cfg, part=part)
-    _refuse_another_run(cfg.model, corpora[0].tokenizer, workdir)
+    tokenizer = _tokenizer_of_run(cfg.model, workdir)
+    corpora = open_sources(cfg, part=part, tokenizer=tokenizer)
     _refuse_nothing_held_out(cfg, corpora)
     _prepare_workdir(workdir, corpora)
     with _lock_for_all(workdir) or contextlib.nullcontext(), jax.set_mesh(mesh):
         run(cfg, workdir, mesh, corpora)
 
 
-def _start_jax(cfg: Config, where: ProcessInfo | None) -> None:
+def _start_jax(cfg: Config, where: ProcessInfo | None, workdir: epath.Path) -> None:
     """Starts the runtime of this process, alone or with the other hosts."""
     if cfg.train.compilation_cache:
         cache = os.path.expanduser(cfg.train.compilation_cache)
@@ -86,7 +89,8 @@ def _start_jax(cfg: Config, where: ProcessInfo | None) -> None:
         "jax": jax.__version__,
         "config": hashlib.sha256(text.encode()).hexdigest()[:12],
     }
-    hosts.join(where, cfg.train.join_timeout_s, cfg.train.host_timeout_s, about)
+    limits_s = cfg.train.join_timeout_s, cfg.train.host_timeout_s
+    hosts.join(where, *limits_s, about, workdir)
 
 
 def _refuse_nothing_held_out(cfg: Config, corpora: list[Corpus]) -> None:
@@ -98,15 +102,17 @@ def _refuse_nothing_held_out(cfg: Config, corpora: list[Corpus]) -> None:
         )
 
 
-def _refuse_another_run(
-    model: ModelConfig, tokenizer: Tokenizer, workdir: epath.Path
-) -> None:
-    """Raises UserError if the workdir's run has another model or tokenizer."""
+def _tokenizer_of_run(model: ModelConfig, workdir: epath.Path) -> str | None:
+    """The fingerprint of the tokenizer of the workdir's run, None if it holds no run.
+
+    Raises:
+      UserError: it is a run of another model.
+    """
     path = workdir / "run.json"
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file; give a folder.")
     if not path.exists():
-        return
+        return None
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
         written, fingerprint = run["config"], run["tokenizer"]["fingerprint"]
@@ -124,11 +130,7 @@ def _refuse_another_run(
             f"--workdir={workdir} holds a run of another model: {'; '.join(rows)}. "
             "Choose another workdir, or the config of that run."
         )
-    if fingerprint != tokenizer.fingerprint:
-        raise UserError(
-            f"--workdir={workdir} holds a run with another tokenizer than the corpora "
-            "of config.data.sources; choose another workdir, or that run's corpora."
-        )
+    return fingerprint
 
 
 def _prepare_workdir(workdir: epath.Path, corpora: list[Corpus]) -> None:

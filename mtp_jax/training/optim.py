@@ -10,18 +10,38 @@ from mtp_jax.config import OptimConfig
 
 
 def learning_rate(cfg: OptimConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up, then a cosine to decay_ratio x peak at the last step.
+    """Linear warm-up, then `cfg.schedule`, to decay_ratio x peak at the last step.
 
     The first step (count 0) already takes 1 / warmup_steps of the peak.
     """
-    curve = optax.warmup_cosine_decay_schedule(
+    curve = _cosine if cfg.schedule == "cosine" else _warmup_stable_decay
+    rate = curve(cfg, max(steps, cfg.warmup_steps + 1))
+    return lambda count: rate(jnp.asarray(count) + 1)
+
+
+def _cosine(cfg: OptimConfig, steps: int) -> optax.Schedule:
+    """Half a cosine from the end of the warm-up to the last step."""
+    return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=cfg.peak_lr,
         warmup_steps=cfg.warmup_steps,
-        decay_steps=max(steps, cfg.warmup_steps + 1),
+        decay_steps=steps,
         end_value=cfg.peak_lr * cfg.decay_ratio,
     )
-    return lambda count: curve(jnp.asarray(count) + 1)
+
+
+def _warmup_stable_decay(cfg: OptimConfig, steps: int) -> optax.Schedule:
+    """The peak, and over the last steps a line (arXiv:2405.18392, section 3)."""
+    after_warmup = steps - cfg.warmup_steps
+    falling = min(max(round(cfg.decay_share * steps), 1), after_warmup)
+    decay = optax.linear_schedule(
+        init_value=cfg.peak_lr,
+        end_value=cfg.peak_lr * cfg.decay_ratio,
+        transition_steps=falling,
+        transition_begin=after_warmup - falling,
+    )
+    warmup = optax.linear_schedule(0.0, cfg.peak_lr, cfg.warmup_steps)
+    return optax.join_schedules([warmup, decay], [cfg.warmup_steps])
 
 
 def is_decayed(params: Any) -> Any:

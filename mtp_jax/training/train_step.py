@@ -18,6 +18,7 @@ from mtp_jax.loss.targets import target_counts
 from mtp_jax.loss.weights import head_weights
 from mtp_jax.model.language_model import model_builder
 from mtp_jax.training.optim import learning_rate, make_optimizer
+from mtp_jax.training.wide import join, split
 
 Batch = dict[str, jax.Array]
 
@@ -32,8 +33,10 @@ class TrainState:
     # Of whatever a run draws at random besides its parameters, uint32 [2]. Plain data:
     # a typed key costs Python at every call of the step; `wrap_key_data` makes it one.
     key: jax.Array
-    params: Any
-    opt_state: optax.OptState
+    params: Any  # in config.model.param_dtype
+    opt_state: optax.OptState  # float32
+    # Bits of the float32 weights that `params` lack, int16; None if those are float32.
+    rounded_off: Any = None
 
 
 def make_init(cfg: Config) -> Callable[[jax.Array], TrainState]:
@@ -41,20 +44,22 @@ def make_init(cfg: Config) -> Callable[[jax.Array], TrainState]:
 
     `jax.eval_shape(init, key)` gives the shapes and shardings of a state.
     """
-    init_params, _ = model_builder(cfg.model)
+    init_wide, _ = model_builder(dataclasses.replace(cfg.model, param_dtype="float32"))
     optimizer = make_optimizer(cfg.optim, cfg.train.steps)
 
     @jax.jit
     def init(key: jax.Array) -> TrainState:
         params_key, run_key = jax.random.split(key)
-        params = init_params(params_key)
+        wide = init_wide(params_key)
+        params, rounded_off = split(wide, cfg.model.param_dtype)
         zero = jnp.zeros((), jnp.int32)
         return TrainState(
             step=zero,
             bad_steps=zero,
             key=jax.random.key_data(run_key),
             params=params,
-            opt_state=optimizer.init(params),
+            opt_state=optimizer.init(wide),
+            rounded_off=rounded_off,
         )
 
     return init
@@ -66,7 +71,7 @@ def make_gradients(
     """`gradients(params, batch) -> (loss, sums, grads)` of a global batch, not jitted.
 
     A batch holds tokens, segments and positions, int32 [A, B, S]. The microbatches run
-    one after another, and what they give is added up.
+    one after another, and what they give is added up. Gradients are float32.
     """
     _, build = model_builder(cfg.model)
     n = cfg.model.n_future_tokens
@@ -92,8 +97,7 @@ def make_gradients(
         wide = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
         rows = {k: batch[k] for k in ("tokens", "segments", "positions")}
         start = (jnp.zeros(()), no_sums(n), wide)
-        loss, sums, grads = jax.lax.scan(add_microbatch, start, rows)[0]
-        return loss, sums, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+        return jax.lax.scan(add_microbatch, start, rows)[0]
 
     return gradients
 
@@ -120,18 +124,21 @@ def make_step(
         loss, sums, grads = gradients(state.params, batch)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        before = join(state.params, state.rounded_off)
+        updates, opt_state = optimizer.update(grads, state.opt_state, before)
+        after = optax.apply_updates(before, updates)
 
         def unless_bad(new, old):
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
+        params, rounded_off = split(unless_bad(after, before), cfg.model.param_dtype)
         new_state = TrainState(
             step=state.step + 1,
             bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
             key=state.key,
-            params=unless_bad(params, state.params),
+            params=params,
             opt_state=unless_bad(opt_state, state.opt_state),
+            rounded_off=rounded_off,
         )
         metrics = {
             **summarize(sums),

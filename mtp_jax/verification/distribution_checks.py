@@ -43,7 +43,8 @@ def _furthest(subject: Subject, prompts: int) -> Furthest:
     cfg, settings = subject.exact_cfg, subject.settings
     right = [subject.right_distribution(number) for number in range(prompts)]
     with jax.set_mesh(subject.mesh):
-        programs = Programs(cfg, subject.tokenizer.eos_id)
+        tokenizer = subject.tokenizer
+        programs = Programs(cfg, tokenizer.eos_id, tokenizer.vocab_size)
         params = unstack(cfg, subject.params)
 
     def furthest(decoder: Decoder, heads: int, count: int) -> float:

@@ -39,11 +39,13 @@ class TooManyDraws(Exception):
     """Enumerating would take more rows than allowed."""
 
 
-def head_one(cfg: ModelConfig, params: Any) -> NextLogits:
+def head_one(cfg: ModelConfig, params: Any, ids: int | None = None) -> NextLogits:
     """Returns `f(rows) -> [B, V]`, logits of the token after each row, as in training.
 
-    They are float32; rows are token ids from begin of text on. Takes parameters as
-    `model_builder` makes them. Needs the mesh to be set.
+    They are float32; rows are token ids from begin of text on. There are tokens for the
+    first `ids` ids, or for all: the others have logits of -inf, as in decoding, where
+    training has finite ones. Takes parameters as `model_builder` makes them. Needs the
+    mesh to be set.
     """
     cfg = cfg.keep_heads(1)
     params = {**params, "heads": jax.tree.map(lambda w: w[:1], params["heads"])}
@@ -80,7 +82,10 @@ def head_one(cfg: ModelConfig, params: Any) -> NextLogits:
                 length_B[b] = len(row)
             predicted_BV = after(params, put(tokens_BT), put(length_B))
             logits.append(np.asarray(predicted_BV)[: len(now)])
-        return np.concatenate(logits)
+        logits_BV = np.concatenate(logits)
+        if ids is not None and ids < cfg.vocab_size:
+            logits_BV[:, ids:] = -np.inf
+        return logits_BV
 
     return call
 
@@ -91,7 +96,7 @@ def next_distribution(logits_V: np.ndarray, text: Sequence[int], sampling: Sampl
     seen = np.unique(np.asarray(text, np.int64))
     penalty = sampling.repetition_penalty
     logits_V[seen] *= np.where(logits_V[seen] > 0, 1 / penalty, penalty)
-    if sampling.temperature == 0:
+    if sampling.greedy:
         return np.eye(len(logits_V))[np.argmax(logits_V)]
     logits_V = logits_V / np.float32(sampling.temperature)
     order = np.argsort(-logits_V, kind="stable")

@@ -74,7 +74,8 @@ class Subject:
             prompt[-lengths[i % len(lengths)] :] for i, prompt in enumerate(whole)
         ]
         with jax.set_mesh(self.mesh):
-            self.next_logits = head_one(self.exact_cfg, self.params)
+            ids = self.tokenizer.vocab_size
+            self.next_logits = head_one(self.exact_cfg, self.params, ids)
 
     def ids(self, number: int) -> list[int]:
         """A prompt's token ids, begin of text first."""

@@ -106,11 +106,12 @@ class Beam:
         others = [heads_BND[:, i : i + 1] for i in range(1, len(model.heads))]
         bonus_R1 = self._lookahead(model, others, start_R[:, None])
         root_R1 = start_R[:, None]  # any token will do: the root has no children
-        return self._advance(state, logits_R1V, bonus_R1, default_tree(0), root_R1)[0]
+        top = self._continuations(model, logits_R1V)
+        return self._advance(state, top, bonus_R1, default_tree(0), root_R1)[0]
 
     def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
         """Reads the trees, and advances the beams as far as they reach."""
-        tree = _tree(depth, model.cfg.vocab_size)
+        tree = _tree(depth, model.choices)
         held = dataclasses.replace(state, carry=state.carry.drafts_RMI)
         out = read_nodes(model, held, tree)
         others, cache = [], out.cache
@@ -121,9 +122,8 @@ class Beam:
         tokens_RW = out.new.tokens_BW
         bonus_RW = self._lookahead(model, others, tokens_RW)
         state = dataclasses.replace(state, cache=cache)
-        after, row_R, last_R = self._advance(
-            state, out.logits_BWV, bonus_RW, tree, tokens_RW
-        )
+        top = self._continuations(model, out.logits_BWV)
+        after, row_R, last_R = self._advance(state, top, bonus_RW, tree, tokens_RW)
 
         def follow(row_K, last_K, trunk_KWD, tokens_KW):
             path_KP = jnp.asarray(tree.path_WP)[last_K]
@@ -171,7 +171,7 @@ class Beam:
 
     def _drafts(self, model: DecodeModel, heads_RMD: jax.Array) -> jax.Array:
         """The most likely tokens of each drafting head, best first, [R, M, I]."""
-        ranks = _tree(len(model.heads), model.cfg.vocab_size).ranks
+        ranks = _tree(len(model.heads), model.choices).ranks
         whole = spec("batch", None, None)
         if not heads_RMD.shape[1]:
             shape = (heads_RMD.shape[0], 0, ranks)
@@ -192,10 +192,20 @@ class Beam:
             bonus_RW += self.lookahead * jnp.max(log_p_RWV, axis=-1)
         return bonus_RW
 
+    def _continuations(
+        self, model: DecodeModel, logits_RWV: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Log probabilities of the best continuations and their tokens, [R, W, C]."""
+        whole = spec("batch", None, None)
+        log_p_RWV = jax.nn.log_softmax(jax.sharding.reshard(logits_RWV, whole), axis=-1)
+        # More of one beam than of all of them are never among the best of all.
+        top_RWC, ids_RWC = lax.top_k(log_p_RWV, min(2 * self.beams, model.choices))
+        return top_RWC, ids_RWC
+
     def _advance(
         self,
         state: DecodeState,
-        logits_RWV: jax.Array,
+        top: tuple[jax.Array, jax.Array],
         bonus_RW: jax.Array,
         tree: TokenTree,
         tokens_RW: jax.Array,
@@ -205,13 +215,7 @@ class Beam:
         Returns the state, its cache in the order of the new beams, and for each of them
         the row and the node that its last token comes after.
         """
-        whole, carry = spec("batch", None, None), state.carry
-        logits_RWV = jax.sharding.reshard(logits_RWV, whole)
-        log_p_RWV = jax.nn.log_softmax(logits_RWV, axis=-1)
-        # More of one beam than of all of them are never among the best of all.
-        top_RWC, ids_RWC = lax.top_k(
-            log_p_RWV, min(2 * self.beams, log_p_RWV.shape[-1])
-        )
+        carry = state.carry
         forward_R = jnp.zeros_like(state.length_B) + (state.forward + 1)
 
         def one(carry, text_KFE, length_K, limit_K, done_K, forward_K, nodes):
@@ -246,7 +250,7 @@ class Beam:
                 state.limit_B,
                 state.done_B,
                 forward_R,
-                (top_RWC, ids_RWC, bonus_RW, tokens_RW),
+                (*top, bonus_RW, tokens_RW),
             )
         )
         seen_BV = state.seen_BV

@@ -148,7 +148,7 @@ class Dynamo:
         else:
             index_B = sampler.sample(weight_BX[:, None])[:, 0]
         n = len(model.heads)
-        counts = self._counts(target_BV.shape[-1], heads_BND.shape[1])
+        counts = self._counts(model.choices, heads_BND.shape[1])
         tokens_BN, q_BN = _tokens(n, counts, weight_BX, level_B, ids_BNK, index_B)
         if state.sampling.greedy:
             q_BN = jnp.ones_like(q_BN)
@@ -159,16 +159,18 @@ class Dynamo:
         deviated_BN = jnp.pad(deviates_B1, ((0, 0), (0, n - 1)))
         after = commit(state, tokens_BN, level_B, level_B - 1, deviated_BN)
         new_B = after.length_B - state.length_B
-        carry = _Unread(new_B, q_BN, state.seen_BV)
-        if state.carry is not None:  # a text that has ended is read again as it is
-            carry = jax.tree.map(
+        carry, keys = _Unread(new_B, q_BN, state.seen_BV), sampler.next_keys()
+        if state.carry is not None:
+            # A text that has ended is read again as it is, and with the same draws.
+            carry, at_B, drawn_B = jax.tree.map(
                 lambda new, old: jnp.where(_like(new_B > 0, new), new, old),
-                carry,
-                state.carry,
+                (carry, keys.at_B, keys.drawn_B),
+                (state.carry, state.keys.at_B, state.keys.drawn_B),
             )
+            keys = dataclasses.replace(keys, at_B=at_B, drawn_B=drawn_B)
         else:
             carry = dataclasses.replace(carry, count_B=jnp.maximum(new_B, 1))
-        return dataclasses.replace(after, carry=carry, keys=sampler.next_keys())
+        return dataclasses.replace(after, carry=carry, keys=keys)
 
     def _counts(self, vocab: int, n: int) -> dict[int, int]:
         """Candidates of each head, by the length of a run."""
@@ -184,7 +186,7 @@ class Dynamo:
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The weights to draw from, the length of the run, and the candidates."""
         _, n, vocab = probs_BNV.shape
-        counts = self._counts(vocab, n)
+        counts = self._counts(model.choices, n)
         most = max(counts.values(), default=1)
         places = max([vocab, *(k**m for m, k in counts.items())])
 

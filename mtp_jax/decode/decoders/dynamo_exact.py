@@ -79,7 +79,7 @@ class DynamoExact:
         )
         tokens, distributions = [], []
         for i in range(probs_BMV.shape[1]):
-            q_BV = self._corrected(model.tables, before_B, last_B, probs_BMV[:, i])
+            q_BV = self._corrected(model, before_B, last_B, probs_BMV[:, i])
             if state.sampling.greedy:
                 q_BV = jax.nn.one_hot(jnp.argmax(q_BV, axis=-1), q_BV.shape[-1])
             before_B, last_B = last_B, choose_from(q_BV[:, None], state, sampler)[:, 0]
@@ -96,9 +96,9 @@ class DynamoExact:
         """Accepts or rejects drafts by the rule of `speculative.accept`."""
         return speculative.accept(p_BNV, q_BMV, drafts_BM, sampler)
 
-    def _corrected(self, tables, before_B, last_B, probs_BV):
+    def _corrected(self, model, before_B, last_B, probs_BV):
         """The distribution of a draft after two tokens, float32 [B, V]."""
-        k = min(self.candidates, probs_BV.shape[-1])
+        k = min(self.candidates, model.choices)
 
         def one(tables, before, last, probs_V):
             probs_K, ids_K = lax.top_k(probs_V, k)
@@ -114,4 +114,5 @@ class DynamoExact:
             out_specs=row,
         )
         before_B, last_B = (jax.sharding.reshard(x, each) for x in (before_B, last_B))
-        return rows(tables, before_B, last_B, jax.sharding.reshard(probs_BV, row))
+        probs_BV = jax.sharding.reshard(probs_BV, row)
+        return rows(model.tables, before_B, last_B, probs_BV)

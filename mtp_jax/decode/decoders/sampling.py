@@ -10,28 +10,40 @@ import jax.numpy as jnp
 
 from mtp_jax.errors import UserError
 
+# Logits over a temperature and a penalty stay within float32 between these.
+_COLDEST, _HOTTEST, _STRONGEST = 1e-20, 1e30, 1e10
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """A user's sampling settings, applied in the order of Hugging Face's generate."""
+    """A user's sampling settings, applied in the order of Hugging Face's generate.
+
+    Raises:
+      UserError: a setting out of range, by its name.
+    """
 
     repetition_penalty: float = 1.0  # 1: none (CTRL, arXiv:1909.05858, section 4.1)
-    temperature: float = 0.0  # 0: the most likely token
+    temperature: float = 0.0  # 0, or less than 1e-20: the most likely token
     top_k: int = 0  # only the so many most likely; 0: all
     top_p: float = 1.0  # only the fewest that have this share (arXiv:1904.09751)
     seed: int = 0
 
     def __post_init__(self):
         _require(self.temperature >= 0, "temperature", self.temperature, "0 or more")
-        _require(self.top_k >= 0, "top_k", self.top_k, "0 (all) or more")
+        _require(0 <= self.top_k < 2**31, "top_k", self.top_k, "0 (all) to 2^31 - 1")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _require(
-            self.repetition_penalty > 0,
+            1 / _STRONGEST <= self.repetition_penalty <= _STRONGEST,
             "repetition_penalty",
             self.repetition_penalty,
-            "above 0",
+            f"above 0, {1 / _STRONGEST:g} to {_STRONGEST:g}",
         )
         _require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
+
+    @property
+    def greedy(self) -> bool:
+        """True if nothing is drawn: the next token is the most likely one."""
+        return self.temperature < _COLDEST
 
 
 def _require(ok: bool, name: str, value: float, right: str) -> None:
@@ -58,12 +70,13 @@ def sampling_arrays(sampling: Sampling, vocab_size: int) -> SamplingArrays:
     """Turns settings into arrays of one value each."""
     return SamplingArrays(
         penalty=jnp.float32(sampling.repetition_penalty),
-        temperature=jnp.float32(sampling.temperature or 1.0),
+        temperature=jnp.float32(
+            1.0 if sampling.greedy else min(sampling.temperature, _HOTTEST)
+        ),
         top_k=jnp.int32(sampling.top_k or vocab_size),
         top_p=jnp.float32(sampling.top_p),
-        greedy=sampling.temperature == 0,
-        filtered=sampling.temperature > 0
-        and (sampling.top_k > 0 or sampling.top_p < 1),
+        greedy=sampling.greedy,
+        filtered=not sampling.greedy and (sampling.top_k > 0 or sampling.top_p < 1),
         penalized=sampling.repetition_penalty != 1,
     )
 
@@ -118,24 +131,35 @@ def _filter(sampling: SamplingArrays, logits_BWV: jax.Array) -> jax.Array:
 class RandomKeys:
     """Random keys of a batch: the source of the draws of each text.
 
-    Ordinarily draws depend on the text's key and the position in it alone, not on the
-    other texts of a batch. For proofs, `forced` prescribes every draw: its j-th column
-    is the rank, by likelihood, of the result of the j-th draw of a forward pass;
-    `log_prob` adds up the log probabilities of these results.
+    Each draw has a key of its own: it is made of the text's key, the length of the text
+    and the number of the draw at that length, which is counted here, whoever draws. So
+    draws do not depend on the other texts of a batch.
+
+    For proofs, `forced` prescribes every draw: its j-th column is the rank, by
+    likelihood, of the result of the j-th draw of a forward pass; `log_prob` adds up the
+    log probabilities of these results.
     """
 
     key_B2: jax.Array  # uint32
     forced_BJ: jax.Array | None = None  # int32
     log_prob_B: jax.Array | None = None  # float32
+    at_B: jax.Array | None = None  # length at which was drawn last, int32; 0: none yet
+    drawn_B: jax.Array | None = None  # draws at that length so far, int32
 
 
 class Sampler:
-    """Makes the random draws of one forward pass, in the order they are asked for."""
+    """Makes random draws for texts of these lengths, in the order they are asked for.
+
+    Whoever draws next goes on with `next_keys`, so that no draw is made again.
+    """
 
     def __init__(self, keys: RandomKeys, length_B: jax.Array):
         self._keys = keys
         self._length_B = length_B
-        self._asked = 0  # known while tracing: every pass asks for the same
+        self._asked = 0  # by this sampler; known while tracing
+        self._before_B = jnp.zeros_like(length_B)  # draws of others at these lengths
+        if keys.at_B is not None and keys.drawn_B is not None:
+            self._before_B = jnp.where(keys.at_B == length_B, keys.drawn_B, 0)
 
     def sample(self, probs_BWV: jax.Array) -> jax.Array:
         """Draws an index from each distribution, independently, int32 [B, W].
@@ -147,13 +171,14 @@ class Sampler:
             return self._forced(probs_BWV, width)
         self._asked += 1
 
-        def one(key_2, length, probs_WV):
+        def one(key_2, length, number, probs_WV):
             key = jax.random.wrap_key_data(key_2)
-            key = jax.random.fold_in(jax.random.fold_in(key, length), self._asked)
+            key = jax.random.fold_in(jax.random.fold_in(key, length), number)
             noise_WV = jax.random.gumbel(key, probs_WV.shape)
             return jnp.argmax(jnp.log(probs_WV) + noise_WV, axis=-1).astype(jnp.int32)
 
-        return jax.vmap(one)(self._keys.key_B2, self._length_B, probs_BWV)
+        number_B = self._before_B + self._asked
+        return jax.vmap(one)(self._keys.key_B2, self._length_B, number_B, probs_BWV)
 
     def _forced(self, probs_BWV: jax.Array, width: int) -> jax.Array:
         """Gives the prescribed indices, and adds up their log probabilities."""
@@ -170,8 +195,12 @@ class Sampler:
         return index_BW1[..., 0].astype(jnp.int32)
 
     def next_keys(self) -> RandomKeys:
-        """The random keys of the next forward pass."""
-        return self._keys
+        """The random keys of whoever draws next: they know what was drawn."""
+        if self._keys.forced_BJ is not None or not self._asked:
+            return self._keys
+        return dataclasses.replace(
+            self._keys, at_B=self._length_B, drawn_B=self._before_B + self._asked
+        )
 
 
 def most_likely(logits_BTV: jax.Array) -> jax.Array:

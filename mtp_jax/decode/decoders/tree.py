@@ -66,7 +66,7 @@ class Tree:
         return len(self.used(n).paths)
 
     def used(self, heads: int, vocab: int | None = None) -> TokenTree:
-        """The tree of a model with so many heads and tokens."""
+        """The tree of a model with so many heads, and tokens to choose from."""
         tree = default_tree(heads - 1) if self.given is None else self.given
         return tree.cut(heads - 1, tree.ranks if vocab is None else vocab)
 
@@ -78,7 +78,7 @@ class Tree:
 
     def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
         """Reads the tree, commits its longest accepted path and one token more."""
-        tree = self.used(depth, model.cfg.vocab_size)
+        tree = self.used(depth, model.choices)
         out = read_nodes(model, state, tree)
         sampler = Sampler(state.keys, state.length_B)
         end_B, next_B1 = exact_path(state, tree, out, sampler)
@@ -94,7 +94,7 @@ class Tree:
     ) -> jax.Array:
         """The most likely tokens of each drafting head, best first, int32 [B, M, K]."""
         del state, sampler
-        ranks = self.used(len(model.heads), model.cfg.vocab_size).ranks
+        ranks = self.used(len(model.heads), model.choices).ranks
         return _candidates(model, heads_BMD, ranks)
 
 

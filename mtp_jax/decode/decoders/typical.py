@@ -74,7 +74,7 @@ class Typical:
         """Reads the tree, commits its longest accepted path and one token more."""
         if state.sampling.greedy:
             return self.exact.step(model, state, depth)
-        tree = self.exact.used(depth, model.cfg.vocab_size)
+        tree = self.exact.used(depth, model.choices)
         out = read_nodes(model, state, tree)
         target_BWV = target_probs(state, out.logits_BWV)
         prob_BW = _of_drafts(tree, out, target_BWV)

@@ -1,0 +1,87 @@
+"""Values of `--config.section.field=value` as people write them."""
+
+import ast
+import decimal
+import pathlib
+import re
+import typing
+from typing import Any
+
+from mtp_jax.config.sections import Config
+
+_MOST_DIGITS = 18
+# An item of a list: quoted, or up to the next comma.
+_ITEM = re.compile(r"""\s*(?:'([^']*)'|"([^"]*)"|([^,]*?))\s*(?:,|$)""")
+
+
+def plain_overrides(arguments: list[str]) -> list[str]:
+    """Returns the arguments, with values as the config library reads them.
+
+    A whole number may be written 1e3; texts in a tuple need no quotes, whatever they
+    look like; a text may have quotes around it.
+    """
+    made = []
+    rest = list(arguments)
+    while rest:
+        name, is_set, value = rest.pop(0).partition("=")
+        hint = _hint_of(name)
+        if not is_set and hint not in (None, bool) and rest:
+            is_set, value = "=", rest.pop(0)
+        made.append(f"{name}={_plain(hint, value)}" if is_set else name)
+    return made
+
+
+def _hint_of(option: str) -> Any:
+    """The type of the field that an option sets; None if it sets none."""
+    match = re.fullmatch(r"--?config\.(\w+)\.(\w+)", option)
+    if match is None:
+        return None
+    section = typing.get_type_hints(Config).get(match[1])
+    return section and typing.get_type_hints(section).get(match[2])
+
+
+def _plain(hint: Any, value: str) -> str:
+    if hint is int:
+        return _whole(value)
+    if hint is str:
+        return _unquoted(value)
+    if hint == tuple[str, ...]:
+        return repr(_texts(value)) if value.strip() else value
+    return value
+
+
+def _whole(value: str) -> str:
+    """A whole number that is written as 1e3 or 2.0, in digits; else the value."""
+    try:
+        number = decimal.Decimal(value)
+        if number.is_finite() and number.adjusted() < _MOST_DIGITS:
+            return str(int(number)) if number == int(number) else value
+    except decimal.InvalidOperation:
+        pass
+    return value
+
+
+def _unquoted(value: str) -> str:
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    return value[1:-1] if quoted else value
+
+
+def _texts(value: str) -> tuple[str, ...]:
+    """Texts from a tuple, a list, or names with commas; a name that exists is one."""
+    value = value.strip()
+    if pathlib.Path(value).exists():
+        return (value,)
+    try:
+        read = ast.literal_eval(value)
+        if isinstance(read, tuple | list) and all(isinstance(x, str) for x in read):
+            return tuple(read)
+    except (SyntaxError, ValueError):
+        pass
+    if (value[0], value[-1]) in (("(", ")"), ("[", "]")):
+        value = value[1:-1].strip().removesuffix(",")
+    items = []
+    end = 0
+    while end < len(value) and (match := _ITEM.match(value, end)):
+        items.append(next(text for text in match.groups() if text is not None))
+        end = match.end()
+    return tuple(items)

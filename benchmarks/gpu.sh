@@ -46,7 +46,8 @@ if [ -n "$wheels" ]; then
     export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 fi
 if [ -n "$rehearse" ]; then
-    export JAX_PLATFORMS=cpu
+    # Nothing is timed for its own sake: programs that compile fast.
+    export JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=0
 else
     # Parts share the device with torch, one after another: no process takes it whole.
     export XLA_PYTHON_CLIENT_MEM_FRACTION=.92

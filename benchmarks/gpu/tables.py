@@ -124,10 +124,8 @@ def _decoding(rows: Sequence[Row]) -> list[str]:
     lines = []
     for name, batch in _DECODED:
         row = _last(rows, "decoding", shape=name, batch=batch)
-        beside = [
-            _number(
-                _last(rows, part, shape=name, batch=batch), "tokens_per_s", "{:,.0f}"
-            )
+        others = [
+            _last(rows, part, shape=name, batch=batch)
             for part in ("torch_decoding", "vllm_decoding")
         ]
         lines.append(

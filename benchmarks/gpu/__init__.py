@@ -1,0 +1,1 @@
+"""Figures of one GPU, a part a module, for `benchmarks/gpu.sh`."""

@@ -252,17 +252,15 @@ def test_a_workdir_that_cannot_be_written_is_told(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_hosts_without_a_common_secret_are_told(tmp_path):
+def test_hosts_without_a_common_secret_are_told(monkeypatch):
     """Host 0 says who came; the other says what is wrong."""
     address = f"127.0.0.1:{free_port()}"
-    worker = [sys.executable, str(ROOT / "tests" / "host_worker.py")]
-    processes = [
-        start(
-            [address, 2, i, 45, 60, "", "sleep"],
-            program=("env", f"{VARIABLE}=sixteen letters {i}", *worker),
-        )
-        for i in range(2)
-    ]
+    worker = (sys.executable, str(ROOT / "tests" / "host_worker.py"))
+    processes = []
+    for i in range(2):
+        monkeypatch.setenv(VARIABLE, f"sixteen letters {i}")
+        args = [address, 2, i, 45, 60, "", "sleep"]
+        processes.append(start(args, program=worker))
 
     (zero, _, heard), (one, _, said) = finish_hosts(processes, timeout_s=120)
 

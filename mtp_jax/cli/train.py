@@ -3,6 +3,7 @@
 from mtp_jax.cli.args import Parser, config_from, config_of_run
 from mtp_jax.config import config_to_python
 from mtp_jax.distributed import cluster
+from mtp_jax.errors import say
 
 
 def main(argv: list[str]) -> int:
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> int:
         print(config_to_python(config))
         return 0
     if where is None or where.process_id == 0:
-        print(f"starting {args.workdir}: reads the corpora, compiles ...", flush=True)
+        say(f"starting {args.workdir}: reads the corpora, compiles ...")
     # Not before the flags are known to be good: this imports JAX.
     from mtp_jax.run.train import train
 

@@ -6,11 +6,11 @@ import errno
 import ipaddress
 import resource
 import socket
-import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from mtp_jax.distributed.secret import VARIABLE, Denied, admit
+from mtp_jax.errors import warn
 
 _LINE_BYTES = 1 << 15  # of a message to the coordinator
 _PROOF_S = 10.0  # for a process to prove that it is one of the run's
@@ -94,12 +94,10 @@ class Gate:
         """Warns of a process with another secret, which may be a host of this run."""
         if not self._warned:
             self._warned = True
-            print(
+            warn(
                 f"mtp-jax: a process on {peer[0] if peer else 'another host'} came "
                 "with another secret and was turned away; hosts of one run share "
-                f"--workdir, or {VARIABLE}",
-                file=sys.stderr,
-                flush=True,
+                f"--workdir, or {VARIABLE}"
             )
 
 

@@ -1,4 +1,4 @@
-"""What Orbax logs, as far as it is news: warnings in a line each, no tracebacks."""
+"""Logs of Orbax, as far as they are news: a warning in a line, and no tracebacks."""
 
 import logging
 

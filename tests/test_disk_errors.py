@@ -78,7 +78,10 @@ def test_scalars_that_do_not_fit_are_an_error_in_the_thread_that_has_them(tmp_pa
         log.close()
 
 
-@pytest.mark.parametrize(("size", "stage"), [("12k", "begins"), ("60k", "step 1/")])
+@pytest.mark.parametrize(
+    ("size", "stage"),
+    [("12k", "begins"), pytest.param("60k", "step 1/", marks=pytest.mark.slow)],
+)
 def test_a_run_on_a_full_disk_ends_with_one_line(size, stage, tmp_path, corpus_dir):
     if subprocess.run(
         ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", tmp_path],

@@ -263,7 +263,12 @@ def test_a_rehearsal_that_is_told_to_end_ends_its_hosts(number, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 0), (signal.SIGHUP, 0)]
+    ("number", "code"),
+    [
+        (signal.SIGKILL, -9),
+        pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 0, marks=pytest.mark.slow),
+    ],
 )
 def test_local_hosts_end_with_their_script(number, code, tmp_path, corpus_dir):
     environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}

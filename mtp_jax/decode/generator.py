@@ -24,12 +24,12 @@ from mtp_jax.decode.decoders.state import Decoder, ReadsTables
 from mtp_jax.decode.fitting import default_decoder, needs_heads
 from mtp_jax.decode.generation import Generation, generation_of
 from mtp_jax.decode.programs import Programs
+from mtp_jax.decode.prompts import as_prompts, check_numbers
 from mtp_jax.decode.text_stream import Continuation, find_stop, settled
 from mtp_jax.errors import UserError
 
 _LOOK = 16  # forward passes between two looks for stop strings
 _MOST_NEW = 2**20  # tokens of a continuation: there is room for all of them at once
-_SEEDS = 2**32  # numbers of prompts
 _GREEDY = Sampling()
 
 
@@ -150,7 +150,7 @@ class Generator:
         stop = [stop] if isinstance(stop, str) else stop
         decoder, heads = self._check(max_new_tokens, decoder, heads, stop, adaptive)
         rows = [self._prompt_ids(prompt) for prompt in as_prompts(prompts)]
-        _check_numbers(first, len(rows))
+        check_numbers(first, len(rows))
         size = len(rows) if batch_size is None else batch_size
         if rows and size < 1:
             raise UserError(f"batch_size is {size}; give at least 1.")
@@ -208,7 +208,7 @@ class Generator:
         decoder, heads = self._check(max_new_tokens, decoder, heads, stop, adaptive)
         rows = [self._prompt_ids(prompt)]
         after = Continuation(self.tokenizer, rows[0])
-        _check_numbers(first, 1)
+        check_numbers(first, 1)
         clock = _Clock(self._programs)
         batch = self._batch(
             rows, decoder, heads, max_new_tokens, sampling, first, adaptive, clock
@@ -362,30 +362,6 @@ class Generator:
                 f"knows 0 to {self._ids - 1}."
             )
         return ids.astype(np.int32)
-
-
-def as_prompts(prompts: Any) -> list[Any]:
-    """Returns a list of prompts, given as texts or as ids; one of them is a list, too.
-
-    Raises:
-      UserError: neither texts nor ids.
-    """
-    if isinstance(prompts, str):
-        return [prompts]
-    if isinstance(prompts, bytes):
-        raise UserError("a prompt is given as bytes; give a text, or token ids.")
-    is_row = isinstance(prompts, np.ndarray | jax.Array) and prompts.ndim == 1
-    if is_row or (
-        len(prompts) and all(isinstance(x, int | np.integer) for x in prompts)
-    ):
-        return [prompts]
-    return list(prompts)
-
-
-def _check_numbers(first: int, count: int) -> None:
-    """Raises UserError if prompts have no numbers to draw by."""
-    if not 0 <= first <= _SEEDS - count:
-        raise UserError(f"first is {first}; prompts have numbers from 0 to 2^32 - 1.")
 
 
 class _Clock:

@@ -10,7 +10,8 @@ from mtp_jax.decode.decoders.sampling import Sampling
 from mtp_jax.decode.decoders.state import Decoder
 from mtp_jax.decode.fitting import settings_of
 from mtp_jax.decode.generation import Generation
-from mtp_jax.decode.generator import Generator, as_prompts
+from mtp_jax.decode.generator import Generator
+from mtp_jax.decode.prompts import as_prompts
 from mtp_jax.errors import UserError
 
 _HALF = "\ufffd"

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mtp_jax.decode.generation import Generation, totals
-from mtp_jax.decode.generator import Generator, as_prompts
+from mtp_jax.decode.generator import Generator
+from mtp_jax.decode.prompts import as_prompts
 
 
 def ending(result: Generation) -> str:

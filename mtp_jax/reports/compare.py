@@ -137,4 +137,4 @@ def line(name: str, found: Comparison | str, names: Mapping[str, Any]) -> str:
 
 
 def _widest(names: Mapping[str, Any]) -> int:
-    return max(11, *map(len, names))
+    return max([11, *map(len, names)])

@@ -87,6 +87,7 @@ def test_json_is_an_object_a_prompt_and_nothing_else(restored, capsys, tmp_path)
         "tokens_per_s",
         "finish",
         "deviations",
+        "prompt_tokens",
     }
 
 

@@ -10,7 +10,8 @@ from mtp_jax.decode.decoders.plain import Plain
 from mtp_jax.decode.decoders.sampling import Sampling
 from mtp_jax.decode.decoders.state import Decoder
 from mtp_jax.decode.generation import Generation, Totals, totals
-from mtp_jax.decode.generator import Generator, as_prompts
+from mtp_jax.decode.generator import Generator
+from mtp_jax.decode.prompts import as_prompts
 
 _REPEATS = 5  # timed runs of each, after one that is not counted; the median counts
 _ENOUGH_S = 10.0  # after which there are no more
@@ -136,4 +137,4 @@ def line(name: str, found: Comparison | str, names: Mapping[str, Any]) -> str:
 
 
 def _widest(names: Mapping[str, Any]) -> int:
-    return max(11, *map(len, names))
+    return max([11, *map(len, names)])

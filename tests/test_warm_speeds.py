@@ -1,0 +1,78 @@
+"""Speeds are those of programs that are compiled and have run before."""
+
+import dataclasses
+
+import jax
+import pytest
+from test_continuations import Speaking
+
+from mtp_jax.data.tokenizer import ByteTokenizer
+from mtp_jax.decode.decoders.plain import Plain
+from mtp_jax.decode.programs import Programs
+from mtp_jax.reports.compare import compare, header, line
+from mtp_jax.verification.settings import VerifySettings
+
+BYTES = ByteTokenizer()
+
+
+class Timed(Speaking):
+    """A generator of given speeds, the first of each decoder far off."""
+
+    speeds = (1.0, 100.0, 130.0, 90.0, 110.0, 120.0)
+
+    def generate(self, prompts, **options):
+        self.runs = getattr(self, "runs", 0)
+        speed = self.speeds[self.runs % len(self.speeds)]
+        self.runs += 1
+        made = super().generate(prompts, **options)
+        return [dataclasses.replace(r, tokens_per_s=speed) for r in made]
+
+
+def test_a_comparison_is_the_median_of_warm_runs():
+    generator = Timed(BYTES, [97], [98])
+
+    rows = list(compare(generator, {}, "a", max_new_tokens=2))
+
+    [(name, found)] = rows
+    assert name == "plain" and generator.runs == len(Timed.speeds)
+    assert found.figures.tokens_per_s == pytest.approx(110)
+    assert found.spread == pytest.approx((130 - 90) / 220)
+    assert "spread" in header({}) and " 18%" in line(name, found, {})
+    assert header({}).index("spread") + 6 == line(name, found, {}).index("18%") + 3
+
+
+def test_a_cache_that_grows_is_compiled_on_the_compilers_time(monkeypatch):
+    from test_decode import case
+
+    c = case(1, 3)
+    compiled = []
+    get = Programs._get
+
+    def noted(self, key, make):
+        compiled.append(key[0])
+        return get(self, key, make)
+
+    monkeypatch.setattr(Programs, "_get", noted)
+    before = c.generator._programs.compile_s
+
+    c.generator.generate(c.prompts, max_new_tokens=120, decoder=Plain())
+
+    assert "grow" in compiled and c.generator._programs.compile_s > before
+
+
+def test_what_is_whole_here_is_fetched_without_a_program(monkeypatch):
+    from mtp_jax.decode import batch
+
+    def gathered(*_, **__):
+        raise AssertionError("compiles a program")
+
+    monkeypatch.setattr(batch.multihost_utils, "process_allgather", gathered)
+    assert batch._host(jax.numpy.arange(3)).tolist() == [0, 1, 2]
+
+
+def test_the_long_form_of_verify_is_the_longer_one():
+    short, long = VerifySettings(), VerifySettings.thorough(samples=9)
+    assert long.samples == 9 and long.every_depth and not short.every_depth
+    assert short.prompts < long.prompts
+    assert set(short.batch_sizes).isdisjoint({1}) and 1 in long.batch_sizes
+    assert short.distribution_heads == 2 and long.distribution_heads is None

@@ -11,7 +11,7 @@ from mtp_jax.decode.decoders.sampling import Sampling
 from mtp_jax.decode.decoders.state import Decoder
 from mtp_jax.decode.generation import Generation, Totals, totals
 from mtp_jax.decode.generator import Generator
-from mtp_jax.decode.prompts import as_prompts
+from mtp_jax.decode.prompt_list import as_prompts
 
 _REPEATS = 5  # timed runs of each, after one that is not counted; the median counts
 _ENOUGH_S = 10.0  # after which there are no more

@@ -158,7 +158,7 @@ def _parsed(
         raise UserError(f"unknown option --{name}{meant}") from error
     except UserError:
         raise
-    except Exception as error:  # a config is code, and may fail in any way
+    except (Exception, SystemExit) as error:  # a config is code, and may do anything
         raise UserError(_what_is_wrong(path, overrides, error)) from error
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; see --help.")

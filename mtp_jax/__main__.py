@@ -80,6 +80,7 @@ def main() -> int:
     try:
         if verb not in _VERBS:
             raise UserError(f"{verb!r} is not a verb; there are {', '.join(_VERBS)}.")
+        _require_folder()
         with disk_errors_told(f"what {verb} prints"):
             code = _run(verb, argv)
             if sys.stdout is not None:
@@ -115,6 +116,15 @@ def _run(verb: str, argv: list[str]) -> int:
     except KeyboardInterrupt as interrupt:
         (number,) = interrupt.args or (signal.SIGINT,)
         _interrupted(number)
+
+
+def _require_folder() -> None:
+    """Refuses to run in a folder that was removed: no relative path has a meaning."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        text = f"the current directory cannot be used ({error.strerror})"
+        raise UserError(f"{text}; change to one that exists.") from None
 
 
 def _main_of(verb: str) -> Callable[[list[str]], int]:

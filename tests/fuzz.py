@@ -289,7 +289,7 @@ def _partial(path, before, outcome):
     return None
 
 
-def run_all(numbers, seed, show=lambda number, case, outcome, wrong: None):
+def run_all(numbers, seed, fast=False, show=lambda number, case, outcome, wrong: None):
     """Runs cases; returns (number, case, fault) of those with one, and all kinds."""
     from fuzz_cases import case_of
 
@@ -300,6 +300,8 @@ def run_all(numbers, seed, show=lambda number, case, outcome, wrong: None):
     try:
         for number in numbers:
             case = case_of(random.Random(f"{seed}:{number}"))
+            if fast and not case.fast:
+                continue
             outcome, wrong = run_case(case, base / str(number))
             kinds[case.kind] += 1
             show(number, case, outcome, wrong)
@@ -316,6 +318,7 @@ def main():
     parser.add_argument("--cases", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", type=int, action="append", help="these numbers")
+    parser.add_argument("--fast", action="store_true", help="only those")
     args = parser.parse_args()
     began = time.monotonic()
     last = [began]
@@ -330,7 +333,7 @@ def main():
         if wrong:
             print(f"{number} {case.told()}\n    {wrong}", flush=True)
 
-    failures, kinds = run_all(args.only or range(args.cases), args.seed, show)
+    failures, kinds = run_all(args.only or range(args.cases), args.seed, args.fast, show)
     seconds = time.monotonic() - began
     told = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     print(f"{sum(kinds.values())} cases ({told}), {len(failures)} failed, {seconds:.0f} s")

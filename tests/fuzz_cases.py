@@ -73,6 +73,14 @@ class Case:
     quiet: bool = False  # nobody hears stderr
     also: tuple[int, ...] = ()  # other codes that are right
 
+    @property
+    def fast(self):
+        """True if it needs no model, no Python of its own and no waiting."""
+        if self.fresh or self.stop or self.argv[0] in ("verify", "calibrate"):
+            return False
+        needs_model = self.argv[0] in ("train", "evaluate", "generate")
+        return self.expect == "refused" or not needs_model
+
     def told(self):
         argv = [x if len(x) < 200 else f"{x[:60]}...({len(x)})" for x in self.argv]
         line = ascii(shlex.join(["mtp-jax", *argv]))[1:-1]
@@ -302,7 +310,7 @@ def _right_figures(folder, outcome):
 def odd_corpus(random):
     names = sorted(p.name for p in (OLD_RUN / "corpus").iterdir())
     name = random.choice([*names, "manifest.json"])
-    verb = random.choice(("count", "train", "audit", "evaluate", "generate"))
+    verb = random.choice(("count", "count", "audit", "audit", "train", "evaluate", "generate"))
     argv = [verb, *BASE[verb]]
     if verb == "generate":
         argv = [verb, "--workdir=run", "--heldout=2", "--max_new_tokens=2"]
@@ -328,7 +336,7 @@ def odd_run(random):
     files = sorted(p for p in (OLD_RUN / "run").rglob("*") if p.is_file())
     path = random.choice([*files, *[OLD_RUN / "run" / "run.json"] * 4])
     name = path.relative_to(OLD_RUN)
-    verbs = ("evaluate", "train", "audit", "runs", "generate", "calibrate")
+    verbs = (*("audit", "runs") * 3, *("evaluate", "train", "generate", "calibrate"))
     verb = random.choice(verbs)
     damage = random.getrandbits(32)
 
@@ -410,7 +418,7 @@ def odd_config_file(random):
     return Case(kind="config file", argv=argv, arrange=arrange, expect="refused", note=note)
 
 
-CHEAP = ("prepare", "count", "runs", "audit", "evaluate", "train", "generate")
+CHEAP = (*("prepare", "count", "runs", "audit") * 3, "evaluate", "train", "generate")
 
 
 def odd_environment(random):

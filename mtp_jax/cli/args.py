@@ -165,7 +165,7 @@ def _parsed(
     return freeze(flags["config"].value)
 
 
-def _what_is_wrong(path: str, overrides: list[str], error: Exception) -> str:
+def _what_is_wrong(path: str, overrides: list[str], error: BaseException) -> str:
     """One line for a config library's error, without its list of all fields."""
     text = str(error.args[0] if error.args else error).replace("\\n", " ")
     if "Error whilst parsing config file" in text:

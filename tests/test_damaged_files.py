@@ -86,7 +86,9 @@ def test_a_checkpoint_folder_with_a_damaged_file_is_refused(run, monkeypatch, ca
 def test_records_that_are_none_are_passed_over(run):
     records = [{"step": 10, "loss/head_1": 2.5}, {"step": 30, "loss/head_1": 2.0}]
     good = [json.dumps(record).encode() for record in records]
-    content = b"\n".join([good[0], b"\xff\xfe", b"3", b"{}", b'{"step": null}', good[1]])
+    content = b"\n".join(
+        [good[0], b"\xff\xfe", b"3", b"{}", b'{"step": null}', good[1]]
+    )
     (run / "heldout.jsonl").write_bytes(content + b"\n")
 
     assert heldout_losses._read(run / "heldout.jsonl") == {10: 2.5, 30: 2.0}

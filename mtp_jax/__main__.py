@@ -108,11 +108,14 @@ def _run(verb: str, argv: list[str]) -> int:
         # At once: KeyboardInterrupt in the midst of compiled code can crash Python.
         on_signals([signal.SIGINT], lambda number, count: _interrupted(number))
         return _main_of(verb)(argv)
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _unwind)
     try:
-        return _main_of(verb)(argv)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, _unwind)
+        code = _main_of(verb)(argv)
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        return code
     except KeyboardInterrupt as interrupt:
         (number,) = interrupt.args or (signal.SIGINT,)
         _interrupted(number)

@@ -11,6 +11,8 @@ from typing import TextIO
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LONGEST = 1600  # characters of a line for people
 _NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
+_NO_PLACE = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
+_TOO_MANY = (errno.EMFILE, errno.ENFILE)
 
 
 class UserError(Exception):
@@ -46,7 +48,7 @@ def told_as(error: BaseException) -> tuple[int, str, str]:
 
 @contextlib.contextmanager
 def disk_errors_told(what: str | os.PathLike[str]) -> Iterator[None]:
-    """A context that turns errors of a full or write-protected disk into UserErrors.
+    """A context that turns errors of disks, paths and limits into UserErrors.
 
     Args:
       what: is named where the error itself names no file.
@@ -58,7 +60,10 @@ def disk_errors_told(what: str | os.PathLike[str]) -> Iterator[None]:
         if error.errno in NO_ROOM:
             text = f"{where}: {error.strerror}; free space and run the same command"
             raise UserError(f"{text} again.") from error
-        if error.errno in _NOT_ALLOWED:
+        if error.errno in _TOO_MANY:
+            text = f"{where}: {error.strerror}; raise the limit (ulimit -n) and run"
+            raise UserError(f"{text} the same command again.") from error
+        if error.errno in _NOT_ALLOWED + _NO_PLACE:
             raise UserError(f"{where}: {error.strerror}.") from error
         raise
 

@@ -1,17 +1,20 @@
-"""Small files that are damaged, and surroundings that are gone: one line, no traceback."""
+"""Small files that are damaged, and a folder that is gone: a line, no traceback."""
 
 import json
 import math
 import os
 import pathlib
+import resource
 import shutil
 import sys
 
 import pytest
+from letter_counts import ngrams
 
 from mtp_jax import __main__
 from mtp_jax.cli.args import config_from
 from mtp_jax.config import config_from_json
+from mtp_jax.data import ngram_counts
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.prompts import read_prompts
 from mtp_jax.errors import UserError
@@ -102,3 +105,29 @@ def test_the_audit_names_a_record_that_is_none(run):
 
     with pytest.raises(UserError, match=r"metrics\.jsonl:\d+ is not a record"):
         audit(str(run), data=[str(OLD_RUN / "corpus")])
+
+
+def test_counts_on_a_full_disk_leave_no_file(tmp_path):
+    written = tmp_path / "counts.npz"
+    written.write_bytes(b"those of before")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(UserError, match=r"counts\.npz cannot be written"):
+            ngram_counts.save(ngrams(), written)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    assert written.read_bytes() == b"those of before"
+    assert list(tmp_path.iterdir()) == [written]
+
+
+@pytest.mark.parametrize("option", ["--output=--", "--text_field=--", "--tokenizer=--"])
+def test_two_dashes_are_no_value(option, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("a.txt").write_text("words")
+    argv = ["mtp-jax", "prepare", "--input=a.txt", "--output=out", option]
+    monkeypatch.setattr(sys, "argv", argv)
+
+    assert __main__.main() == 2
+    assert f"{option}: -- is no value" in capsys.readouterr().err

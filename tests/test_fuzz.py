@@ -1,4 +1,4 @@
-"""Bad inputs and settings by a fixed seed: no traceback, nothing partial, no silence."""
+"""Bad inputs and settings by seed: no traceback, nothing partial, no silence."""
 
 import subprocess
 import sys

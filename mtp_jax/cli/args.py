@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -45,6 +46,9 @@ class Parser(argparse.ArgumentParser):
 
             self._completing = True  # argcomplete asks this parser, too
             argcomplete.autocomplete(self)
+        for option in sys.argv[1:] if args is None else args:
+            if option.startswith("--") and option.endswith("=--"):
+                self.error(f"{option}: -- is no value")  # argparse makes it a list
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:

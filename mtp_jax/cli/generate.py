@@ -273,9 +273,10 @@ def _shown(text: str) -> str:
 
 def _write_page(path: str, generator: Any, results: Sequence[Any], title: str) -> None:
     from mtp_jax.reports.token_view import page
+    from mtp_jax.storage import write_atomically
 
     text = page(results, generator.tokenizer, title)
     try:
-        pathlib.Path(path).write_text(text, encoding="utf-8")
+        write_atomically(pathlib.Path(path), text)
     except OSError as error:
         raise UserError(f"--html={path} cannot be written: {error.strerror}.") from None

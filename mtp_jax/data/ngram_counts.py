@@ -18,6 +18,7 @@ import numpy as np
 
 from mtp_jax.data.corpus import Corpus, Documents
 from mtp_jax.errors import UserError
+from mtp_jax.storage import whole_file
 
 FORMAT = 1
 _CHUNK_TOKENS = 1 << 22  # tokens that are counted at once
@@ -98,7 +99,7 @@ def count(
 
 
 def save(ngrams: NGrams, path: str | pathlib.Path) -> None:
-    """Writes one compressed .npz file.
+    """Writes one compressed .npz file, whole or not at all.
 
     Raises:
       UserError: it cannot be written.
@@ -112,7 +113,8 @@ def save(ngrams: NGrams, path: str | pathlib.Path) -> None:
         for name in ("start_R", "token_E", "count_E"):
             arrays[f"{length}_{name}"] = getattr(level, name)
     try:
-        with open(path, "wb") as file:  # a name alone might get a suffix
+        # A name alone might get a suffix.
+        with whole_file(pathlib.Path(path)) as part, open(part, "wb") as file:
             np.savez_compressed(file, allow_pickle=False, **arrays)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}.") from None

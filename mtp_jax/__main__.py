@@ -113,8 +113,9 @@ def _run(verb: str, argv: list[str]) -> int:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, _unwind)
         code = _main_of(verb)(argv)
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+        for number in STOP_SIGNALS:  # nothing is open any more
+            if signal.getsignal(number) is _unwind:
+                signal.signal(number, lambda number, frame: _interrupted(number))
         return code
     except KeyboardInterrupt as interrupt:
         (number,) = interrupt.args or (signal.SIGINT,)

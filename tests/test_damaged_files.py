@@ -131,3 +131,16 @@ def test_two_dashes_are_no_value(option, tmp_path, monkeypatch, capsys):
 
     assert __main__.main() == 2
     assert f"{option}: -- is no value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["tokens", "offsets"])
+def test_a_damaged_corpus_is_not_counted(tmp_path, kind):
+    corpus = pathlib.Path(shutil.copytree(OLD_RUN / "corpus", tmp_path / "corpus"))
+    shard = corpus / f"train-00000.{kind}"
+    content = bytearray(shard.read_bytes())
+    content[-2] ^= 1
+    shard.write_bytes(content)
+
+    with pytest.raises(UserError, match=shard.name):
+        ngram_counts.count_corpus(corpus, tmp_path / "counts.npz")
+    assert not (tmp_path / "counts.npz").exists()

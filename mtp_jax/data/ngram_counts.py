@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mtp_jax.data.corpus import Corpus, Documents
+from mtp_jax.data.corpus import Corpus, Documents, verify_files
 from mtp_jax.errors import UserError
 from mtp_jax.storage import whole_file
 
@@ -60,11 +60,12 @@ def count_corpus(
         the file.
 
     Raises:
-      UserError: another order, no corpus, or an output that cannot be written.
+      UserError: another order, no corpus or a damaged one, no place to write to.
     """
     if order not in (2, 3):
         raise UserError(f"order is {order}; give 2 or 3.")
     source = corpus if isinstance(corpus, Corpus) else Corpus.open(corpus)
+    verify_files(source, ["train"])
     tokenizer = source.tokenizer
     documents = source.documents("train")
     ngrams = count(documents, tokenizer.vocab_size, tokenizer.fingerprint, order)

@@ -78,6 +78,11 @@ def warn(line: str) -> None:
     _print(line, sys.stderr)
 
 
+def on_terminal(stream: TextIO | None) -> bool:
+    """True for a terminal; a stream that was closed at the start is None."""
+    return stream is not None and stream.isatty()
+
+
 def settle() -> None:
     """Drops what stdout and stderr cannot get rid of; Python would try at its end."""
     for stream in (sys.stdout, sys.stderr):

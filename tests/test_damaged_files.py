@@ -144,3 +144,14 @@ def test_a_damaged_corpus_is_not_counted(tmp_path, kind):
     with pytest.raises(UserError, match=shard.name):
         ngram_counts.count_corpus(corpus, tmp_path / "counts.npz")
     assert not (tmp_path / "counts.npz").exists()
+
+
+def test_prepare_without_streams_makes_a_corpus(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("words")
+    argv = ["prepare", f"--input={tmp_path}", f"--output={tmp_path / 'out'}"]
+    monkeypatch.setattr(sys, "argv", ["mtp-jax", *argv, "--heldout=0"])
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+
+    assert __main__.main() == 0
+    assert (tmp_path / "out" / "manifest.json").is_file()

@@ -61,7 +61,8 @@ def main() -> int:
     The exit code is 0, 1 for a run that failed, 2 for bad input; as a shell has it, 130
     for Ctrl-C, and 141 where nobody reads the output any more.
     """
-    if parent := os.environ.pop(PARENT, ""):  # the programs it starts have another
+    parent = os.environ.pop(PARENT, "")  # the programs it starts have another
+    if parent.isdecimal():
         end_with_parent(int(parent))
     if "_ARGCOMPLETE" in os.environ:  # a shell asks how a command line could go on
         from mtp_jax.cli.completion import complete

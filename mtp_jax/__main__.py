@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from mtp_jax.distributed import hosts
@@ -58,6 +58,9 @@ _TIDY = ("prepare", "rehearse")  # verbs that remove or end something if interru
 
 def program() -> int:
     """Runs a verb as `main`, in a process that ends then, and hears no more signals."""
+    for number in STOP_SIGNALS:  # before a verb says what they mean to it, and after
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: _interrupted(number))
     try:
         return main()
     finally:
@@ -71,7 +74,8 @@ def main() -> int:
     The exit code is 0, 1 for a run that failed, 2 for bad input; as a shell has it, 130
     for Ctrl-C, and 141 where nobody reads the output any more.
     """
-    if parent := os.environ.pop(PARENT, ""):  # the programs it starts have another
+    parent = os.environ.pop(PARENT, "")  # the programs it starts have another
+    if parent.isdecimal():
         end_with_parent(int(parent))
     if "_ARGCOMPLETE" in os.environ:  # a shell asks how a command line could go on
         from mtp_jax.cli.completion import complete
@@ -90,6 +94,7 @@ def main() -> int:
     try:
         if verb not in _VERBS:
             raise UserError(f"{verb!r} is not a verb; there are {', '.join(_VERBS)}.")
+        _require_folder()
         with disk_errors_told(f"what {verb} prints"):
             code = _run(verb, argv)
             if sys.stdout is not None:
@@ -114,7 +119,7 @@ def _run(verb: str, argv: list[str]) -> int:
     else:
         meaning = _ending_at_once()
     with meaning:
-        return importlib.import_module(_MODULES[verb]).main(argv)
+        return _main_of(verb)(argv)
 
 
 @contextlib.contextmanager
@@ -143,6 +148,20 @@ def _unwinding() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _require_folder() -> None:
+    """Refuses to run in a folder that was removed: no relative path has a meaning."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        text = f"the current directory cannot be used ({error.strerror})"
+        raise UserError(f"{text}; change to one that exists.") from None
+
+
+def _main_of(verb: str) -> Callable[[list[str]], int]:
+    """The function that runs a verb."""
+    return importlib.import_module(_MODULES[verb]).main
 
 
 def _unwind(number: int, frame: object) -> None:

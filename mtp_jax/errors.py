@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from typing import TextIO
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LONGEST = 1600  # characters of a line for people
 _NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
+_NO_PLACE = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
+_TOO_MANY = (errno.EMFILE, errno.ENFILE)
 
 
 class UserError(Exception):
@@ -20,7 +23,10 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
+        line = " ".join(message.split())
+        if len(line) > _LONGEST:  # a value of a whole file, say
+            line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+        super().__init__(line)
 
 
 class RunFailed(Exception):
@@ -42,7 +48,7 @@ def told_as(error: BaseException) -> tuple[int, str, str]:
 
 @contextlib.contextmanager
 def disk_errors_told(what: str | os.PathLike[str]) -> Iterator[None]:
-    """A context that turns errors of a full or write-protected disk into UserErrors.
+    """A context that turns errors of disks, paths and limits into UserErrors.
 
     Args:
       what: is named where the error itself names no file.
@@ -54,7 +60,10 @@ def disk_errors_told(what: str | os.PathLike[str]) -> Iterator[None]:
         if error.errno in NO_ROOM:
             text = f"{where}: {error.strerror}; free space and run the same command"
             raise UserError(f"{text} again.") from error
-        if error.errno in _NOT_ALLOWED:
+        if error.errno in _TOO_MANY:
+            text = f"{where}: {error.strerror}; raise the limit (ulimit -n) and run"
+            raise UserError(f"{text} the same command again.") from error
+        if error.errno in _NOT_ALLOWED + _NO_PLACE:
             raise UserError(f"{where}: {error.strerror}.") from error
         raise
 
@@ -67,6 +76,11 @@ def say(line: str) -> None:
 def warn(line: str) -> None:
     """Prints a line on stderr; goes on where nobody takes it."""
     _print(line, sys.stderr)
+
+
+def on_terminal(stream: TextIO | None) -> bool:
+    """True for a terminal; a stream that was closed at the start is None."""
+    return stream is not None and stream.isatty()
 
 
 def settle() -> None:

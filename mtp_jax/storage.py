@@ -3,14 +3,19 @@
 Also the writing of small files there, never in part.
 """
 
+import contextlib
 import json
 import os
+import pathlib
 import re
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 from etils import epath
 
 from mtp_jax.errors import UserError
+
+_Path = TypeVar("_Path", epath.Path, pathlib.Path)
 
 
 def workdir_at(text: str) -> epath.Path:
@@ -69,7 +74,7 @@ def where_runs_are(folder: epath.Path) -> str:
     return f"{hint}, like {', '.join(below[:3])}{' ...' * (len(below) > 3)}"
 
 
-def is_remote(path: epath.Path) -> bool:
+def is_remote(path: epath.Path | pathlib.Path) -> bool:
     """True for a path in an object store."""
     return "://" in os.fspath(path)
 
@@ -79,20 +84,30 @@ def absolute(path: epath.Path) -> epath.Path:
     return path if is_remote(path) else epath.Path(os.path.abspath(path))
 
 
-def write_atomically(path: epath.Path, text: str) -> None:
+def write_atomically(path: epath.Path | pathlib.Path, text: str) -> None:
     """Writes a file that is either the old one or the new one, never a part."""
     if is_remote(path):  # where a write is all or nothing
         path.write_text(text)
         return
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with whole_file(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def whole_file(path: _Path) -> Iterator[_Path]:
+    """A context with the path to write to; the file gets its name when it is whole."""
+    if path.exists() and not path.is_file():  # a pipe or a device
+        yield path
+        return
+    part = path.with_name(f".{path.name[:100]}.{os.getpid()}")
+    try:
+        yield part
         part.replace(path)
-    except OSError:
+    except BaseException:
         part.unlink(missing_ok=True)
         raise
 
 
-def write_json(path: epath.Path, value: Any) -> None:
+def write_json(path: epath.Path | pathlib.Path, value: Any) -> None:
     """Writes a value as an indented JSON file, atomically."""
     write_atomically(path, json.dumps(value, indent=2) + "\n")

@@ -39,10 +39,13 @@ class Checkpoints:
                 part.rmtree()  # a save that a crash cut short
         hosts.wait_for_all("the checkpoints are tidy")
         self._measured: dict[int, float] = {}
-        self._orbax = ocp.training.Checkpointer(
-            absolute(self.folder),
-            preservation_policy=None if cfg is None else retention(cfg, self._measured),
-        )
+        try:
+            self._orbax = ocp.training.Checkpointer(
+                absolute(self.folder),
+                preservation_policy=cfg and retention(cfg, self._measured),
+            )
+        except (OSError, ValueError) as error:  # a file of it is not what it must be
+            raise UserError(f"{self.folder} cannot be read: {error}") from error
         self._pending: Any = None
         self._saving = 0  # the step
         self._proved = False  # that what is saved here can be read

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -45,6 +46,9 @@ class Parser(argparse.ArgumentParser):
 
             self._completing = True  # argcomplete asks this parser, too
             argcomplete.autocomplete(self)
+        for option in sys.argv[1:] if args is None else args:
+            if option.startswith("--") and option.endswith("=--"):
+                self.error(f"{option}: -- is no value")  # argparse makes it a list
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -159,14 +163,14 @@ def _parsed(
         raise UserError(f"unknown option --{name}{meant}") from error
     except UserError:
         raise
-    except Exception as error:  # a config is code, and may fail in any way
+    except (Exception, SystemExit) as error:  # a config is code, and may do anything
         raise UserError(_what_is_wrong(path, overrides, error)) from error
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; see --help.")
     return freeze(flags["config"].value)
 
 
-def _what_is_wrong(path: str, overrides: list[str], error: Exception) -> str:
+def _what_is_wrong(path: str, overrides: list[str], error: BaseException) -> str:
     """One line for a config library's error, without its list of all fields."""
     text = str(error.args[0] if error.args else error).replace("\\n", " ")
     if "Error whilst parsing config file" in text:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mtp_jax.cli.args import Parser, add_data, output_file, positive_int, unescape
-from mtp_jax.errors import UserError
+from mtp_jax.errors import UserError, on_terminal
 
 
 def main(argv: list[str]) -> int:
@@ -250,7 +250,7 @@ def _print(generator: Any, results: Sequence[Any], args: argparse.Namespace) -> 
     from mtp_jax.reports.texts import ending
     from mtp_jax.reports.token_view import terminal, terminal_legend
 
-    in_terminal = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    in_terminal = on_terminal(sys.stdout) and "NO_COLOR" not in os.environ
     coloured = args.color == "always" or (args.color == "auto" and in_terminal)
     for result in results:
         if args.json:
@@ -268,14 +268,15 @@ def _shown(text: str) -> str:
     """A text as it is, but for a terminal, which it must not steer."""
     from mtp_jax.reports.printable import printable
 
-    return printable(text) if sys.stdout.isatty() else text
+    return printable(text) if on_terminal(sys.stdout) else text
 
 
 def _write_page(path: str, generator: Any, results: Sequence[Any], title: str) -> None:
     from mtp_jax.reports.token_view import page
+    from mtp_jax.storage import write_atomically
 
     text = page(results, generator.tokenizer, title)
     try:
-        pathlib.Path(path).write_text(text, encoding="utf-8")
+        write_atomically(pathlib.Path(path), text)
     except OSError as error:
         raise UserError(f"--html={path} cannot be written: {error.strerror}.") from None

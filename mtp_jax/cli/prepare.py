@@ -12,6 +12,7 @@ import rich.progress
 
 from mtp_jax.cli.args import Parser, positive_int, unescape
 from mtp_jax.data.prepare import SHARD_TOKENS, Advance, prepare, summary
+from mtp_jax.errors import on_terminal
 
 
 def main(argv: list[str]) -> int:
@@ -103,10 +104,10 @@ def _share(text: str) -> float:
 @contextlib.contextmanager
 def _bar(title: str, size: int) -> Iterator[Advance]:
     """A bar on stderr that advances by bytes read; nothing without a terminal."""
+    if not on_terminal(sys.stderr):
+        yield lambda read_bytes: None
+        return
     console = rich.console.Console(stderr=True)
-    hidden = not sys.stderr.isatty()
-    with rich.progress.Progress(
-        console=console, disable=hidden, transient=True
-    ) as progress:
+    with rich.progress.Progress(console=console, transient=True) as progress:
         task = progress.add_task(title, total=size)
         yield lambda read_bytes: progress.advance(task, read_bytes)

@@ -6,6 +6,7 @@ package ever sees.
 """
 
 import dataclasses
+import math
 import typing
 from typing import Any, Literal, get_args, get_origin
 
@@ -62,10 +63,14 @@ def _checked(hint: Any, value: Any, path: str) -> Any:
             raise UserError(f"{path} is {value!r}; it must be a tuple.")
         of = get_args(hint)[0]
         return tuple(_checked(of, v, f"{path}[{i}]") for i, v in enumerate(items))
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) < 1 << 1000:
         return float(value)
     _require(
         type(value) is hint, f"{path} is {value!r}; it must be of type {hint.__name__}."
+    )
+    _require(
+        hint is not float or math.isfinite(value),
+        f"{path} is {value}; it must be a finite number.",
     )
     return value
 

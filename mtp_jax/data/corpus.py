@@ -204,7 +204,7 @@ def read_manifest(directory: pathlib.Path) -> dict[str, Any]:
         )
     try:
         manifest = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); run prepare again.") from None
     version = manifest.get("format") if isinstance(manifest, dict) else None
     if version != FORMAT:

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from mtp_jax.data.corpus import Corpus, Documents
+from mtp_jax.data.corpus import Corpus, Documents, verify_files
 from mtp_jax.errors import UserError
+from mtp_jax.storage import whole_file
 
 FORMAT = 1
 _CHUNK_TOKENS = 1 << 22  # tokens that are counted at once
@@ -59,11 +60,12 @@ def count_corpus(
         the file.
 
     Raises:
-      UserError: another order, no corpus, or an output that cannot be written.
+      UserError: another order, no corpus or a damaged one, no place to write to.
     """
     if order not in (2, 3):
         raise UserError(f"order is {order}; give 2 or 3.")
     source = corpus if isinstance(corpus, Corpus) else Corpus.open(corpus)
+    verify_files(source, ["train"])
     tokenizer = source.tokenizer
     documents = source.documents("train")
     ngrams = count(documents, tokenizer.vocab_size, tokenizer.fingerprint, order)
@@ -98,7 +100,7 @@ def count(
 
 
 def save(ngrams: NGrams, path: str | pathlib.Path) -> None:
-    """Writes one compressed .npz file.
+    """Writes one compressed .npz file, whole or not at all.
 
     Raises:
       UserError: it cannot be written.
@@ -112,7 +114,8 @@ def save(ngrams: NGrams, path: str | pathlib.Path) -> None:
         for name in ("start_R", "token_E", "count_E"):
             arrays[f"{length}_{name}"] = getattr(level, name)
     try:
-        with open(path, "wb") as file:  # a name alone might get a suffix
+        # A name alone might get a suffix.
+        with whole_file(pathlib.Path(path)) as part, open(part, "wb") as file:
             np.savez_compressed(file, allow_pickle=False, **arrays)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}.") from None

@@ -64,7 +64,7 @@ def _of_json(line: str, name: str, number: int) -> str:
     """The prompt of a line of JSON."""
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     prompt = value.get("prompt") if isinstance(value, dict) else None
     if not isinstance(prompt, str):

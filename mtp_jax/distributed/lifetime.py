@@ -40,7 +40,7 @@ def on_signals(
     }
     by_handler = {n | 0x80: n for n in heard}  # the other byte is of the same signal
 
-    def listen() -> None:
+    def listen(open_still: socket.socket) -> None:  # or its number is another file's
         counts = dict.fromkeys([*heard, *by_handler], 0)
         told = dict.fromkeys(heard, 0)
         while received := here.recv(64):
@@ -58,7 +58,7 @@ def on_signals(
         with contextlib.suppress(OSError):  # full: more than enough have come
             there.send(bytes([number | 0x80]))
 
-    threading.Thread(target=listen, daemon=True).start()
+    threading.Thread(target=listen, args=(there,), daemon=True).start()
     before = {n: signal.signal(n, handle) for n in heard}
     wakeup = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
 

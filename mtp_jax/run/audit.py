@@ -216,7 +216,7 @@ def _logged(workdir: epath.Path) -> list[tuple[int, str]]:
     if not path.is_file():
         raise UserError(f"{workdir} holds no metrics.jsonl; {where_runs_are(workdir)}.")
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         try:
             if line:
                 record = json.loads(line)

@@ -64,9 +64,9 @@ def _losses_of(workdir: epath.Path, steps: list[int]) -> dict[int, float]:
 def _read(path: epath.Path) -> dict[int, float]:
     """By step, the losses of head 1 in a file of records."""
     found = {}
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    for line in filter(None, text.split("\n")):
-        with contextlib.suppress(ValueError, KeyError):
+    content = path.read_bytes() if path.exists() else b""
+    for line in filter(None, content.split(b"\n")):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             record = json.loads(line)
             loss = record["loss/head_1"]
             found[int(record["step"])] = math.nan if loss is None else float(loss)

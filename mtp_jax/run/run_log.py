@@ -117,14 +117,14 @@ def _not_finite(value: Any) -> bool:
 
 
 def _keep_until(path: epath.Path, step: int) -> None:
-    """Drops the records after `step` from a file, and a line cut short by a crash."""
+    """Drops the records after `step` from a file, and what is no record."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in path.read_bytes().split(b"\n"):
         try:
             if line and json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
+                kept.append(line.decode() + "\n")
+        except (ValueError, KeyError, TypeError):
             continue
     write_atomically(path, "".join(kept))

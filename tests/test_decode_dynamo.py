@@ -284,7 +284,7 @@ def test_the_exact_variant_has_the_law_of_head_1(tmp_path, n, vocab, tokens, ste
     np.add.at(distribution, tuple(texts.T), probs)
     np.testing.assert_allclose(distribution.sum(), 1, atol=1e-6)
     expected = distribution_of_texts(c, prompt.tolist(), tokens, sampling)
-    np.testing.assert_allclose(distribution, expected, atol=1e-6)
+    np.testing.assert_allclose(distribution, expected, atol=3e-6)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from mtp_jax.config import CheckpointConfig
 from mtp_jax.data.prepare import prepare
 from mtp_jax.errors import RunFailed, UserError
 from mtp_jax.run.run_log import RunLog
+from mtp_jax.run.screen import Screen
 from mtp_jax.storage import workdir_at, write_atomically
 
 
@@ -69,7 +70,7 @@ def test_a_file_is_the_old_one_where_the_new_one_does_not_fit(tmp_path):
 
 
 def test_scalars_that_do_not_fit_are_an_error_in_the_thread_that_has_them(tmp_path):
-    log = RunLog(epath.Path(tmp_path), 0, tensorboard=True)
+    log = RunLog(epath.Path(tmp_path), 0, tensorboard=True, screen=Screen(False))
 
     with files_of_at_most(6000), pytest.raises(OSError, match="File too large"):
         for step in range(200):
@@ -80,7 +81,7 @@ def test_scalars_that_do_not_fit_are_an_error_in_the_thread_that_has_them(tmp_pa
 
 @pytest.mark.parametrize(
     ("size", "stage"),
-    [("12k", "begins"), pytest.param("60k", "step 1/", marks=pytest.mark.slow)],
+    [("12k", "compiling"), pytest.param("60k", "step 1/", marks=pytest.mark.slow)],
 )
 def test_a_run_on_a_full_disk_ends_with_one_line(size, stage, tmp_path, corpus_dir):
     if subprocess.run(

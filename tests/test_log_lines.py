@@ -9,12 +9,14 @@ from models import tiny_config
 from mtp_jax.config import LogConfig
 from mtp_jax.run.goodput import Goodput
 from mtp_jax.run.records import heldout_line, mean_of_steps
+from mtp_jax.run.screen import Screen
 from mtp_jax.run.step_log import StepLog
 
 
 class Log:
     def __init__(self):
         self.lines, self.records = [], []
+        self.screen = Screen(active=False)
 
     def say(self, line):
         self.lines.append(line)

@@ -81,6 +81,7 @@ def test_type_checkers_see_the_names_where_they_are():
     assert sorted(seen) == mtp_jax.__all__
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_page_of_examples_runs(tmp_path):
     """Every Python block of docs/python.md, one after another in one program."""

@@ -25,6 +25,8 @@ from test_hosts import NOTHING, begin, wait_for
 
 MANY = "--config.train.steps=1000000"
 
+pytestmark = pytest.mark.slow  # real runs, in processes of their own
+
 
 @pytest.fixture(autouse=True)
 def signals_are_heard():

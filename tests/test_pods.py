@@ -158,6 +158,7 @@ def test_audit_tells_what_a_run_has_not(alone_and_together, tmp_path):
         audit(workdir)
 
 
+@pytest.mark.slow
 def test_gradients_that_are_not_finite_on_one_host_skip_the_step_on_all():
     address = f"127.0.0.1:{free_port()}"
     worker = (sys.executable, str(ROOT / "tests" / "poisoned_worker.py"))

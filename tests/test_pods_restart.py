@@ -50,6 +50,7 @@ def two_corpora(tmp_path_factory, corpus_dir):
     ]
 
 
+@pytest.mark.slow
 def test_any_number_of_hosts_goes_on_where_another_stopped(tmp_path, two_corpora):
     """1 -> 2 -> 1 processes, one stopped by a SIGTERM to one host, one by a SIGKILL."""
     options = [*two_corpora[1:], "--config.checkpoint.every=2"]
@@ -157,6 +158,7 @@ def test_local_checkpoints_are_taken_where_all_hosts_have_them(tmp_path, corpus_
     assert losses(tmp_path / "copy").tolist() == losses(calm).tolist()
 
 
+@pytest.mark.slow
 def test_a_local_checkpoint_that_one_host_lost_is_taken_by_none(tmp_path, corpus_dir):
     workdir, local = tmp_path / "run", tmp_path / "local"
     args = train_args(

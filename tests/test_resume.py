@@ -27,6 +27,8 @@ SMALL = (
     "--config.checkpoint.every=4",
 )
 
+pytestmark = pytest.mark.slow  # real runs, in processes of their own
+
 
 @pytest.fixture(scope="module", autouse=True)
 def on_one_device():

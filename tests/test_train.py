@@ -152,6 +152,7 @@ def test_a_finished_run_has_nothing_left_to_do(finished, corpus_dir):
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_kills_leave_no_trace(tmp_path, corpus_dir, kills):
     """SIGKILL at random moments, saves included: the metrics of a calm run."""
     steps = f"--config.train.steps={20 * kills + 20}"
@@ -251,6 +252,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, corpus_dir):
     assert "bits per byte" in out
 
 
+@pytest.mark.slow
 def test_eight_devices_train_and_one_evaluates_and_decodes(tmp_path, corpus_dir):
     workdir = tmp_path / "run"
     short = "--config.train.steps=4"

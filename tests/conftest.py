@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import signal
 
 import jax
 import pytest
@@ -17,6 +18,9 @@ if jax.__version_info__ < (0, 11):  # later versions do not know it, and abort
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # where libtpu is installed, too
 os.environ.setdefault("NPROC", "16")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
+
+# Programs of tests are to hear it, also where the tests themselves are under nohup.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 CACHE = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"
 jax.config.update("jax_num_cpu_devices", 8)

@@ -83,7 +83,8 @@ def _row(cfg: ModelConfig, params: Any, size: int, args: Any) -> tuple[str, ...]
             batch.advance(_PASSES)
             seconds[name].append(time.perf_counter() - began)
     found = ratio(seconds["plain"], seconds["drafting"])
-    bound = _bound(cfg, params)
+    plain, drafting = entries_of_passes(cfg, params)
+    bound = plain / drafting
     return (
         f"{n}, {size}",
         *(show_ms([t / _PASSES for t in taken]) for taken in seconds.values()),
@@ -104,13 +105,18 @@ def _batch(
     return DecodeBatch(programs, params, DECODERS[decoder](), rows, room, Sampling())
 
 
-def _bound(cfg: ModelConfig, params: Any) -> float:
-    """The weights that a plain pass reads over those of a drafting one."""
+def entries_of_passes(cfg: ModelConfig, params: Any) -> tuple[int, int]:
+    """Entries of the weights that a plain pass reads, and those of a drafting one.
+
+    Args:
+      cfg: of the model.
+      params: from `unstack`, with all its heads.
+    """
     layer = sum(x.size for x in jax.tree.leaves(params["heads"][0]))
     output = cfg.vocab_size * cfg.d_model
     plain = (cfg.num_trunk_layers + 1) * layer + output
     # Head 1 verifies, and then the others are asked: the output matrix is read twice.
-    return plain / (cfg.num_layers * layer + 2 * output)
+    return plain, cfg.num_layers * layer + 2 * output
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -85,10 +86,29 @@ def _torch_environment() -> str:
 
 def _torch_step(cfg: Config, tokens_BS: np.ndarray) -> Callable[[], None]:
     """A step of the same model, batch and optimizer in torch."""
-    import torch
-
     model = new_llama(cfg.model, cfg.data.seq_len, use_cache=False)
     model.train()
+    return torch_step(cfg, model, lambda ids: model(input_ids=ids).logits, tokens_BS)
+
+
+def torch_step(
+    cfg: Config,
+    model: Any,
+    logits_of: Callable[[Any], Any],
+    tokens_BS: np.ndarray,
+    device: str = "cpu",
+) -> Callable[[], None]:
+    """A training step in torch: cross entropy, clipping, fused AdamW.
+
+    Args:
+      cfg: of the run; its optimizer's settings are used.
+      model: whose parameters are trained, on the device.
+      logits_of: takes token ids [B, T] on the device, gives logits [B, T, V].
+      tokens_BS: rows of T + 1 tokens.
+      device: of torch.
+    """
+    import torch
+
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=cfg.optim.peak_lr,
@@ -97,11 +117,11 @@ def _torch_step(cfg: Config, tokens_BS: np.ndarray) -> Callable[[], None]:
         weight_decay=cfg.optim.weight_decay,
         fused=True,
     )
-    tokens = torch.from_numpy(tokens_BS.astype(np.int64))
+    tokens = torch.from_numpy(tokens_BS.astype(np.int64)).to(device)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].reshape(-1)
 
     def step() -> None:
-        logits = model(input_ids=inputs).logits.flatten(0, 1)
+        logits = logits_of(inputs).flatten(0, 1)
         loss = torch.nn.functional.cross_entropy(logits, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.optim.clip_norm)

@@ -14,6 +14,7 @@ from test_decode import init, on_mesh, one_device, tiny
 from mtp_jax.checkpoint.restore import Restored
 from mtp_jax.cli import calibrate as verb
 from mtp_jax.config import Config, DataConfig
+from mtp_jax.data.prompts import heldout_passages
 from mtp_jax.data.tokenizer import ByteTokenizer
 from mtp_jax.decode import calibrate
 from mtp_jax.decode.decoders.token_tree import read_tree
@@ -110,14 +111,19 @@ def restored(monkeypatch, corpus_dir):
     return use
 
 
-def test_the_verb_writes_a_tree_that_decoders_read(restored, tmp_path, capsys):
+def test_the_verb_writes_a_tree_that_decoders_read(
+    restored, corpus_dir, tmp_path, capsys
+):
     restored(3)
     output = tmp_path / "tree.json"
     arguments = ["--workdir=w", f"--output={output}", "--nodes=5", "--passages=3"]
     assert verb.main(arguments) == 0
     content = json.loads(output.read_text())
     assert content["step"] == 7
-    assert 3 <= content["positions"] <= 3 * (256 - 2)
+    # Of a passage the last n - 1 tokens are nobody's position.
+    passages = heldout_passages([str(corpus_dir)], count=3, least=3, most=256)
+    assert len(passages) == 3
+    assert content["positions"] == sum(len(passage) - 2 for passage in passages)
     paths = [tuple(node["path"]) for node in content["nodes"]]
     assert sorted(read_tree(str(output)).paths) == sorted([(), *paths])
     shares = [node["accepted"] for node in content["nodes"]]

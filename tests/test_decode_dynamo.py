@@ -256,7 +256,8 @@ def test_the_exact_variant_has_the_law_of_head_1(tmp_path, n, vocab, tokens, ste
     ngram_counts.save(ngrams(vocab=vocab), tmp_path / "counts")
     decoder = DynamoExact(counts=str(tmp_path / "counts"), candidates=vocab - 1)
     c = case(n, vocab, eos_id=-1)  # no text ends early
-    prompt, sampling = c.prompts[2] % vocab, Sampling(temperature=0.8)
+    # Log probabilities add up in float32: of flat distributions they stay exact.
+    prompt, sampling = c.prompts[2] % vocab, Sampling(temperature=1.25)
     m = n - 1
     with jax.set_mesh(one_device()):
         params = unstack(c.cfg, c.params)
@@ -284,7 +285,7 @@ def test_the_exact_variant_has_the_law_of_head_1(tmp_path, n, vocab, tokens, ste
     np.add.at(distribution, tuple(texts.T), probs)
     np.testing.assert_allclose(distribution.sum(), 1, atol=1e-6)
     expected = distribution_of_texts(c, prompt.tolist(), tokens, sampling)
-    np.testing.assert_allclose(distribution, expected, atol=3e-6)
+    np.testing.assert_allclose(distribution, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,10 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.draft_cost import entries_of_passes
 from benchmarks.gpu.results import Results, parsed, results_of, shape
 from benchmarks.timing import one_device, script
 from mtp_jax.config import ModelConfig
@@ -58,13 +60,10 @@ def _measure(
 ) -> None:
     plain_s = _pass_s(cfg, params, "plain", 1, size)
     drafting_s = _pass_s(cfg, params, "blockwise", _HEADS, size)
-    layer = sum(x.nbytes for x in jax.tree.leaves(params["heads"][0]))
-    unembedding = cfg.vocab_size * cfg.d_model * 2
-    plain_bytes = (cfg.num_trunk_layers + 1) * layer + unembedding
-    # Head 1 verifies, and then the others are asked: the output matrix is read twice.
-    drafting_bytes = cfg.num_layers * layer + 2 * unembedding
+    plain, drafting = entries_of_passes(cfg, params)
+    plain_bytes = plain * jnp.dtype(cfg.compute_dtype).itemsize
     chip = device_figures(jax.devices()[0])
-    bound = plain_bytes / drafting_bytes
+    bound = plain / drafting
     results.add(
         "decoding",
         **case,

@@ -7,12 +7,13 @@ import importlib.util
 import json
 import os
 import platform
+import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import Any
 
+from benchmarks.timing import interleaved
 from mtp_jax.cli.args import Parser, config_from
 from mtp_jax.config import Config
 
@@ -106,14 +107,7 @@ def installed(*packages: str) -> bool:
 
 def median_s(call: Callable[[], object], rounds: int, warm: int = 2) -> float:
     """Median of the seconds of a call that waits for what it computes."""
-    for _ in range(warm):
-        call()
-    times = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - began)
-    return sorted(times)[len(times) // 2]
+    return statistics.median(interleaved({"call": call}, rounds, warm)["call"])
 
 
 def _name() -> str:

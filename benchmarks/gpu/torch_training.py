@@ -12,6 +12,7 @@ import numpy as np
 
 from benchmarks.gpu.results import Results, installed, median_s, parsed, shape
 from benchmarks.timing import script
+from benchmarks.torch_baseline import torch_step
 from mtp_jax.config import Config
 from mtp_jax.interop.hf_llama import new_llama
 
@@ -58,30 +59,14 @@ def _step(cfg: Config, gpu: bool, compile_it: bool) -> Any:
     ).to(device)
     model.train()
     run = torch.compile(model) if compile_it else model
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=cfg.optim.peak_lr,
-        betas=(cfg.optim.b1, cfg.optim.b2),
-        eps=cfg.optim.eps,
-        weight_decay=cfg.optim.weight_decay,
-        fused=True,
-    )
     size = (cfg.data.batch_size, cfg.data.seq_len + 1)
-    drawn = np.random.default_rng(0).integers(cfg.model.vocab_size, size=size)
-    tokens = torch.from_numpy(drawn).to(device)
-    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].reshape(-1)
+    drawn_BS = np.random.default_rng(0).integers(cfg.model.vocab_size, size=size)
 
-    def step() -> None:
+    def logits_of(ids: Any) -> Any:
         with torch.autocast(device, torch.bfloat16):
-            logits = run(input_ids=inputs).logits.flatten(0, 1)
-            loss = torch.nn.functional.cross_entropy(logits.float(), targets)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.optim.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        loss.item()
+            return run(input_ids=ids).logits.float()
 
-    return step
+    return torch_step(cfg, model, logits_of, drawn_BS, device)
 
 
 if __name__ == "__main__":

@@ -260,7 +260,9 @@ def test_a_written_config_is_the_config(tmp_path):
 def test_hosts_that_hang_are_ended_and_told(tmp_path, monkeypatch):
     fake = tmp_path / "mtp_jax"
     fake.mkdir()
+    (fake / "__init__.py").touch()
     (fake / "__main__.py").write_text("import time; time.sleep(100)")
+    monkeypatch.chdir(tmp_path)  # where Python looks first for what it is to run
     monkeypatch.setattr(
         "mtp_jax.rehearsal.processes.__file__", str(fake / "rehearsal" / "x.py")
     )

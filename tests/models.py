@@ -9,8 +9,10 @@ from jax.sharding import NamedSharding
 
 from mtp_jax.config import Config, MeshConfig, ModelConfig
 from mtp_jax.model.attention import RowContext, attend_within
+from mtp_jax.model.heads.parallel import run_head
 from mtp_jax.model.language_model import model_builder, run_trunk
-from mtp_jax.parallel.sharding import make_mesh, spec
+from mtp_jax.model.layers import unembed
+from mtp_jax.parallel.sharding import make_mesh, spec, spec_like
 
 TINY = ModelConfig(
     vocab_size=32,
@@ -81,7 +83,8 @@ def all_logits(model, tokens_BT, segments_BT, positions_BT):
     unembedding_VD = model.unembedding()
 
     def one_head(_, head):
-        head_BTD, _ = head(trunk_BTD, rows.angles_BTk, attend)
-        return None, model.logits(head_BTD, unembedding_VD)
+        hidden_BTD = run_head(head, model.norm[...], trunk_BTD, rows, "xla")
+        out = spec_like(hidden_BTD, "vocab")
+        return None, unembed(hidden_BTD, unembedding_VD, out)
 
     return jax.lax.scan(one_head, None, model.heads)[1]

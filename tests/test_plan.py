@@ -25,8 +25,9 @@ from mtp_jax.model.flops import (
     train_flops_per_token,
 )
 from mtp_jax.model.language_model import model_builder, run_trunk
+from mtp_jax.model.layers import unembed
 from mtp_jax.parallel.chips import device_figures
-from mtp_jax.parallel.sharding import spec
+from mtp_jax.parallel.sharding import spec, spec_like
 from mtp_jax.planning import costs, plan, remedies
 from mtp_jax.planning.aot import Compiled
 from mtp_jax.planning.hlo import HloProgram, Traffic
@@ -109,7 +110,8 @@ def test_flops_of_heads_and_unembedding(cfg, one_device):
 
     def logits(params, x_BTD):
         model = build(params)
-        return jnp.sum(model.logits(x_BTD, model.unembedding()))
+        out = spec_like(x_BTD, "vocab")
+        return jnp.sum(unembed(x_BTD, model.unembedding(), out))
 
     jaxpr = jax.make_jaxpr(jax.grad(logits, argnums=(0, 1)))(params, x_BTD)
     parts = train_flops(cfg)

@@ -17,9 +17,10 @@ from mtp_jax.config import ModelConfig
 from mtp_jax.data.positions import positions_of
 from mtp_jax.errors import UserError
 from mtp_jax.model.attention import RowContext, attend_within
+from mtp_jax.model.heads.parallel import run_head
 from mtp_jax.model.language_model import model_builder, run_trunk
-from mtp_jax.model.layers import rms_norm
-from mtp_jax.parallel.sharding import batch_shards, spec
+from mtp_jax.model.layers import unembed
+from mtp_jax.parallel.sharding import batch_shards, spec, spec_like
 
 
 class HeadOutputs(NamedTuple):
@@ -108,15 +109,17 @@ def _forward(cfg: ModelConfig) -> Callable[..., HeadOutputs]:
     def forward(params: Any, tokens_BT, segments_BT, positions_BT) -> HeadOutputs:
         model = build(params)
         rows = RowContext(model.angles(positions_BT), segments_BT)
-        attend = attend_within(rows, "auto")
         x_BTD = model.embed(tokens_BT)
+        attend = attend_within(rows, "auto")
         trunk_BTD = run_trunk(model, x_BTD, rows.angles_BTk, attend)
         unembedding_VD = model.unembedding()
 
         def one_head(_, head):
-            out_BTD, _ = head(trunk_BTD, rows.angles_BTk, attend)
-            hidden_BTD = rms_norm(out_BTD, model.norm[...], cfg.norm_eps)
-            return None, HeadOutputs(hidden_BTD, model.logits(out_BTD, unembedding_VD))
+            hidden_BTD = run_head(head, model.norm[...], trunk_BTD, rows, "auto")
+            out = spec_like(hidden_BTD, "vocab")
+            return None, HeadOutputs(
+                hidden_BTD, unembed(hidden_BTD, unembedding_VD, out)
+            )
 
         return jax.lax.scan(one_head, None, model.heads)[1]
 

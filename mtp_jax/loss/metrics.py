@@ -21,7 +21,6 @@ class HeadSums:
 
     count_N: jax.Array  # targets
     nll_N: jax.Array  # negative log likelihood, nats
-    z_N: jax.Array  # squared log-partition
     correct_N: jax.Array  # targets that were the most likely token
     windows: jax.Array  # positions from which all n tokens lie in one document
     accepted_N: jax.Array  # windows in which head 1 would accept drafts up to head i
@@ -30,7 +29,7 @@ class HeadSums:
 def no_sums(n: int) -> HeadSums:
     """The sums over no target at all, to begin with."""
     zero_N, zero = jnp.zeros(n), jnp.zeros(())
-    return HeadSums(zero_N, zero_N, zero_N, zero_N, windows=zero, accepted_N=zero_N)
+    return HeadSums(zero_N, zero_N, zero_N, windows=zero, accepted_N=zero_N)
 
 
 def sums_over_targets(
@@ -50,7 +49,6 @@ def sums_over_targets(
     return HeadSums(
         count_N=total_N(1.0),
         nll_N=total_N(scores.nll),
-        z_N=total_N(jnp.square(scores.log_z)),
         correct_N=total_N(scores.predicted == token_NBT),
         **_acceptance(scores.predicted, valid_NBT),
     )

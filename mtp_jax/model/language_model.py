@@ -14,8 +14,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.config import ModelConfig, Remat
 from mtp_jax.model.block import Attend, Block
-from mtp_jax.model.layers import embed, rms_norm, rope_angles, stack, unembed, weight
-from mtp_jax.parallel.sharding import spec, spec_like
+from mtp_jax.model.layers import embed, rope_angles, stack, weight
+from mtp_jax.parallel.sharding import spec
 
 
 class LanguageModel(nnx.Module):
@@ -61,11 +61,6 @@ class LanguageModel(nnx.Module):
         """The output matrix in the compute dtype, [V, D], gathered in width."""
         w_VD = self.unembedding_param().astype(self.cfg.compute_dtype)
         return jax.sharding.reshard(w_VD, spec("vocab", None))
-
-    def logits(self, x_BTD: jax.Array, unembedding_VD: jax.Array) -> jax.Array:
-        """Scores of the vocabulary from a head's output, float32 [B, T, V]."""
-        normed_BTD = rms_norm(x_BTD, self.norm[...], self.cfg.norm_eps)
-        return unembed(normed_BTD, unembedding_VD, spec_like(x_BTD, "vocab"))
 
 
 def run_trunk(

@@ -1,6 +1,6 @@
 """The training state, and the one compiled step from a batch to the next state.
 
-Axes: A microbatches, B rows of a microbatch, S tokens of a row, N heads.
+Axes: A microbatches, M rows of a microbatch, S tokens of a row, N heads.
 """
 
 import dataclasses
@@ -70,7 +70,7 @@ def make_gradients(
 ) -> Callable[[Any, Batch], tuple[jax.Array, HeadSums, Any]]:
     """`gradients(params, batch) -> (loss, sums, grads)` of a global batch, not jitted.
 
-    A batch holds tokens, segments and positions, int32 [A, B, S]. The microbatches run
+    A batch holds tokens, segments and positions, int32 [A, M, S]. The microbatches run
     one after another, and what they give is added up. Gradients are float32.
     """
     _, build = model_builder(cfg.model)
@@ -112,8 +112,8 @@ def make_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """`step(state, batch) -> (state, metrics)`, jitted; the state is donated.
 
-    A batch holds tokens, segments and positions, int32 [A, B, S], and hash, uint32
-    [A, B, 2]. Metrics are small arrays; reading one waits for the step.
+    A batch holds tokens, segments and positions, int32 [A, M, S], and hash, uint32
+    [A, M, 2]. Metrics are small arrays; reading one waits for the step.
     """
     gradients = make_gradients(cfg)
     optimizer = make_optimizer(cfg.optim, cfg.train.steps)

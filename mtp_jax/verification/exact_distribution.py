@@ -24,7 +24,9 @@ from mtp_jax.decode.decoders.sampling import RandomKeys, Sampling, sampling_arra
 from mtp_jax.decode.decoders.state import Decoder
 from mtp_jax.decode.programs import Programs, Prompts, slack
 from mtp_jax.model.attention import RowContext, attend_within
+from mtp_jax.model.heads.parallel import run_head
 from mtp_jax.model.language_model import model_builder, run_trunk
+from mtp_jax.model.layers import unembed
 from mtp_jax.parallel.sharding import batch_shards, spec
 
 # Texts, end of text included, to probabilities.
@@ -58,14 +60,15 @@ def head_one(cfg: ModelConfig, params: Any, ids: int | None = None) -> NextLogit
         rows = RowContext(model.angles(positions_BT), 0 * tokens_BT)
         attend = attend_within(rows, "xla")
         x_BTD = model.embed(tokens_BT)
-        x_BTD = run_trunk(model, x_BTD, rows.angles_BTk, attend)
+        trunk_BTD = run_trunk(model, x_BTD, rows.angles_BTk, attend)
 
-        def head(x_BTD, block):
-            return block(x_BTD, rows.angles_BTk, attend)
+        def one_head(_, head):
+            return None, run_head(head, model.norm[...], trunk_BTD, rows, "xla")
 
-        x_BTD, _ = jax.lax.scan(head, x_BTD, model.heads)
-        last_B1D = at_slot(x_BTD, length_B - 1)[:, None]
-        logits_B1V = model.logits(last_B1D, model.unembedding())
+        hidden_1BTD = jax.lax.scan(one_head, None, model.heads)[1]
+        last_B1D = at_slot(hidden_1BTD[0], length_B - 1)[:, None]
+        out = spec("batch", None, "vocab")
+        logits_B1V = unembed(last_B1D, model.unembedding(), out)
         return jax.sharding.reshard(logits_B1V[:, 0], spec("batch", None))
 
     def call(rows: Sequence[Sequence[int]]) -> np.ndarray:

@@ -49,8 +49,9 @@ def encode(value: Any, handle: Callable[[Any], Any]) -> Any:
         return {"dict": pairs}
     if isinstance(value, range):
         return {"range": [value.start, value.stop, value.step]}
-    if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
-        return {"type": value.__name__}
+    name = str(getattr(value, "__name__", ""))
+    if isinstance(value, type) and vars(builtins).get(name) is value:
+        return {"type": name}
     for module, kind in _RARE:  # who has such a value has read the module
         there = sys.modules.get(module)
         if there is not None and isinstance(value, getattr(there, kind)):

@@ -1,4 +1,4 @@
-"""What `evaluate --tasks`, `--reference` and `--compare` do."""
+"""The verb `evaluate` with --tasks, --reference or --compare."""
 
 import argparse
 import sys
@@ -16,6 +16,7 @@ def measure(args: argparse.Namespace) -> int:
     from mtp_jax.checkpoint import restore
     from mtp_jax.cli.decoder_args import decoder_of
     from mtp_jax.cli.task_options import file_stem
+    from mtp_jax.eval.task_data import settings_of_use
     from mtp_jax.eval.task_run import measure_task
     from mtp_jax.reports.task_table import task_lines
     from mtp_jax.storage import run_at
@@ -26,7 +27,10 @@ def measure(args: argparse.Namespace) -> int:
     model = restore.restore_model(args.workdir, step=args.step, heads=args.heads)
     folder = run_at(args.workdir)[0] / "eval"
     for data in loaded:
-        path = folder / f"{file_stem(data.task.name, args)}.json"
+        path = (
+            folder
+            / f"{file_stem(data.task.name, args, settings_of_use(data.task))}.json"
+        )
         with _Bar(data.task.name) as bar:
             result = measure_task(
                 model, data, path, decoder=decoder, sandbox=sandbox,
@@ -76,7 +80,7 @@ def compare(workdirs: Sequence[str]) -> int:
 
 def _load(args: argparse.Namespace) -> list[Any]:
     """The tasks with their data."""
-    from mtp_jax.eval.task_data import TaskSettings, load_task
+    from mtp_jax.eval.task_data import TaskSettings, check_of_use, load_task
     from mtp_jax.eval.tasks.rows import task_named
 
     given = {
@@ -90,8 +94,12 @@ def _load(args: argparse.Namespace) -> list[Any]:
         "max_new_tokens": args.max_new_tokens,
         "batch_size": args.batch_size,
     }
-    settings = TaskSettings(**{k: v for k, v in given.items() if v is not None})
-    return [load_task(task_named(name), args.data[0], settings) for name in args.tasks]
+    given = {name: value for name, value in given.items() if value is not None}
+    tasks = [task_named(name) for name in args.tasks]
+    of_decoder = [] if args.decoder is None else ["decoder"]
+    check_of_use(tasks, [*given, *of_decoder])
+    settings = TaskSettings(**given)
+    return [load_task(task, args.data[0], settings) for task in tasks]
 
 
 def _sandbox(args: argparse.Namespace, loaded: Sequence[Any]) -> Any:

@@ -47,15 +47,22 @@ def add_task_options(parser: argparse._ArgumentGroup) -> None:
         "send whatever you can")  # fmt: skip
 
 
-def file_stem(task: str, args: argparse.Namespace) -> str:
-    """The name of a task's file of results, without an ending, by its options."""
+def file_stem(task: str, args: argparse.Namespace, of_use: set[str]) -> str:
+    """The name of a task's file of results, without an ending.
+
+    Args:
+      task: its name.
+      args: options; those that are given and of use to the task are in the name.
+      of_use: names from `settings_of_use`.
+    """
     parts = [task]
     for name in _NAMED:
         value = getattr(args, name)
-        if value is not None:
+        setting = "temperatures" if name == "temperature" else name
+        if value is not None and (setting in of_use or name in ("step", "heads")):
             values = value if isinstance(value, tuple) else (value,)
             parts.append(name + ",".join(f"{x:g}" for x in values))
-    if args.decoder is not None:
+    if args.decoder is not None and "decoder" in of_use:
         parts.append("".join(c if c.isalnum() else "_" for c in args.decoder))
     return "-".join(parts)
 

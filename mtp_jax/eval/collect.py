@@ -31,7 +31,7 @@ class Collected:
           settings: what results depend on, in JSON's types.
         """
         self._path = path
-        self._settings: Line = json.loads(json.dumps(settings))
+        self._settings = settings
         self.lines: list[Line] = []
         self.chosen: Line = {}  # what was decided once, for all of the work
         self.changed: list[str] = []  # settings that made what was there useless

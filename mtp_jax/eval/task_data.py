@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from mtp_jax.errors import UserError
@@ -40,9 +41,11 @@ class TaskSettings:
           UserError: settings that contradict each other, or do not fit the task.
         """
         if not isinstance(task, AnswerTask | CodeTask):
-            return self._scored(task)
+            return TaskSettings(
+                limit=self.limit, batch_size=self.batch_size, k=(), temperatures=()
+            )
         if self.samples > 1 and not repeats(task):
-            raise UserError(f"--samples={self.samples}: {task.name} takes one sample.")
+            return dataclasses.replace(self, samples=1, k=None).settled(task)
         usual = (0.0,) if self.samples == 1 else (_WARM,)
         temperatures = usual if self.temperatures is None else self.temperatures
         if self.samples > 1 and 0.0 in temperatures:
@@ -70,30 +73,41 @@ class TaskSettings:
             max_new_tokens=self.max_new_tokens or task.max_new_tokens,
         )
 
-    def _scored(self, task: Task) -> "TaskSettings":
-        """These settings for a task in which nothing is written."""
-        unused = {
-            "samples": self.samples if self.samples > 1 else None,
-            "k": self.k,
-            "temperature": self.temperatures,
-            "top_p": self.top_p,
-            "shots": self.shots,
-            "max_new_tokens": self.max_new_tokens,
-        }
-        for name, value in unused.items():
-            if value is not None:
-                raise UserError(
-                    f"--{name} is for tasks whose answers the model writes; "
-                    f"{task.name} scores given ones."
-                )
-        return dataclasses.replace(self, k=(), temperatures=(), shots=0)
-
 
 def repeats(task: Task) -> bool:
     """True for a task of which several samples say more than one."""
     return isinstance(task, CodeTask) or (
         isinstance(task, AnswerTask) and task.repeated
     )
+
+
+def settings_of_use(task: Task) -> set[str]:
+    """Names of the settings that results of a task depend on, `decoder` among them."""
+    of_use = {"limit", "batch_size"}
+    if isinstance(task, AnswerTask | CodeTask):
+        of_use |= {
+            "temperatures",
+            "top_p",
+            "seed",
+            "shots",
+            "max_new_tokens",
+            "decoder",
+        }
+    return of_use | ({"samples", "k"} if repeats(task) else set())
+
+
+def check_of_use(tasks: Sequence[Task], given: Sequence[str]) -> None:
+    """Refuses settings that no task has a use for.
+
+    Raises:
+      UserError: naming the first.
+    """
+    of_use = set().union(*map(settings_of_use, tasks))
+    for name in given:
+        if name not in of_use:
+            option = "temperature" if name == "temperatures" else name
+            names = ", ".join(task.name for task in tasks)
+            raise UserError(f"--{option} is of no use to {names}; leave it out.")
 
 
 @dataclasses.dataclass(frozen=True)

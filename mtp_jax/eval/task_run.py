@@ -158,7 +158,7 @@ def _finished(path: epath.Path, header: dict[str, Any]) -> dict[str, Any] | None
     """The result at a path if it is one of these settings."""
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
-        same = there["settings"] == json.loads(json.dumps(header))
+        same = there["settings"] == header
     except (OSError, ValueError, LookupError, TypeError):
         return None
     return there if same else None
@@ -168,7 +168,7 @@ def _settings(
     model: Restored, data: TaskData, decoder: Decoder | None, sandbox: Sandbox | None
 ) -> dict[str, Any]:
     """Everything that results depend on, in JSON's types."""
-    return {
+    settings = {
         "step": model.step,
         "heads": model.config.model.n_future_tokens,
         "data": data.path.name,
@@ -180,10 +180,11 @@ def _settings(
         if sandbox is not None and isinstance(data.task, CodeTask)
         else None,
     }
+    return json.loads(json.dumps(settings))  # lists for tuples, as in a file
 
 
 def _written(kept: Collected, lines: list[Line], prompts: Prompts) -> dict[str, Any]:
-    """What is to be known about written texts: prompts that were cut, and drafting."""
+    """Facts about written texts: prompts that were cut, and drafting."""
     tokens = sum(line["tokens"] for line in lines)
     forwards = sum(line["forwards"] for line in lines)
     return {

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,7 +76,9 @@ def _names(code: str, tests: str) -> tuple[str, ...]:
 
 def _parsed(code: str) -> list[ast.stmt]:
     try:
-        return ast.parse(code).body
+        with warnings.catch_warnings():  # of strings in the problems
+            warnings.simplefilter("ignore")
+            return ast.parse(code).body
     except SyntaxError as error:
         raise UserError(f"a problem's code is not Python: {error}.") from None
 

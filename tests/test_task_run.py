@@ -24,11 +24,13 @@ from mtp_jax.reports.task_table import comparison_lines, task_lines
 
 @functools.cache
 def model():
-    """A model of bytes that was never trained."""
+    """A model of bytes that was never trained, and writes ASCII all the same."""
     cfg = dataclasses.replace(TINY, vocab_size=256)
     mesh = mesh_of()
     with jax.set_mesh(mesh):
-        params = placed_params(cfg, random_params(cfg))
+        params = random_params(cfg)
+        params["w_unembedding"][:32] = params["w_unembedding"][127:] = 0.0
+        params = placed_params(cfg, params)
     return restored(cfg, params, mesh, ByteTokenizer(), seq_len=64)
 
 
@@ -104,7 +106,7 @@ def test_an_interrupted_measurement_goes_on_to_the_same_result(data, tmp_path, t
     settings, extra = {}, {}
     if task == "mbpp":
         sandbox = working_sandbox(None)
-        settings = {"samples": 3, "shots": 0, "max_new_tokens": 8}
+        settings = {"samples": 2, "shots": 0, "max_new_tokens": 8, "limit": 3}
         extra = {"decoder": Blockwise(), "sandbox": sandbox}
     whole = measured(data, tmp_path / "whole", task, **settings, **extra)[task]
     told = []
@@ -124,7 +126,7 @@ def test_an_interrupted_measurement_goes_on_to_the_same_result(data, tmp_path, t
         except Interrupted:
             with open(kept, "a") as file:  # as if killed in the midst of a line
                 file.write('{"item": 3, "sam')
-    assert len(told) > 4
+    assert len(told) > 3
     assert found == whole
     assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == [f"{task}.json"]
 

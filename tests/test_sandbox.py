@@ -136,6 +136,7 @@ def test_attempts_succeed_without_the_sandbox(host):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_thousand_programs_leave_nothing(sandbox):
     """No process, no descriptor, no file, no growth of this process."""
     names = [*hostile.FORGED, "takes memory at once", "starts Python", "forks"]

@@ -79,7 +79,7 @@ def command(bwrap: str, python: Interpreter, seccomp_fd: int) -> list[str]:
     line += ["--ro-bind", python.path, python.path]
     if python.prefix != "/usr":
         library = f"{python.prefix}/lib"
-        line += ["--ro-bind", library, library]
+        line += ["--ro-bind", library, library, "--setenv", "LD_LIBRARY_PATH", library]
     for device in ("/dev/null", "/dev/urandom"):
         line += ["--dev-bind", device, device]
     line += ["--remount-ro", "/", "--seccomp", str(seccomp_fd), "--"]

@@ -27,6 +27,9 @@ def limit(limits: dict[str, int]) -> None:
     """
     for name, most in limits.items():
         which = getattr(resource, "RLIMIT_" + name)
+        now = resource.getrlimit(which)[1]
+        if now != resource.RLIM_INFINITY:
+            most = min(most, now)
         resource.setrlimit(which, (most, most))
     if hasattr(sys, "set_int_max_str_digits"):
         sys.set_int_max_str_digits(0)

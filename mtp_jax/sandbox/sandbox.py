@@ -27,6 +27,8 @@ from mtp_jax.sandbox.seccomp import denied_calls
 
 _HERE = pathlib.Path(__file__).parent
 _LONGEST_VERDICT = 1 << 16
+_NO_ANSWER = b"EOFError: no answer"  # the judge's word for a program that is gone
+_KILLED = 128 + signal.SIGKILL
 # Python of the sandbox finds the modules in its first lines, as it can read no file.
 _BEGIN = """
 import json, os, sys, types
@@ -133,14 +135,22 @@ class Sandbox:
         job = {"setup": tests.setup, "names": tests.names, "tests": tests.tests}
         with contextlib.ExitStack() as stack:
             answers, requests, verdict = (stack.enter_context(_Pipe()) for _ in "123")
-            self._start(stack, _SERVE, {"code": code}, requests.read, answers.write)
+            guest = self._start(
+                stack, _SERVE, {"code": code}, requests.read, answers.write
+            )
             self._start(stack, _JUDGE, job, answers.read, requests.write, verdict.write)
             for end in (answers, requests):
                 end.close()
             verdict.close_write()
             text, timely = _read(verdict.read, _LONGEST_VERDICT, self.limits.wall_s)
+            early = _wait(guest, 0.2) if _NO_ANSWER in text else None
         if not timely:
             return Verdict(False, f"no verdict within {self.limits.wall_s:g} s")
+        if early is not None:
+            limit = (
+                "a limit of time or memory" if early == _KILLED else f"itself: {early}"
+            )
+            return Verdict(False, f"the program was ended by {limit}")
         try:
             found = json.loads(text)
             return Verdict(found["passed"] is True, str(found["why"]))
@@ -161,7 +171,7 @@ class Sandbox:
                 output.close_write()
                 most = self.limits.output_bytes
                 text, timely = _read(output.read, most + 1, self.limits.wall_s)
-                status = process.poll() if not timely else _wait(process)
+                status = process.poll() if not timely else _wait(process, 2.0)
             where = f"input {number}"
             if not timely:
                 return Verdict(
@@ -283,10 +293,10 @@ def _read(number: int, most: int, seconds: float) -> tuple[bytes, bool]:
     return found, True
 
 
-def _wait(process: subprocess.Popen[bytes]) -> int | None:
+def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
     """The exit code of a process that has closed its output; None: it goes on."""
     try:
-        return process.wait(timeout=1)
+        return process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
         return None
 

@@ -222,6 +222,26 @@ def test_several_temperatures_are_told_apart_from_the_best(data, tmp_path):
     assert len(result["items"][0]["results"]) == 4
 
 
+def test_maths_with_several_samples_has_pass_at_k(tmp_path):
+    rows = [{"question": f"{i}?", "answer": f"#### {i}"} for i in range(3)]
+    path = tmp_path / "maths.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    result = measured(
+        path, tmp_path, "gsm8k", samples=3, k=(1, 3), shots=1, max_new_tokens=4,
+        decoder=Plain(), temperatures=(1.0,),
+    )["gsm8k"]  # fmt: skip
+
+    assert set(result["metrics"]) == {
+        "exact_match", "exact_match_flexible", "pass@1", "pass@3",
+    }  # fmt: skip
+    assert [item["id"] for item in result["items"]] == ["2", "3"]
+    for item in result["items"]:
+        right = [r["scores"]["exact_match"] for r in item["results"]]
+        assert item["scores"]["pass@3"] == float(any(right))
+        assert item["scores"]["pass@1"] == pytest.approx(np.mean(right))
+
+
 def test_runs_are_compared_by_paired_differences(tmp_path):
     rng = np.random.default_rng(0)
     base_P = rng.random(200)

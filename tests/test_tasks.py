@@ -5,6 +5,7 @@ import json
 
 import pytest
 from runs import SHARED
+from test_sandbox import working_sandbox
 
 from mtp_jax.errors import UserError
 from mtp_jax.eval.task_data import TaskSettings, check_of_use, load_task
@@ -208,6 +209,34 @@ def test_apps_has_scripts_and_calls(tmp_path):
     assert script.program("x").tests == ScriptTests((("2\n", "4\n"),))
     assert "class Solution" in call.prompt and "Call-Based" in call.prompt
     assert call.program("x").tests.names == ("Solution", "double")
+
+
+@pytest.mark.parametrize(
+    ("which", "code", "passed"),
+    [
+        (0, "print(2 * int(input()))", True),
+        (0, "print(int(input()))", False),
+        (1, "class Solution:\n    def double(self, x): return 2 * x", True),
+        (1, "def double(x): return [2 * x]", False),
+        (1, "def double(x): return 2 * x", True),
+        (1, "def other(x): return 2 * x", False),
+        (2, "def pair(a, b): return (a, b)", True),  # a tuple for a list
+        (2, "def pair(a, b): return [b, a]", False),
+    ],
+)
+def test_apps_solutions_run(tmp_path, which, code, passed):
+    sandbox = working_sandbox(None)
+    tests = [
+        {"inputs": ["2\n", "-3"], "outputs": ["4\n", "-6"]},
+        {"fn_name": "double", "inputs": [[2], [3]], "outputs": [4, [6]]},
+        {"fn_name": "pair", "inputs": [[1, 2]], "outputs": [[1, 2]]},
+    ]
+    rows = [{"question": "q", "input_output": x} for x in tests]
+    problem = loaded(tmp_path, "apps", rows).examples[which]
+
+    verdict = sandbox.run(problem.program(code))
+
+    assert verdict.passed == passed, verdict.why
 
 
 def test_files_may_be_packed_and_lists_and_have_other_line_ends(tmp_path):

@@ -48,7 +48,10 @@ fi
 if [ -n "$rehearse" ]; then
     # Nothing is timed for its own sake: programs that compile fast.
     export JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=0
+    untuned=$XLA_FLAGS
 else
+    # Equality asks for no speed: products as the library has them, none tried out.
+    untuned="--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
     # Parts share the device with torch, one after another: no process takes it whole.
     export XLA_PYTHON_CLIENT_MEM_FRACTION=.92
     export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$(mktemp -d)}
@@ -70,7 +73,7 @@ part() { # NAME ARGUMENTS...: runs a part in the time that is left
     fi
 }
 
-part equality
+XLA_FLAGS=$untuned part equality
 part training --case=1.3b,4,fused
 part training --case=1.3b,1,fused
 part torch_training --shape=1.3b

@@ -104,7 +104,7 @@ def test_busy_time_counts_overlaps_once():
     assert profile._length([]) == 0
     assert profile._kind("ncclDevKernel_AllReduce") == "collectives"
     assert profile._kind("MemcpyD2D") == "copies"
-    assert profile._kind("fusion_12") == "work"
+    assert profile._kind("fusion_12") == "rest"
 
 
 @pytest.mark.parametrize("text", ["{", "[]\n", '{"a": 1}\n'])

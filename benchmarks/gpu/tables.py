@@ -149,9 +149,9 @@ def _profile(rows: Sequence[Row]) -> list[str]:
     if not row.get("largest"):
         return [f"Profile of a step: {row.get('error', NOT_MEASURED)}."]
     return [
-        f"Profile of a step ({row['shape']}, n={row['n']}): copies "
-        f"{row['copies']:.1%} of the busy time, exposed collectives "
-        f"{row['exposed']:.1%}; the largest kernels:",
+        f"Profile of a step ({row['shape']}, n={row['n']}), shares of the busy time: "
+        + "".join(f"{kind} {share:.1%}, " for kind, share in row["shares"].items())
+        + f"exposed collectives {row['exposed']:.1%}; the largest kernels:",
         *(f"- {x['share']:.1%} `{x['kernel']}`" for x in row["largest"]),
     ]
 

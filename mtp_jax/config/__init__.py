@@ -17,6 +17,7 @@ from mtp_jax.config.sections import (
     ModelConfig,
     OptimConfig,
     Remat,
+    ScanLayers,
     Schedule,
     TrainConfig,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "Remat",
+    "ScanLayers",
     "Schedule",
     "TrainConfig",
     "config_from_json",

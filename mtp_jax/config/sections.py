@@ -9,6 +9,7 @@ Dtype = Literal["float32", "bfloat16"]
 Attention = Literal["auto", "splash", "cudnn", "xla"]
 Remat = Literal["none", "full", "dots", "offload"]
 HeadLoss = Literal["fused", "remat", "naive"]
+ScanLayers = Literal["auto", "yes", "no"]
 Schedule = Literal["cosine", "wsd"]
 
 
@@ -124,10 +125,15 @@ class ComputeConfig:
     remat, from the most memory and the least arithmetic to the reverse: none, dots
     (products with weights are kept), full (only the input of each trunk layer is kept),
     offload (as full, but kept in the memory of the host).
+
+    scan_layers: yes makes one program of a trunk layer and a loop over them, which is
+    compiled in the time of one layer; no writes the layers out one by one, which saves
+    the copies between the loop's stacks; auto is no on GPUs.
     """
 
     attention: Attention = "auto"  # the kernel
     remat: Remat = "full"  # what the backward pass of a trunk layer computes again
+    scan_layers: ScanLayers = "auto"  # a loop over the layers of the trunk
     head_loss: HeadLoss = "fused"  # in which order the heads' losses are computed
     chunk_tokens: int = 0  # of a device, whose logits live at once; 0: 2^27 logits
 

@@ -16,7 +16,7 @@ from mtp_jax.config import Config, MeshConfig, config_from_json
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.tokenizer import Tokenizer, tokenizer_from_dir
 from mtp_jax.errors import UserError
-from mtp_jax.model.language_model import model_builder
+from mtp_jax.model.language_model import keep_heads, model_builder
 from mtp_jax.parallel.sharding import abstract_tree, make_mesh, slice_count
 from mtp_jax.storage import run_at, where_runs_are
 
@@ -94,7 +94,8 @@ def restore_model(
         )
     metadata = checkpoints.saved_metadata(step)
     config = config_from_json(metadata["config"], f"the checkpoint in {workdir}")
-    n = config.model.n_future_tokens
+    model = config.model
+    n = model.n_future_tokens
     if heads is not None and not 1 <= heads <= n:
         raise UserError(
             f"--heads={heads}: the model in {workdir} has {n}; give 1 to {n}."
@@ -109,11 +110,8 @@ def restore_model(
         step, items, _ = restore_newest(checkpoints, {"params": abstract}, step)
         params = items["params"]
         if heads is not None:
-            params = {
-                **params,
-                "heads": jax.tree.map(lambda x: x[:heads], params["heads"]),
-            }
             config = config.keep_heads(heads)
+            _, params = keep_heads(model, params, heads)
     checkpoints.close()
     return Restored(config, params, mesh, step, tokenizer)
 

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from mtp_jax.config.heads import HeadsConfig
 from mtp_jax.errors import UserError
 
 Dtype = Literal["float32", "bfloat16"]
@@ -43,6 +44,7 @@ class ModelConfig:
     tie_embeddings: bool = False  # unembed with the embedding
     param_dtype: Dtype = "float32"  # of a model; the optimizer sees float32
     compute_dtype: Dtype = "float32"  # of products and activations
+    heads: HeadsConfig = dataclasses.field(default=HeadsConfig(), repr=False)
 
     def __post_init__(self):
         _require_at_least(
@@ -57,12 +59,7 @@ class ModelConfig:
             d_head=self.d_head,
             d_ff=self.d_ff,
         )
-        _require(
-            self.n_future_tokens <= self.num_layers,
-            f"config.model.n_future_tokens is {self.n_future_tokens}, more than "
-            f"config.model.num_layers ({self.num_layers}), which counts the heads; "
-            f"give at most {self.num_layers} heads or more layers.",
-        )
+        self._check_heads()
         _require(
             self.num_query_heads % self.num_kv_heads == 0,
             f"config.model.num_query_heads ({self.num_query_heads}) must be a multiple "
@@ -84,13 +81,47 @@ class ModelConfig:
             "config.model.rope_theta and config.model.norm_eps must be above 0.",
         )
 
+    def _check_heads(self) -> None:
+        n, heads = self.n_future_tokens, self.heads
+        most = next(
+            (k for k in range(n, 0, -1) if heads.counted_layers(k) <= self.num_layers),
+            0,
+        )
+        if most < n:
+            of_each = f", {heads.layers} layers each" if heads.layers > 1 else ""
+            raise UserError(
+                f"config.model.n_future_tokens is {n}, more than "
+                f"config.model.num_layers ({self.num_layers}), which counts the heads"
+                f"{of_each}; give at most {most} heads or more layers."
+            )
+        _require(
+            heads.markov_rank <= self.vocab_size,
+            f"config.heads.markov_rank is {heads.markov_rank}; it must be at most "
+            f"config.model.vocab_size ({self.vocab_size}).",
+        )
+        _require(
+            heads.unembedding == "shared" or not self.tie_embeddings,
+            "config.heads.unembedding is own, and config.model.tie_embeddings makes "
+            "the embedding the one unembedding; keep one of them.",
+        )
+
     @property
     def num_trunk_layers(self) -> int:
-        return self.num_layers - self.n_future_tokens
+        return self.num_layers - self.heads.counted_layers(self.n_future_tokens)
 
     def keep_heads(self, n: int) -> "ModelConfig":
-        """The model that keeps the trunk and the first n heads."""
-        layers = self.num_trunk_layers + n
+        """The model that keeps the trunk and the first n heads.
+
+        Raises:
+          UserError: heads of this kind need those after them.
+        """
+        if n < self.heads.least_kept(self.n_future_tokens):
+            raise UserError(
+                f"{self.heads.kind} heads read those after them, so fewer than all "
+                f"{self.n_future_tokens} cannot be kept; use all, or a model of "
+                "another kind."
+            )
+        layers = self.num_trunk_layers + self.heads.counted_layers(n)
         return dataclasses.replace(self, num_layers=layers, n_future_tokens=n)
 
 
@@ -336,6 +367,11 @@ class Config:
             f"config.data.batch_size ({self.data.batch_size}) is not divisible by "
             f"config.train.accumulation ({self.train.accumulation}).",
         )
+
+    @property
+    def heads(self) -> HeadsConfig:
+        """The section of the heads, which belongs to the model."""
+        return self.model.heads
 
     @property
     def row_len(self) -> int:

@@ -8,6 +8,7 @@ import jax
 from mtp_jax.config import Config, ModelConfig
 from mtp_jax.errors import UserError
 from mtp_jax.model import flops
+from mtp_jax.model.heads.base import layer_entries
 from mtp_jax.parallel import chips
 from mtp_jax.parallel.sharding import make_mesh
 from mtp_jax.planning.aot import Compiled
@@ -100,9 +101,9 @@ def hbm_traffic(cfg: Config, compiled: Compiled, tensor: int) -> float:
     """
     read = 2 * compiled.params
     if cfg.compute.remat in ("full", "offload"):
-        read += cfg.model.num_trunk_layers * flops.layer_params(cfg.model)
+        read += cfg.model.num_trunk_layers * layer_entries(cfg.model)
     if cfg.compute.head_loss == "remat":
-        read += cfg.model.n_future_tokens * flops.layer_params(cfg.model)
+        read += cfg.model.n_future_tokens * layer_entries(cfg.model)
     weights = read * _ITEMSIZE[cfg.model.compute_dtype] / tensor
     return 2 * compiled.argument_bytes + cfg.train.accumulation * weights
 
@@ -137,7 +138,7 @@ def breakeven(cfg: ModelConfig) -> float:
     the other heads too, and the unembedding once more, as they draft when head 1 has
     verified. (Caches and the one row of the embedding are left out.)
     """
-    layer, unembedding = flops.layer_params(cfg), cfg.vocab_size * cfg.d_model
+    layer, unembedding = layer_entries(cfg), cfg.vocab_size * cfg.d_model
     plain = (cfg.num_trunk_layers + 1) * layer + unembedding
     drafts = cfg.n_future_tokens - 1
     return (plain + drafts * layer + (unembedding if drafts else 0)) / plain

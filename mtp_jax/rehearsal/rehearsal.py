@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 
-from mtp_jax.config import Config
+from mtp_jax.config import Config, as_tree
 from mtp_jax.errors import UserError
 from mtp_jax.rehearsal.corpora import corpora_for
 from mtp_jax.rehearsal.faults import FAULTS, Fault, Outcome, host_counts
@@ -177,7 +177,7 @@ def _with_times(cfg: Config) -> Config:
 
 def _write_config(cfg: Config, folder: pathlib.Path) -> pathlib.Path:
     """Writes a config file that gives this config, and returns its path."""
-    tree = pprint.pformat(dataclasses.asdict(cfg), sort_dicts=False)
+    tree = pprint.pformat(as_tree(cfg), sort_dicts=False)
     path = folder / "config.py"
     path.write_text(
         '"""The config of a rehearsal."""\n\n'

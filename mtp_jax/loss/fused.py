@@ -210,7 +210,7 @@ def _chain(step: _Step, parts: Parts, first, rest) -> tuple[TokenScores, Parts]:
 
 
 def _bodies(weights: Weights) -> Weights:
-    """The weights that a head's stream and output depend on: all but those of its logits."""
+    """The weights that streams and outputs depend on, without tables of logits."""
     return dataclasses.replace(weights, **dict.fromkeys(_TABLES))
 
 
@@ -219,7 +219,7 @@ def _norms(weights: Weights) -> Weights:
 
 
 def _by_field(join: Callable[[Any, Any], Any], a: Weights, b: Weights) -> Weights:
-    """The fields of two weights joined by `join`; of fields that one lacks, the other's."""
+    """The fields of two weights, joined where both have them."""
     found = {}
     for field in dataclasses.fields(Weights):
         x, y = getattr(a, field.name), getattr(b, field.name)

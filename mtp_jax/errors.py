@@ -78,6 +78,12 @@ def warn(line: str) -> None:
     _print(line, sys.stderr)
 
 
+def counted(number: int, noun: str) -> str:
+    """Returns a number with its noun: 1 pass, 2,000 passes."""
+    plural = "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
+
+
 def on_terminal(stream: TextIO | None) -> bool:
     """True for a terminal; a stream that was closed at the start is None."""
     return stream is not None and stream.isatty()

@@ -65,7 +65,7 @@ def test_a_prompt_is_continued(restored, capsys):
     assert generate.main(["--workdir=run", "--step=3", "--prompt=abc", FEW]) == 0
     text = capsys.readouterr().out
     assert text.startswith("abc")
-    assert text.splitlines()[-1].startswith("blockwise: 1 texts, ")
+    assert text.splitlines()[-1].startswith("blockwise: 1 text, ")
     assert restored == [("run", 3, None)]
 
 
@@ -114,7 +114,7 @@ def test_one_head_cannot_draft(restored, monkeypatch, decoder):
 
 def test_one_head_is_decoded_by_plain(restored, capsys):
     generate.main(["--workdir=one head", "--prompt=a", FEW])
-    assert capsys.readouterr().out.splitlines()[-1].startswith("plain: 1 texts")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("plain: 1 text, ")
 
 
 def test_going_on_beyond_what_was_trained_is_said(restored, capsys):
@@ -214,6 +214,7 @@ def test_colours_and_the_page_are_of_the_same_text(restored, capsys, tmp_path):
     coloured = capsys.readouterr().out
     generate.main(args)
     plain = capsys.readouterr().out
+    assert f"{file}: a page of" in coloured and f"{file}: a page of" in plain
     assert "head 1: " in coloured and "\x1b" not in plain, "not a terminal: no colour"
     page = file.read_text(encoding="utf-8")
     assert "&lt;b&gt;" in page and page.count("data-note=") > 1

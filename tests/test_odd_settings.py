@@ -1,5 +1,7 @@
 """Settings at the ends of their ranges: done right, or refused by name."""
 
+import os
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from test_continuations import Speaking
 
 from mtp_jax.cli import train
 from mtp_jax.data.tokenizer import ByteTokenizer
+from mtp_jax.data.workers import check_workers
 from mtp_jax.decode.decoders.sampling import (
     RandomKeys,
     Sampler,
@@ -99,3 +102,12 @@ def test_a_seed_of_more_than_32_bits_begins_no_run(tmp_path, monkeypatch):
     seed = "--config.train.seed=4294967296"
     with pytest.raises(UserError, match=r"config\.train\.seed is 4294967296; .* 2\^32"):
         train.main(train_args(tmp_path / "run", corpus, seed)[1:])
+
+
+def test_reader_processes_beyond_measure_begin_no_run(tmp_path):
+    corpus = ROOT / "tests" / "data" / "run_format_0" / "corpus"
+    workers = "--config.data.workers=99999"
+    with pytest.raises(UserError, match=r"config\.data\.workers is 99999; at most "):
+        train.main(train_args(tmp_path / "run", corpus, workers)[1:])
+    assert not (tmp_path / "run").exists()
+    check_workers("workers", os.cpu_count())

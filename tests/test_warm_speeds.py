@@ -9,8 +9,10 @@ from test_continuations import Speaking
 
 from mtp_jax.data.tokenizer import ByteTokenizer
 from mtp_jax.decode.decoders.plain import Plain
+from mtp_jax.decode.generation import totals
 from mtp_jax.decode.programs import Programs
-from mtp_jax.reports.compare import compare, header, line
+from mtp_jax.errors import counted
+from mtp_jax.reports.compare import Comparison, compare, header, line
 from mtp_jax.verification.settings import VerifySettings
 
 BYTES = ByteTokenizer()
@@ -86,6 +88,32 @@ def test_what_is_whole_here_is_fetched_without_a_program(monkeypatch):
 
     monkeypatch.setattr(batch.multihost_utils, "process_allgather", gathered)
     assert batch._host(jax.numpy.arange(3)).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("deviations", "kind"),
+    [(None, "exact"), (0, "0.0%"), (1, "-<0.1%"), (2, "-0.1%"), (62, "-3.1%")],
+)
+def test_a_share_of_deviations_has_no_negative_zero(deviations, kind):
+    [result] = Timed(BYTES, [97], [98]).generate("a", max_new_tokens=2)
+    made = dataclasses.replace(result, deviations=deviations)
+    figures = dataclasses.replace(totals([result]), tokens=2000)
+
+    found = Comparison([made], figures, 1.0, 0.0, 1, lossy=deviations is not None)
+
+    assert line("typical", found, {}).split()[1] == kind
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "text"),
+    [
+        (1, "device", "1 device"),
+        (2000, "pass", "2,000 passes"),
+        (0, "batch", "0 batches"),
+    ],
+)
+def test_a_number_has_its_noun(number, noun, text):
+    assert counted(number, noun) == text
 
 
 def test_the_long_form_of_verify_is_the_longer_one():

@@ -33,7 +33,7 @@ _SETTINGS = {
     "samples": "samples",
     "least_p": "least_p",
 }
-_ROW = "{:<12}{:<{widest}} {:<26} {:>8}  {:<28}{}"
+_ROW = "{:<12}{:<{widest}} {:<26} {:>8}  {:<28} {}"
 
 
 def main(argv: list[str]) -> int:

@@ -12,7 +12,7 @@ from mtp_jax.config import Config
 from mtp_jax.data.batches import train_batches
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.distributed import hosts
-from mtp_jax.errors import RunFailed
+from mtp_jax.errors import RunFailed, counted
 from mtp_jax.parallel.to_devices import batch_sharding, place_rows, rows_of_process
 from mtp_jax.run.evaluation import HeldoutEvaluation
 from mtp_jax.run.goodput import Goodput
@@ -164,8 +164,10 @@ def _opening(cfg: Config, start: Start, workdir: epath.Path) -> str:
     model = cfg.model
     begun = f"continues after step {start.step}" if start.step else "begins"
     return (
-        f"{workdir} {begun}: {size / 1e6:.2f} M parameters, {model.num_trunk_layers} "
-        f"trunk layers, {model.n_future_tokens} heads, {jax.device_count()} devices, "
+        f"{workdir} {begun}: {size / 1e6:.2f} M parameters, "
+        f"{counted(model.num_trunk_layers, 'trunk layer')}, "
+        f"{counted(model.n_future_tokens, 'head')}, "
+        f"{counted(jax.device_count(), 'device')}, "
         f"{cfg.data.batch_size} x {cfg.data.seq_len} positions a step"
     )
 

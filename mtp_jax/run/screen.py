@@ -37,12 +37,14 @@ class Screen:
         self._bar = ""
         self._drawn = -_DRAW_EVERY_S
         self._begun: tuple[float, int] | None = None  # when, after which step
+        self._opened = False  # by a line of the run
         self.note = ""  # beside the bar
 
     def say(self, line: str) -> None:
         """Prints a line; on a terminal, as many as it takes there."""
         if not self._active:
             return
+        self._opened = True
         if self._has_bar:
             self._write(_CLEAR + fitted(line, _width()) + "\n" + self._bar)
         else:
@@ -55,7 +57,7 @@ class Screen:
             return
         if self._has_bar:
             self._show(text)
-        elif kind == "compile":
+        elif kind == "compile" and self._opened:  # before it, only small things are
             self.say(text)
 
     def progress(self, step: int, steps: int) -> None:

@@ -23,8 +23,8 @@ Furthest = Callable[[Decoder, int, int], float]
 def distribution_checks(subject: Subject) -> Iterator[Check]:
     """A check a decoder, and a control that leaves out what follows a rejection."""
     settings = subject.settings
-    count = min(settings.distribution_prompts, len(subject.prompts))
-    furthest = _furthest(subject, count)
+    numbers = subject.open_prompts[: settings.distribution_prompts]
+    furthest, count = _furthest(subject, numbers), len(numbers)
     for name, decoder in subject.decoders.items():
         yield _check(subject, name, decoder, furthest, count)
     far = furthest(WithoutRest(), 2, 1)
@@ -39,9 +39,9 @@ def distribution_checks(subject: Subject) -> Iterator[Check]:
     )
 
 
-def _furthest(subject: Subject, prompts: int) -> Furthest:
+def _furthest(subject: Subject, numbers: list[int]) -> Furthest:
     cfg, settings = subject.exact_cfg, subject.settings
-    right = [subject.right_distribution(number) for number in range(prompts)]
+    right = [subject.right_distribution(number) for number in numbers]
     with jax.set_mesh(subject.mesh):
         tokenizer = subject.tokenizer
         programs = Programs(cfg, tokenizer.eos_id, tokenizer.vocab_size)
@@ -62,7 +62,7 @@ def _furthest(subject: Subject, prompts: int) -> Furthest:
                     subject.sampling,
                     rows=_rows_at_a_time(cfg, max(settings.prompt_tokens)),
                 )
-                for number in range(count)
+                for number in numbers[:count]
             ]
         return max(map(distance, found, right))
 

@@ -137,7 +137,7 @@ def test_compare_takes_a_decoder_with_its_options(restored, capsys):
     )
 
     out = capsys.readouterr().out
-    assert f"\n{spec} -" in out
+    assert f"\n{spec} " in out
     assert "left out: dynamo_exact" in out and "left out: dynamo " not in out
 
 
@@ -250,7 +250,7 @@ def test_a_batch_goes_on_where_it_was_ended(restored, capsys, tmp_path, monkeypa
         assert generate.main([*args, f"--output={part}"]) == 0
         assert asked == ["b", "c"]
         assert lines_of(part) == expected
-    assert capsys.readouterr().out.endswith("5 of them were there already\n")
+    assert capsys.readouterr().out.endswith("5 of them there already\n")
 
     for changed, message in [
         (["--seed=4"], "begun with another sampling"),

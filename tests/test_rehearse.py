@@ -98,7 +98,7 @@ def test_a_fault_that_does_not_exist_is_told():
 
 def test_a_folder_that_cannot_be_made_is_told():
     with pytest.raises(UserError, match="--workdir=/proc/x cannot be written"):
-        rehearsal._folder("/proc/x")
+        rehearsal._folder("/proc/x").__enter__()
 
 
 def test_resumes_go_to_fewer_and_to_more_hosts():

@@ -121,8 +121,9 @@ def test_what_is_lossy_alone_is_refused(restored):
         verify.main([*FEW, "--decoder=typical"])
 
 
-def test_too_few_samples_are_said_to_be(restored, capsys):
+def test_too_few_samples_are_said_to_be(restored, capsys, monkeypatch):
     """One text of any law is as likely as it is: nothing can be noticed."""
+    monkeypatch.setattr(Subject, "open_prompts", [0])
     assert verify.main([*FEW, "--decoder=speculative", "--samples=1"]) == 1
 
     assert "too few --samples to notice" in capsys.readouterr().out

@@ -32,7 +32,7 @@ class VerifySettings:
     temperature: float = 1.0
     top_k: int = 2
     distribution_tokens: int = 3  # first new tokens whose distribution is compared
-    distribution_prompts: int = 1  # that this is done for: the most open ones
+    distribution_prompts: int = 1  # prompts that this is done for
     distribution_heads: int | None = 2  # most heads that draft; None: all
     distribution_tolerance: float = 1e-5  # sum |p - q| that rounding may make
     samples: int = 2048  # texts drawn for the chi-square test

@@ -91,9 +91,8 @@ class Subject:
     def open_prompts(self) -> list[int]:
         """Numbers of the prompts, that after which head 1 is least sure first.
 
-        Where it is sure, a wrong decoder writes the right texts, too: samples that are
-        compared there prove little. Told by the entropy of the new tokens, each of the
-        two most likely ones.
+        Where it is sure, a wrong decoder writes the right texts, too, and samples prove
+        little. Told by the entropy of the new tokens, each of the two most likely ones.
         """
         two = dataclasses.replace(self.sampling, top_k=min(2, self.sampling.top_k))
 

@@ -70,6 +70,21 @@ def test_a_line_fits_the_terminal_and_loses_nothing(width):
         assert all("  ".join(rows).count(part) == 1 for part in LINE.split("  "))
 
 
+def test_a_command_is_one_line_to_copy():
+    line = f"next: python -m mtp_jax generate --workdir={'runs/' * 20} --heldout=2"
+
+    assert fitted(line, 60) == line
+
+
+def test_a_sample_keeps_its_spaces():
+    line = f"sample: 'if a:{' ' * 70}b' -> '{' ' * 9} c'"
+
+    rows = fitted(line, 40).split("\n")
+
+    assert max(map(len, rows)) < 40
+    assert rows[0] + "".join(row.removeprefix("    ") for row in rows[1:]) == line
+
+
 @pytest.mark.parametrize("width", [20, 40, 60, 100])
 @pytest.mark.parametrize("step", [0, 1, 450, 25_000])
 def test_the_bar_fits_too(step, width):

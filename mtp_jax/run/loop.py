@@ -22,7 +22,7 @@ from mtp_jax.run.profiler import Profiler
 from mtp_jax.run.run_file import RunFile
 from mtp_jax.run.run_log import RunLog
 from mtp_jax.run.saver import Saver
-from mtp_jax.run.screen import Screen
+from mtp_jax.run.screen import COMMAND, Screen
 from mtp_jax.run.start import Start, compile_on_all, open_local, restore_or_init
 from mtp_jax.run.step_log import StepLog
 from mtp_jax.training.train_step import Batch, make_step
@@ -182,9 +182,9 @@ def _ending(
     lines = [f"done: step {done}, in {workdir}"]
     if any(len(corpus.documents("heldout")) for corpus in corpora):
         lines += [
-            f"next: python -m mtp_jax evaluate {where}",
-            f"next: python -m mtp_jax generate {where} --heldout=2",
+            f"{COMMAND}python -m mtp_jax evaluate {where}",
+            f"{COMMAND}python -m mtp_jax generate {where} --heldout=2",
         ]
     else:
-        lines.append(f"next: python -m mtp_jax generate {where} --prompt=TEXT")
+        lines.append(f"{COMMAND}python -m mtp_jax generate {where} --prompt=TEXT")
     return lines

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from mtp_jax.errors import say
 
+COMMAND = "next: "  # begins a line with a command to copy
 _DRAW_EVERY_S = 0.1
 _BAR = 30  # characters, at most
 # The kinds of `Goodput` that last; each step is too short to tell.
@@ -122,8 +123,12 @@ def progress_line(step: int, steps: int, left_s: float, note: str, width: int) -
 
 
 def fitted(line: str, width: int) -> str:
-    """The line cut at its double spaces, else at words, to fit; the rest indented."""
-    if len(line) < width:
+    """The line cut at its double spaces, else at words, to fit; the rest indented.
+
+    A command stays one line, so that it can be copied, and a quoted text keeps all its
+    spaces.
+    """
+    if len(line) < width or line.startswith(COMMAND):
         return line
     rows: list[str] = []
     is_a_text = "'" in line or '"' in line  # whose spaces are its own
@@ -133,7 +138,13 @@ def fitted(line: str, width: int) -> str:
         else:
             rows.append(f"  {part}" if rows else part)
     return "\n".join(
-        textwrap.fill(row, max(width - 1, 20), subsequent_indent="    ") for row in rows
+        textwrap.fill(
+            row,
+            max(width - 1, 20),
+            subsequent_indent="    ",
+            drop_whitespace=not is_a_text,
+        )
+        for row in rows
     )
 
 

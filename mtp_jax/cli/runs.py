@@ -72,10 +72,10 @@ def _table(
         return "\n".join(lines)
     (*names, _), *table = table
     lines = ["  ".join(names).rstrip()]
-    for *cells, fields in table:
+    for *cells, told in table:
         lines.append("  ".join(cells).rstrip())
         lines += textwrap.wrap(
-            fields, max(width - 1, 20), initial_indent="    ", subsequent_indent="    ",
+            told, max(width - 1, 20), initial_indent="    ", subsequent_indent="    ",
             break_long_words=False, break_on_hyphens=False,
         )  # fmt: skip
     return "\n".join(lines)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mtp_jax.cli.args import Parser, add_data, output_file, positive_int, unescape
-from mtp_jax.errors import UserError, on_terminal
+from mtp_jax.errors import UserError, counted, on_terminal
 
 
 def main(argv: list[str]) -> int:
@@ -74,6 +74,8 @@ def main(argv: list[str]) -> int:
     if args.html is not None:
         _write_page(args.html, generator, results, f"{args.workdir}, {name}")
     if not args.json:
+        if args.html is not None:
+            print(f"{args.html}: a page of which head said what")
         print(summary(name, results))
     return 0
 
@@ -228,7 +230,7 @@ def _write(
     from mtp_jax.reports.jsonl_output import generate_to_file
 
     before = generate_to_file(generator, path, prompts, **settings)
-    print(f"{path}: {len(prompts)} texts, {before} of them were there already")
+    print(f"{path}: {counted(len(prompts), 'text')}, {before} of them there already")
     return 0
 
 

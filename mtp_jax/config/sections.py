@@ -14,6 +14,9 @@ ScanLayers = Literal["auto", "yes", "no"]
 Schedule = Literal["cosine", "wsd"]
 
 
+_LARGEST = 2**31 - 1  # of an array along an axis
+
+
 def _require(ok: bool, message: str) -> None:
     if not ok:
         raise UserError(message)
@@ -24,6 +27,16 @@ def _require_at_least(section: str, low: float, **fields: float) -> None:
         _require(
             value >= low,
             f"config.{section}.{name} is {value}; it must be at least {low}.",
+        )
+
+
+def _require_sizes(section: str, **fields: int) -> None:
+    """Sizes of arrays: above 0, and small enough to be counted in 32 bits."""
+    _require_at_least(section, 1, **fields)
+    for name, value in fields.items():
+        _require(
+            value <= _LARGEST,
+            f"config.{section}.{name} is {value}; it must be at most {_LARGEST}.",
         )
 
 
@@ -47,9 +60,8 @@ class ModelConfig:
     heads: HeadsConfig = dataclasses.field(default=HeadsConfig(), repr=False)
 
     def __post_init__(self):
-        _require_at_least(
+        _require_sizes(
             "model",
-            1,
             vocab_size=self.vocab_size,
             d_model=self.d_model,
             num_layers=self.num_layers,
@@ -194,7 +206,7 @@ class DataConfig:
         _require(
             all(w > 0 for w in self.weights), "config.data.weights must be above 0."
         )
-        _require_at_least("data", 1, seq_len=self.seq_len, batch_size=self.batch_size)
+        _require_sizes("data", seq_len=self.seq_len, batch_size=self.batch_size)
         _require_at_least("data", 0, workers=self.workers, seed=self.seed)
 
 

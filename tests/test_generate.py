@@ -147,7 +147,7 @@ def test_compare_prints_every_decoder_and_finds_them_equal(restored, capsys):
     assert header.split()[:4] == ["decoder", "kind", "forwards", "tokens/forward"]
     rows = {line.split()[0]: line for line in lines}
     assert rows["plain"].split()[:4] == ["plain", "exact", "6", "1.00"]
-    for name, decoder in fitting(2).items():
+    for name, decoder in fitting(ModelConfig(n_future_tokens=2)).items():
         if isinstance(decoder, str):
             assert f"left out: {name}" in "\n".join(lines)
         elif not decoder.lossy:

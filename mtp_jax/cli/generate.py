@@ -36,10 +36,9 @@ def main(argv: list[str]) -> int:
         repetition_penalty=args.repetition_penalty, seed=args.seed,
     )  # fmt: skip
     prompts = _prompts_from(args)
-    heads = args.heads
-    if heads is None and args.decoder == "plain" and not args.compare:
-        heads = 1  # the others would only take memory
-    restored = restore.restore_model(args.workdir, step=args.step, heads=heads)
+    restored = restore.restore_model(args.workdir, step=args.step, heads=args.heads)
+    if args.heads is None and args.decoder == "plain" and not args.compare:
+        restored = restored.needed_for_one()  # the others would only take memory
     run = restored.config
     if args.heldout:
         sources = restored.with_data(args.data).config.data.sources
@@ -206,7 +205,7 @@ def _compare(
     from mtp_jax.decode.fitting import fitting
     from mtp_jax.reports.compare import compare, header, line
 
-    fit = fitting(args.heads or generator.cfg.n_future_tokens)
+    fit = fitting(generator.cfg, args.heads)
     if decoder is not None:
         name = args.decoder.partition(":")[0]
         if isinstance(fit[name], str):  # why it is left out with its own options

@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
     asked = {spec: decoder_of(spec) for spec in args.decoder}
     restored = restore.restore_model(args.workdir, step=args.step, heads=args.heads)
     restored = restored.with_data(args.data)
-    chosen, left_out = exact_decoders(restored.config.model.n_future_tokens, asked)
+    chosen, left_out = exact_decoders(restored.config.model, asked)
     given = {name: getattr(args, flag) for flag, name in _SETTINGS.items()}
     given = {name: value for name, value in given.items() if value is not None}
     make = VerifySettings.thorough if args.thorough else VerifySettings

@@ -73,9 +73,7 @@ class HeadInput:
 
 def needs_tokens(cfg: ModelConfig) -> bool:
     """True if some head reads the token before the one that it predicts."""
-    heads = cfg.heads
-    reads = heads.wiring.reads_tokens or heads.markov_rank > 0
-    return reads and cfg.n_future_tokens > 1
+    return cfg.heads.wait_for_tokens(cfg.n_future_tokens)
 
 
 def previous_tokens(target_NBT: jax.Array) -> jax.Array:

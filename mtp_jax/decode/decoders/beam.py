@@ -133,7 +133,8 @@ class Beam:
         tree = _tree(depth, model.choices)
         held = dataclasses.replace(state, carry=state.carry.drafts_RW)
         out = read_nodes(model, held, tree)
-        others, cache = [], out.cache
+        others: list[jax.Array] = []
+        cache = out.cache
         if self.lookahead:
             others, cache = at_all(model, out.source_BWX, out.new, cache)
         tokens_RW = out.new.tokens_BW

@@ -136,7 +136,7 @@ def test_plain_decoding_is_head_1_of_training(name):
 
 
 def expected_drafts(c, text):
-    """Drafts of heads 2 to n after a text, each after the best tokens before it."""
+    """Best tokens of heads 2 to n after a text, each given those before it."""
     row = list(text)
     for i in range(1, N):
         logits_NBTV = forward(c.cfg)(c.params, on_mesh(padded([row])))

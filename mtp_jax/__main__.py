@@ -36,7 +36,7 @@ Multi-token prediction: train a model with n heads, and let it draft for itself.
   count     how often tokens of a corpus follow each other, for dynamo
   train     train a model; the same command again continues the run
   runs      list the runs under a folder: step, loss, how their configs differ
-  evaluate  measure a trained model on held-out text
+  evaluate  measure a trained model on held-out text, or on benchmarks
   generate  decode from a trained model
   verify    prove on a trained model that drafting changes nothing
   calibrate measure the heads and choose a tree of drafts

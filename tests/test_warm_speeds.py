@@ -87,7 +87,7 @@ def test_what_is_whole_here_is_fetched_without_a_program(monkeypatch):
         raise AssertionError("compiles a program")
 
     monkeypatch.setattr(batch.multihost_utils, "process_allgather", gathered)
-    assert batch._host(jax.numpy.arange(3)).tolist() == [0, 1, 2]
+    assert batch.on_host(jax.numpy.arange(3)).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

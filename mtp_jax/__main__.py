@@ -17,7 +17,15 @@ from mtp_jax.distributed.lifetime import (
     exit_now,
     on_signals,
 )
-from mtp_jax.errors import RunFailed, UserError, disk_errors_told, settle, told_as, warn
+from mtp_jax.errors import (
+    RunFailed,
+    UserError,
+    as_known,
+    disk_errors_told,
+    settle,
+    told_as,
+    warn,
+)
 
 _USAGE = """\
 usage: mtp-jax VERB [options]
@@ -101,6 +109,12 @@ def main() -> int:
                 sys.stdout.flush()
             return code
     except (UserError, RunFailed) as error:
+        code, shown, _ = told_as(error)
+        warn(shown)
+        return code
+    except (MemoryError, RuntimeError, ValueError) as error:
+        if as_known(error) is None:
+            raise
         code, shown, _ = told_as(error)
         warn(shown)
         return code

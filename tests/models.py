@@ -9,10 +9,9 @@ from jax.sharding import NamedSharding
 
 from mtp_jax.config import Config, MeshConfig, ModelConfig
 from mtp_jax.model.attention import RowContext, attend_within
-from mtp_jax.model.heads.parallel import run_head
+from mtp_jax.model.heads.walk import HeadRunner, all_hidden, tokens_before
 from mtp_jax.model.language_model import model_builder, run_trunk
-from mtp_jax.model.layers import unembed
-from mtp_jax.parallel.sharding import make_mesh, spec, spec_like
+from mtp_jax.parallel.sharding import make_mesh, spec
 
 TINY = ModelConfig(
     vocab_size=32,
@@ -80,11 +79,6 @@ def all_logits(model, tokens_BT, segments_BT, positions_BT):
     rows = RowContext(model.angles(positions_BT), segments_BT)
     attend = attend_within(rows, "xla")
     trunk_BTD = run_trunk(model, model.embed(tokens_BT), rows.angles_BTk, attend)
-    unembedding_VD = model.unembedding()
-
-    def one_head(_, head):
-        hidden_BTD = run_head(head, model.norm[...], trunk_BTD, rows, "xla")
-        out = spec_like(hidden_BTD, "vocab")
-        return None, unembed(hidden_BTD, unembedding_VD, out)
-
-    return jax.lax.scan(one_head, None, model.heads)[1]
+    before_NBT = tokens_before(model.cfg, tokens_BT)
+    runner = HeadRunner(model.cfg, rows, "xla")
+    return all_hidden(runner, model.parts(trunk_BTD), before_NBT)[1]

@@ -13,7 +13,6 @@ from mtp_jax.checkpoint.restore import Restored
 from mtp_jax.config import DataConfig
 from mtp_jax.data.tokenizer import ByteTokenizer
 from mtp_jax.model.language_model import model_builder
-from mtp_jax.parallel import chips
 
 SHAPE = ["--rounds=1", "--d_model=16", "--d_ff=24", "--num_heads=2"]
 ROWS = ["--seq_len=16", "--batch_size=2"]
@@ -189,20 +188,3 @@ def test_torch_that_is_absent_is_named(monkeypatch, capsys):
 
     assert run("torch_baseline") == 2
     assert "pip install '.[bench]'" in capsys.readouterr().err
-
-
-def test_an_unknown_device_has_no_peak(capsys):
-    assert run("matmul_share") == 2
-
-    assert len(capsys.readouterr().err.splitlines()) == 1
-
-
-@pytest.mark.slow
-def test_the_share_of_a_known_peak(monkeypatch, capsys):
-    monkeypatch.setattr(chips, "peak_flops", lambda device: 1e12)
-
-    argv = ["--rounds=1", "--shapes=1m", "--n=1", "--seq_len=8", "--batch_size=1"]
-    assert run("matmul_share", *argv, "--matmul=16") == 0
-
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[-2:]] == ["1m-n1", "matmul"]

@@ -2,7 +2,6 @@
 
 import argparse
 import ast
-import dataclasses
 import pathlib
 
 import pytest
@@ -10,7 +9,7 @@ from runs import ROOT
 
 from mtp_jax.cli import train
 from mtp_jax.cli.args import config_from, positive_int
-from mtp_jax.config import Config, config_to_python, freeze
+from mtp_jax.config import Config, as_tree, config_to_python, freeze
 from mtp_jax.config.names import _MEANINGS
 from mtp_jax.errors import UserError
 
@@ -83,9 +82,9 @@ def test_a_tree_with_a_wrong_name_is_told_what_is_right():
 
 def test_every_meaning_is_of_a_field():
     there = {
-        f"{part.name}.{field.name}"
-        for part in dataclasses.fields(Config)
-        for field in dataclasses.fields(part.default)
+        f"{section}.{name}"
+        for section, fields in as_tree(Config()).items()
+        for name in fields
     }
     assert set(_MEANINGS) <= there
 
@@ -173,9 +172,9 @@ def test_the_printed_config_is_a_config_file_with_every_field(tmp_path, capsys):
         "together (default: 32)"
         in lines
     )
-    for part in dataclasses.fields(Config):
-        for field in dataclasses.fields(part.default):
-            start = f"c.{part.name}.{field.name} = "
+    for part, fields in as_tree(Config()).items():
+        for name in fields:
+            start = f"c.{part}.{name} = "
             (line,) = [line for line in lines if line.startswith(start)]
             assert "  # " in line, line
 

@@ -20,10 +20,10 @@ from mtp_jax.errors import UserError
 from mtp_jax.model.attention import causal_attention
 from mtp_jax.model.flops import (
     executed_flops,
-    layer_params,
     train_flops,
     train_flops_per_token,
 )
+from mtp_jax.model.heads.base import layer_entries
 from mtp_jax.model.language_model import model_builder, run_trunk
 from mtp_jax.model.layers import unembed
 from mtp_jax.parallel.chips import device_figures
@@ -111,7 +111,7 @@ def test_flops_of_heads_and_unembedding(cfg, one_device):
     def logits(params, x_BTD):
         model = build(params)
         out = spec_like(x_BTD, "vocab")
-        return jnp.sum(unembed(x_BTD, model.unembedding(), out))
+        return jnp.sum(unembed(x_BTD, model.unembedding_param(), out))
 
     jaxpr = jax.make_jaxpr(jax.grad(logits, argnums=(0, 1)))(params, x_BTD)
     parts = train_flops(cfg)
@@ -145,7 +145,7 @@ def test_figures_are_those_of_a_device_not_of_a_chip():
 
 def test_breakeven_is_the_ratio_of_weights_read():
     model = dataclasses.replace(TINY, num_layers=3, n_future_tokens=2)
-    layer, table = layer_params(model), model.vocab_size * model.d_model
+    layer, table = layer_entries(model), model.vocab_size * model.d_model
 
     # The table is read by head 1, and again by the head that drafts after it.
     assert costs.breakeven(model) == (3 * layer + 2 * table) / (2 * layer + table)
@@ -331,7 +331,7 @@ def test_more_heads_than_layers_are_refused_from_python(cfg):
 
 def test_hbm_traffic(cfg):
     compiled = dataclasses.replace(FITS, params=1000, argument_bytes=64)
-    trunk = 3 * layer_params(cfg.model)  # three layers, of two heads none
+    trunk = 3 * layer_entries(cfg.model)  # three layers, of two heads none
     for remat, read in (
         ("none", 2000),
         ("dots", 2000),

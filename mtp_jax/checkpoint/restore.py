@@ -16,7 +16,7 @@ from mtp_jax.config import Config, MeshConfig, config_from_json
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.tokenizer import Tokenizer, tokenizer_from_dir
 from mtp_jax.errors import UserError
-from mtp_jax.model.language_model import model_builder
+from mtp_jax.model.language_model import keep_heads, model_builder
 from mtp_jax.parallel.sharding import abstract_tree, make_mesh, slice_count
 from mtp_jax.storage import run_at, where_runs_are
 
@@ -51,6 +51,22 @@ class Restored:
         data = dataclasses.replace(self.config.data, sources=names, weights=())
         config = dataclasses.replace(self.config, data=data)
         return dataclasses.replace(self, config=config)
+
+    def keep_heads(self, n: int) -> "Restored":
+        """This model with its first n heads.
+
+        Raises:
+          UserError: heads of this kind need those after them.
+        """
+        _, params = keep_heads(self.config.model, self.params, n)
+        return dataclasses.replace(
+            self, config=self.config.keep_heads(n), params=params
+        )
+
+    def needed_for_one(self) -> "Restored":
+        """This model with no more heads than head 1 needs."""
+        model = self.config.model
+        return self.keep_heads(model.heads.least_kept(model.n_future_tokens))
 
 
 def as_restored(model: Restored | str | os.PathLike[str]) -> Restored:
@@ -99,6 +115,8 @@ def restore_model(
         raise UserError(
             f"--heads={heads}: the model in {workdir} has {n}; give 1 to {n}."
         )
+    if heads is not None:
+        config.keep_heads(heads)  # refuses what cannot be, before anything is read
     tokenizer = tokenizer_from_dir(folder, metadata["tokenizer"]["kind"])
     if tokenizer.fingerprint != metadata["tokenizer"]["fingerprint"]:
         raise UserError(f"the tokenizer in {workdir} is not the one of the checkpoint.")
@@ -107,15 +125,11 @@ def restore_model(
         init_params, _ = model_builder(config.model)
         abstract = abstract_tree(jax.eval_shape(init_params, jax.random.key(0)), mesh)
         step, items, _ = restore_newest(checkpoints, {"params": abstract}, step)
-        params = items["params"]
+        restored = Restored(config, items["params"], mesh, step, tokenizer)
         if heads is not None:
-            params = {
-                **params,
-                "heads": jax.tree.map(lambda x: x[:heads], params["heads"]),
-            }
-            config = config.keep_heads(heads)
+            restored = restored.keep_heads(heads)
     checkpoints.close()
-    return Restored(config, params, mesh, step, tokenizer)
+    return restored
 
 
 def _evaluation_mesh(config: Config) -> MeshConfig:

@@ -1,7 +1,6 @@
 """Arguments, types and errors that the command lines of the verbs share."""
 
 import argparse
-import dataclasses
 import json
 import os
 import pathlib
@@ -14,7 +13,7 @@ import absl.flags
 from ml_collections import ConfigDict, config_flags
 
 from mtp_jax.cli.overrides import plain_overrides, whole
-from mtp_jax.config import Config, config_from_json, freeze
+from mtp_jax.config import Config, as_tree, config_from_json, freeze
 from mtp_jax.config.names import did_you_mean, fields_meant
 from mtp_jax.errors import UserError
 from mtp_jax.storage import workdir_at
@@ -133,7 +132,7 @@ def config_of_run(workdir: str, overrides: list[str]) -> Config:
         raise UserError(
             f"{workdir} holds no run to go on with; give --config=FILE to begin one."
         ) from None
-    tree = ConfigDict(dataclasses.asdict(config_from_json(written, str(path))))
+    tree = ConfigDict(as_tree(config_from_json(written, str(path))))
     argv = ["mtp-jax", *plain_overrides(overrides)]
 
     def define(flags: absl.flags.FlagValues) -> None:
@@ -203,7 +202,7 @@ def _unknown_field(path: str, overrides: list[str], text: str) -> str:
             return f"{where} has no field {name!r}" + did_you_mean(name, where[7:])
     first = re.search(r"fields present: \"\{\\?'(\w+)", text)
     where = "config"
-    for section, fields in dataclasses.asdict(Config()).items():
+    for section, fields in as_tree(Config()).items():
         if first and first[1] == next(iter(fields)):
             where = f"config.{section}"
     return f"{path}: {where} has no field {name!r}" + did_you_mean(name, where[7:])

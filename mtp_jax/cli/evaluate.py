@@ -7,7 +7,7 @@ from typing import Any
 
 from mtp_jax.cli.args import Parser, add_data, positive_int
 from mtp_jax.cli.task_options import TASK_OPTIONS, add_task_options
-from mtp_jax.errors import UserError
+from mtp_jax.errors import UserError, counted
 
 
 def main(argv: list[str]) -> int:
@@ -120,8 +120,8 @@ def _table(result: dict[str, Any]) -> str:
             f"  {head['accuracy']:>8.4f}  {share:>6.4f}"
         )
     lines.append(
-        f"{result['bits_per_byte']:.4f} bits per byte of {result['batches']} batches "
-        f"({result['tokens']} tokens)"
+        f"{result['bits_per_byte']:.4f} bits per byte of "
+        f"{counted(result['batches'], 'batch')} ({counted(result['tokens'], 'token')})"
     )
     if len(result["heads"]) > 1:
         lines.append(

@@ -7,7 +7,7 @@ import re
 import typing
 from typing import Any
 
-from mtp_jax.config.sections import Config
+from mtp_jax.config import Config, sections_of
 
 _MOST_DIGITS = 18
 # An item of a list: quoted, or up to the next comma.
@@ -36,8 +36,8 @@ def _hint_of(option: str) -> Any:
     match = re.fullmatch(r"--?config\.(\w+)\.(\w+)", option)
     if match is None:
         return None
-    section = typing.get_type_hints(Config).get(match[1])
-    return section and typing.get_type_hints(section).get(match[2])
+    section = sections_of(Config()).get(match[1])
+    return section and typing.get_type_hints(type(section)).get(match[2])
 
 
 def _plain(hint: Any, value: str) -> str:

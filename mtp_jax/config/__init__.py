@@ -1,7 +1,9 @@
 """The config of a run: its fields, defaults and checks, and how files edit it."""
 
 from mtp_jax.config.formats import config_from_json, config_to_json
+from mtp_jax.config.heads import HeadsConfig
 from mtp_jax.config.listing import config_to_python
+from mtp_jax.config.section_tree import as_tree, sections_of
 from mtp_jax.config.sections import (
     Attention,
     CheckpointConfig,
@@ -17,6 +19,7 @@ from mtp_jax.config.sections import (
     ModelConfig,
     OptimConfig,
     Remat,
+    ScanLayers,
     Schedule,
     TrainConfig,
 )
@@ -31,17 +34,21 @@ __all__ = [
     "Dtype",
     "EvalConfig",
     "HeadLoss",
+    "HeadsConfig",
     "LogConfig",
     "LossConfig",
     "MeshConfig",
     "ModelConfig",
     "OptimConfig",
     "Remat",
+    "ScanLayers",
     "Schedule",
     "TrainConfig",
+    "as_tree",
     "config_from_json",
     "config_to_json",
     "config_to_python",
     "default",
     "freeze",
+    "sections_of",
 ]

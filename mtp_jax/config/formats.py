@@ -5,10 +5,10 @@ the name of a field adds 1 to `FORMAT` and a function to `_MIGRATIONS`; a new fi
 a default that leaves old runs as they were needs neither.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from mtp_jax.config.section_tree import as_tree
 from mtp_jax.config.sections import Config
 from mtp_jax.config.tree import freeze
 from mtp_jax.errors import UserError
@@ -20,7 +20,7 @@ FORMAT = 1
 
 def config_to_json(cfg: Config) -> Tree:
     """The config as plain JSON, with the number of its format under "format"."""
-    return {"format": FORMAT, **dataclasses.asdict(cfg)}
+    return {"format": FORMAT, **as_tree(cfg)}
 
 
 def config_from_json(tree: Tree, where: str) -> Config:

@@ -1,14 +1,15 @@
 """A config with every field and its comment, as a file that `train` takes."""
 
 import ast
-import dataclasses
 import functools
 import inspect
 import io
 import tokenize
+import types
 import typing
 
-from mtp_jax.config import sections
+from mtp_jax.config import heads, sections
+from mtp_jax.config.section_tree import fields_of, sections_of
 from mtp_jax.config.sections import Config
 
 
@@ -26,11 +27,12 @@ def config_to_python(cfg: Config) -> str:
         "def get_config():",
         "    c = default()",
     ]
-    for section in dataclasses.fields(Config):
-        values, usual = getattr(cfg, section.name), section.default
-        lines += ["", f"    # {section.name}: {_first_line(type(usual))}"]
+    defaults = sections_of(Config())
+    for section, values in sections_of(cfg).items():
+        usual = defaults[section]
+        lines += ["", f"    # {section}: {_first_line(type(usual))}"]
         hints = typing.get_type_hints(type(usual))
-        for field in dataclasses.fields(values):
+        for field in fields_of(values):
             value = getattr(values, field.name)
             notes = [_comments()[type(usual).__name__].get(field.name, "")]
             if typing.get_origin(hints[field.name]) is typing.Literal:
@@ -38,7 +40,7 @@ def config_to_python(cfg: Config) -> str:
             if value != getattr(usual, field.name):
                 notes.append(f"(default: {getattr(usual, field.name)!r})")
             note = " ".join(filter(None, notes))
-            assignment = f"    c.{section.name}.{field.name} = {value!r}"
+            assignment = f"    c.{section}.{field.name} = {value!r}"
             lines.append(f"{assignment}  # {note}" if note else assignment)
     return "\n".join([*lines, "    return c"])
 
@@ -50,7 +52,11 @@ def _first_line(cls: type) -> str:
 @functools.cache
 def _comments() -> dict[str, dict[str, str]]:
     """The comment of each field of each section, from the source of `sections`."""
-    source = inspect.getsource(sections)
+    return _comments_in(sections) | _comments_in(heads)
+
+
+def _comments_in(module: types.ModuleType) -> dict[str, dict[str, str]]:
+    source = inspect.getsource(module)
     by_line = {
         token.start[0]: token.string.lstrip("# ")
         for token in tokenize.generate_tokens(io.StringIO(source).readline)

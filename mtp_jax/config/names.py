@@ -1,8 +1,8 @@
 """Names of fields that people look for, and where they are."""
 
-import dataclasses
 import difflib
 
+from mtp_jax.config.section_tree import as_tree
 from mtp_jax.config.sections import Config
 
 # Names of other trainers, and of this one's own prose, by the fields that they mean.
@@ -42,6 +42,7 @@ _MEANINGS = {
     "model.compute_dtype": "dtype precision activation_dtype bf16 amp",
     "compute.remat": "checkpointing gradient_checkpointing activation_checkpointing "
     "recompute rematerialize",
+    "compute.scan_layers": "scan unroll unroll_layers scan_blocks",
     "compute.attention": "flash attn kernel flash_attention attention_kernel",
     "compute.chunk_tokens": "chunk chunk_size logits_chunk",
     "mesh.replica": "dp data_parallel replicas ddp",
@@ -55,6 +56,11 @@ _MEANINGS = {
     "eval.batches": "eval_batches eval_iters",
     "log.every": "log_every log_interval logging_steps print_every",
     "loss.head_weights": "loss_weights",
+    "heads.kind": "head_kind head_type mtp_kind mtp_type",
+    "heads.layers": "head_layers layers_per_head mtp_layers",
+    "heads.shared": "share_heads repeated mtp_use_repeated_layer",
+    "heads.unembedding": "own_unembedding lm_heads replicated_unembedding",
+    "heads.markov_rank": "bias_rank bigram_rank",
     "loss.z_loss": "zloss z_loss_weight",
 }
 
@@ -65,7 +71,7 @@ def fields_meant(name: str, section: str = "") -> list[str]:
     A field of this name elsewhere comes first, then what other trainers call so, then
     names that are spelt alike, those of `section` before others.
     """
-    sections = dataclasses.asdict(Config())
+    sections = as_tree(Config())
     there = [f"{part}.{field}" for part, fields in sections.items() for field in fields]
     plain = name.lower().replace("-", "_")
     found = [path for path in there if path.endswith(f".{plain}")]

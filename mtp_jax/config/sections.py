@@ -3,13 +3,18 @@
 import dataclasses
 from typing import Literal
 
+from mtp_jax.config.heads import HeadsConfig
 from mtp_jax.errors import UserError
 
 Dtype = Literal["float32", "bfloat16"]
 Attention = Literal["auto", "splash", "cudnn", "xla"]
 Remat = Literal["none", "full", "dots", "offload"]
 HeadLoss = Literal["fused", "remat", "naive"]
+ScanLayers = Literal["auto", "yes", "no"]
 Schedule = Literal["cosine", "wsd"]
+
+
+_LARGEST = 2**31 - 1  # of an array along an axis
 
 
 def _require(ok: bool, message: str) -> None:
@@ -22,6 +27,16 @@ def _require_at_least(section: str, low: float, **fields: float) -> None:
         _require(
             value >= low,
             f"config.{section}.{name} is {value}; it must be at least {low}.",
+        )
+
+
+def _require_sizes(section: str, **fields: int) -> None:
+    """Sizes of arrays: above 0, and small enough to be counted in 32 bits."""
+    _require_at_least(section, 1, **fields)
+    for name, value in fields.items():
+        _require(
+            value <= _LARGEST,
+            f"config.{section}.{name} is {value}; it must be at most {_LARGEST}.",
         )
 
 
@@ -42,11 +57,11 @@ class ModelConfig:
     tie_embeddings: bool = False  # unembed with the embedding
     param_dtype: Dtype = "float32"  # of a model; the optimizer sees float32
     compute_dtype: Dtype = "float32"  # of products and activations
+    heads: HeadsConfig = dataclasses.field(default=HeadsConfig(), repr=False)
 
     def __post_init__(self):
-        _require_at_least(
+        _require_sizes(
             "model",
-            1,
             vocab_size=self.vocab_size,
             d_model=self.d_model,
             num_layers=self.num_layers,
@@ -56,12 +71,7 @@ class ModelConfig:
             d_head=self.d_head,
             d_ff=self.d_ff,
         )
-        _require(
-            self.n_future_tokens <= self.num_layers,
-            f"config.model.n_future_tokens is {self.n_future_tokens}, more than "
-            f"config.model.num_layers ({self.num_layers}), which counts the heads; "
-            f"give at most {self.num_layers} heads or more layers.",
-        )
+        self._check_heads()
         _require(
             self.num_query_heads % self.num_kv_heads == 0,
             f"config.model.num_query_heads ({self.num_query_heads}) must be a multiple "
@@ -83,13 +93,47 @@ class ModelConfig:
             "config.model.rope_theta and config.model.norm_eps must be above 0.",
         )
 
+    def _check_heads(self) -> None:
+        n, heads = self.n_future_tokens, self.heads
+        most = next(
+            (k for k in range(n, 0, -1) if heads.counted_layers(k) <= self.num_layers),
+            0,
+        )
+        if most < n:
+            of_each = f", {heads.layers} layers each" if heads.layers > 1 else ""
+            raise UserError(
+                f"config.model.n_future_tokens is {n}, more than "
+                f"config.model.num_layers ({self.num_layers}), which counts the heads"
+                f"{of_each}; give at most {most} heads or more layers."
+            )
+        _require(
+            heads.markov_rank <= self.vocab_size,
+            f"config.heads.markov_rank is {heads.markov_rank}; it must be at most "
+            f"config.model.vocab_size ({self.vocab_size}).",
+        )
+        _require(
+            heads.unembedding == "shared" or not self.tie_embeddings,
+            "config.heads.unembedding is own, and config.model.tie_embeddings makes "
+            "the embedding the one unembedding; keep one of them.",
+        )
+
     @property
     def num_trunk_layers(self) -> int:
-        return self.num_layers - self.n_future_tokens
+        return self.num_layers - self.heads.counted_layers(self.n_future_tokens)
 
     def keep_heads(self, n: int) -> "ModelConfig":
-        """The model that keeps the trunk and the first n heads."""
-        layers = self.num_trunk_layers + n
+        """The model that keeps the trunk and the first n heads.
+
+        Raises:
+          UserError: heads of this kind need those after them.
+        """
+        if n < self.heads.least_kept(self.n_future_tokens):
+            raise UserError(
+                f"{self.heads.kind} heads read those after them, so fewer than all "
+                f"{self.n_future_tokens} cannot be kept; use all, or a model of "
+                "another kind."
+            )
+        layers = self.num_trunk_layers + self.heads.counted_layers(n)
         return dataclasses.replace(self, num_layers=layers, n_future_tokens=n)
 
 
@@ -124,10 +168,15 @@ class ComputeConfig:
     remat, from the most memory and the least arithmetic to the reverse: none, dots
     (products with weights are kept), full (only the input of each trunk layer is kept),
     offload (as full, but kept in the memory of the host).
+
+    scan_layers: yes makes one program of a trunk layer and a loop over them, which is
+    compiled in the time of one layer; no writes the layers out one by one, which saves
+    the copies between the loop's stacks; auto is no on GPUs.
     """
 
     attention: Attention = "auto"  # the kernel
     remat: Remat = "full"  # what the backward pass of a trunk layer computes again
+    scan_layers: ScanLayers = "auto"  # a loop over the layers of the trunk
     head_loss: HeadLoss = "fused"  # in which order the heads' losses are computed
     chunk_tokens: int = 0  # of a device, whose logits live at once; 0: 2^27 logits
 
@@ -157,7 +206,7 @@ class DataConfig:
         _require(
             all(w > 0 for w in self.weights), "config.data.weights must be above 0."
         )
-        _require_at_least("data", 1, seq_len=self.seq_len, batch_size=self.batch_size)
+        _require_sizes("data", seq_len=self.seq_len, batch_size=self.batch_size)
         _require_at_least("data", 0, workers=self.workers, seed=self.seed)
 
 
@@ -330,6 +379,11 @@ class Config:
             f"config.data.batch_size ({self.data.batch_size}) is not divisible by "
             f"config.train.accumulation ({self.train.accumulation}).",
         )
+
+    @property
+    def heads(self) -> HeadsConfig:
+        """The section of the heads, which belongs to the model."""
+        return self.model.heads
 
     @property
     def row_len(self) -> int:

@@ -218,7 +218,9 @@ def read_manifest(directory: pathlib.Path) -> dict[str, Any]:
 def write_manifest(directory: pathlib.Path, manifest: dict[str, Any]) -> None:
     """Writes `manifest.json`, with the format's version in front."""
     text = json.dumps({"format": FORMAT, **manifest}, indent=1, ensure_ascii=False)
-    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    # A file's name may be no UTF-8; what Python has for its bytes is escaped in JSON.
+    content = (text + "\n").encode("utf-8", "backslashreplace")
+    (directory / MANIFEST).write_bytes(content)
 
 
 def own_files(directory: pathlib.Path) -> set[str]:

@@ -27,7 +27,8 @@ from mtp_jax.data.tokenizer import (
     train_sentencepiece,
 )
 from mtp_jax.data.tokenizing import TaskResult, tokenized, training_texts
-from mtp_jax.errors import UserError, disk_errors_told
+from mtp_jax.data.workers import check_workers
+from mtp_jax.errors import UserError, counted, disk_errors_told
 
 SHARD_TOKENS = 100_000_000  # of a shard, where nothing else is asked for
 Advance = Callable[[int], None]  # takes the bytes that were read since the last call
@@ -126,14 +127,15 @@ def summary(manifest: dict[str, Any]) -> list[str]:
     lines = []
     for split, entry in manifest["splits"].items():
         line = (
-            f"{split}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, "
-            f"{entry['bytes']:,} bytes"
+            f"{split}: {counted(entry['documents'], 'document')}, "
+            f"{counted(entry['tokens'], 'token')}, {counted(entry['bytes'], 'byte')}"
         )
         if entry["tokens"]:
             line += f", {entry['bytes'] / entry['tokens']:.3f} bytes per token"
         lines.append(line)
     if manifest["skipped_empty"]:
-        lines.append(f"{manifest['skipped_empty']:,} empty documents skipped")
+        empty = counted(manifest["skipped_empty"], "empty document")
+        lines.append(f"{empty} skipped")
     if bad := manifest.get("skipped_bad"):
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in bad.items())
         lines.append(f"bad documents skipped: {kinds}")
@@ -166,6 +168,7 @@ def _check_counts(
     for name, value in counts.items():
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; give a whole number above 0.")
+    check_workers("workers", workers or 1)
     if split_at is not None and split_bytes is not None:
         raise UserError("split_at and split_bytes exclude each other; keep one.")
     if split_at == "":

@@ -81,7 +81,7 @@ class DecodeBatch:
         self._params = params
         self._decoder = decoder
         self._depth = len(params["heads"])
-        width = slack(decoder, self._depth)
+        width = slack(programs.cfg, decoder, self._depth)
         longest = max(map(len, rows))
         # A finished text is still read with the others: its drafts need room, too.
         self._room = bucket_size(longest + max_new_tokens + width)

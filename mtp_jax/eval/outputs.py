@@ -17,10 +17,9 @@ from mtp_jax.config import ModelConfig
 from mtp_jax.data.positions import positions_of
 from mtp_jax.errors import UserError
 from mtp_jax.model.attention import RowContext, attend_within
-from mtp_jax.model.heads.parallel import run_head
+from mtp_jax.model.heads.walk import HeadRunner, all_hidden, tokens_before
 from mtp_jax.model.language_model import model_builder, run_trunk
-from mtp_jax.model.layers import unembed
-from mtp_jax.parallel.sharding import batch_shards, spec, spec_like
+from mtp_jax.parallel.sharding import batch_shards, spec
 
 
 class HeadOutputs(NamedTuple):
@@ -39,7 +38,8 @@ def head_outputs(
 
     All of them are in memory at once: the logits of B T positions take 4 N B T V bytes,
     which is 2 GiB for four heads, 4096 positions and 32,000 tokens. Every new shape is
-    compiled anew. A text begins with `tokenizer.bos_id`, as in training.
+    compiled anew. A text begins with `tokenizer.bos_id`, as in training. Heads that
+    read tokens after their position read those of the row, and 0 after its end.
 
     Args:
       model: a restored model, or the workdir of a run, which is then read at each call.
@@ -112,15 +112,8 @@ def _forward(cfg: ModelConfig) -> Callable[..., HeadOutputs]:
         x_BTD = model.embed(tokens_BT)
         attend = attend_within(rows, "auto")
         trunk_BTD = run_trunk(model, x_BTD, rows.angles_BTk, attend)
-        unembedding_VD = model.unembedding()
-
-        def one_head(_, head):
-            hidden_BTD = run_head(head, model.norm[...], trunk_BTD, rows, "auto")
-            out = spec_like(hidden_BTD, "vocab")
-            return None, HeadOutputs(
-                hidden_BTD, unembed(hidden_BTD, unembedding_VD, out)
-            )
-
-        return jax.lax.scan(one_head, None, model.heads)[1]
+        before_NBT = tokens_before(cfg, tokens_BT)
+        runner = HeadRunner(cfg, rows, "auto")
+        return HeadOutputs(*all_hidden(runner, model.parts(trunk_BTD), before_NBT))
 
     return forward

@@ -21,6 +21,7 @@ def batch_loss(
     weight_N: jax.Array,
     z_loss: float,
     compute: ComputeConfig,
+    few_documents: bool = False,
 ) -> tuple[jax.Array, HeadSums]:
     """The training loss of packed rows, and the sums and counts of every head.
 
@@ -33,6 +34,7 @@ def batch_loss(
       weight_N: weight of each target of a head, float32.
       z_loss: weight of the squared log-partition.
       compute: how the arithmetic is carried out.
+      few_documents: True if `attention.few_documents` holds for the rows.
     """
     n = model.cfg.n_future_tokens
     # Every device has its rows whole, and so whatever its positions must predict.
@@ -41,13 +43,16 @@ def batch_loss(
     )
     tokens_BT = split_time(batch["tokens"][:, :-n])
     positions_BT = split_time(batch["positions"][:, :-n])
-    rows = RowContext(model.angles(positions_BT), batch["segments"][:, :-n])
+    rows = RowContext(
+        model.angles(positions_BT), batch["segments"][:, :-n], few_documents
+    )
     trunk_BTD = run_trunk(
         model,
         model.embed(tokens_BT),
         rows.angles_BTk,
         attend_within(rows, compute.attention),
         compute.remat,
+        compute.scan_layers,
     )
     targets = Targets(token_NBT, jnp.where(valid_NBT, weight_N[:, None, None], 0.0))
     loss, scores = head_loss(model, trunk_BTD, rows, targets, z_loss, compute)

@@ -2,13 +2,16 @@
 
 Axes: B rows, T positions, D model width, V vocabulary, R groups of devices with tokens
 of their own. On one device: b rows, t positions of them, M = b t tokens, C of them in a
-chunk, v tokens of the vocabulary.
+chunk, v tokens of the vocabulary, d a device's share of the width.
+
+Where a table is several tables side by side, D is the sum of their widths.
 
 Every device works on its own tokens, so the only collectives are sums over the shards
 of the vocabulary: logits never leave the device that made them.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -94,7 +97,8 @@ def score_tokens_and_grad(
     weight_BT: jax.Array,
     z_loss: float,
     chunk_tokens: int,
-) -> tuple[TokenScores, jax.Array, jax.Array]:
+    widths: tuple[int, ...] = (),
+) -> tuple[TokenScores, jax.Array, tuple[jax.Array, ...]]:
     """The scores, and the gradient of sum(weight (nll + z_loss log_z^2)).
 
     From the logits of one pass: a chunk's are made, used for both, and gone.
@@ -103,12 +107,14 @@ def score_tokens_and_grad(
       hidden_BTD, w_RVD, targets_BT, chunk_tokens: as for `score_tokens`.
       weight_BT: float32; 0 where nothing is to be predicted.
       z_loss: weight of the squared log-partition.
+      widths: of the tables that lie side by side in w_RVD; empty: it is one.
 
     Returns:
-      scores, the gradient of hidden_BTD in its dtype, and that of the unembedding,
-      float32 [V, D], split as the parameter is. It adds up in float32 on each device,
-      and crosses the network in the compute dtype.
+      scores, the gradient of hidden_BTD in its dtype, and that of each table, float32
+      [V, D], split as the parameter is. It adds up in float32 on each device, and
+      crosses the network in the compute dtype.
     """
+    widths = widths or (w_RVD.shape[-1],)
 
     def local(hidden_btD, w_1vD, targets_bt, weight_bt):
         w_vD = w_1vD[0]
@@ -134,14 +140,17 @@ def score_tokens_and_grad(
             one_chunk, zeros_vD, tokens, w_vD.shape[0], chunk_tokens
         )
         d_hidden_btD = lax.psum(d_hidden_btD, axes_of("vocab"))
-        return scores, d_hidden_btD, _add_copies(d_w_vD.astype(w_vD.dtype))
+        ends = list(itertools.accumulate(widths))[:-1]
+        tables = jnp.split(d_w_vD.astype(w_vD.dtype), ends, axis=1)
+        return scores, d_hidden_btD, tuple(map(_add_copies, tables))
 
-    scores, d_hidden_BTD, d_w_VD = jax.shard_map(
+    by_width = spec("vocab", "embed")
+    scores, d_hidden_BTD, d_tables = jax.shard_map(
         local,
         in_specs=(_HIDDEN, _COPIES, _TOKENS, _TOKENS),
-        out_specs=(_TOKENS, _HIDDEN, spec("vocab", "embed")),
+        out_specs=(_TOKENS, _HIDDEN, (by_width,) * len(widths)),
     )(hidden_BTD, w_RVD, targets_BT, weight_BT)
-    return scores, d_hidden_BTD, d_w_VD.astype(jnp.float32)
+    return scores, d_hidden_BTD, tuple(x.astype(jnp.float32) for x in d_tables)
 
 
 def _add_copies(d_w_vD: jax.Array) -> jax.Array:

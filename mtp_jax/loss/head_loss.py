@@ -2,11 +2,10 @@
 
 `naive`  all heads, then all logits: what the others are measured against.
 `remat`  a head at a time; its backward pass computes it again.
-`fused`  a head at a time, forward and backward at once: nothing is computed twice, and
-         only its gradients remain of a head (arXiv:2404.19737, section 2, figure 2).
+`fused`  a head at a time, forward and backward at once: only its gradients remain of a
+         head (`fused`). Nothing is computed twice but the bodies of heads in a chain.
 
-Axes: N heads, B rows, T positions, D model width, V vocabulary, R groups of devices
-with tokens of their own.
+Axes: N heads, B rows, T positions, D model width, V vocabulary.
 """
 
 import dataclasses
@@ -19,31 +18,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from mtp_jax.config import ComputeConfig, HeadLoss
-from mtp_jax.loss.cross_entropy import (
-    TokenScores,
-    copy_unembedding,
-    score_tokens,
-    score_tokens_and_grad,
-)
+from mtp_jax.loss.cross_entropy import TokenScores
+from mtp_jax.loss.fused import forward_and_backward
+from mtp_jax.loss.output import make_output, weighted
 from mtp_jax.loss.targets import Targets
 from mtp_jax.model.attention import RowContext
-from mtp_jax.model.block import Block
-from mtp_jax.model.heads.parallel import run_head
-from mtp_jax.model.kernels import KEPT
+from mtp_jax.model.heads.walk import (
+    HeadRunner,
+    all_hidden,
+    needs_tokens,
+    previous_tokens,
+    visit_heads,
+)
 from mtp_jax.model.language_model import LanguageModel
-from mtp_jax.model.layers import unembed
-from mtp_jax.parallel.sharding import spec
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Parts:
-    """The arrays that the heads' losses have gradients for."""
-
-    heads: Block  # a stack, [N, ...] in every parameter
-    norm_D: jax.Array
-    unembedding_VD: jax.Array  # as it is stored
-    trunk_BTD: jax.Array
 
 
 def head_loss(
@@ -63,27 +50,15 @@ def head_loss(
       TypeError: the fused loss is asked for forward-mode derivatives.
       NotImplementedError: the fused loss is asked for second derivatives.
     """
-    parts = Parts(model.heads, model.norm[...], model.unembedding_param(), trunk_BTD)
-    loss, scores = _FORMS[compute.head_loss](parts, rows, targets, z_loss, compute)
+    form, parts = _FORMS[compute.head_loss], model.parts(trunk_BTD)
+    loss, scores = form(parts, rows, targets, model.cfg, z_loss, compute)
     return loss, lax.stop_gradient(scores)
 
 
-def _weighted(scores: TokenScores, weight_NBT: jax.Array, z_loss: float) -> jax.Array:
-    return jnp.sum(weight_NBT * (scores.nll + z_loss * jnp.square(scores.log_z)))
-
-
-def _naive(parts, rows, targets, z_loss, compute):
-    def one_head(_, head):
-        hidden_BTD = run_head(
-            head, parts.norm_D, parts.trunk_BTD, rows, compute.attention
-        )
-        return None, hidden_BTD
-
-    hidden_NBTD = lax.scan(one_head, None, parts.heads)[1]
-    w_VD = parts.unembedding_VD.astype(hidden_NBTD.dtype)
-    w_VD = jax.sharding.reshard(w_VD, spec("vocab", None))
-    out = spec(None, "batch", "time", "vocab")
-    logits_NBTV = unembed(hidden_NBTD, w_VD, out)
+def _naive(parts, rows, targets, cfg, z_loss, compute):
+    runner = HeadRunner(cfg, rows, compute.attention)
+    previous_NBT = previous_tokens(targets.token_NBT) if needs_tokens(cfg) else None
+    logits_NBTV = all_hidden(runner, parts, previous_NBT)[1]
     log_z_NBT = jax.nn.logsumexp(logits_NBTV, axis=-1)
     ids_V = jnp.arange(logits_NBTV.shape[-1])[None, None, None]
     is_target_NBTV = ids_V == targets.token_NBT[..., None]
@@ -93,84 +68,46 @@ def _naive(parts, rows, targets, z_loss, compute):
         log_z=log_z_NBT,
         predicted=jnp.argmax(logits_NBTV, axis=-1).astype(jnp.int32),
     )
-    return _weighted(scores, targets.weight_NBT, z_loss), scores
+    return weighted(scores, targets, z_loss), scores
 
 
-def _remat(parts, rows, targets, z_loss, compute):
+def _remat(parts, rows, targets, cfg, z_loss, compute):
     dtype = parts.trunk_BTD.dtype
     # The loop adds the gradients up in the dtype of what it reads, so it reads float32;
     # the products are in the compute dtype all the same.
-    w_RVD = copy_unembedding(parts.unembedding_VD, dtype).astype(jnp.float32)
-    trunk_BTD = parts.trunk_BTD.astype(jnp.float32)
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def one_head(_, x):
-        head, target_BT = x
-        hidden_BTD = run_head(
-            head, parts.norm_D, trunk_BTD.astype(dtype), rows, compute.attention
-        )
-        return None, score_tokens(hidden_BTD, w_RVD, target_BT, compute.chunk_tokens)
-
-    scores = lax.scan(one_head, None, (parts.heads, targets.token_NBT))[1]
-    return _weighted(scores, targets.weight_NBT, z_loss), scores
+    output = make_output(parts.common, dtype.name, z_loss, compute)
+    copied = jax.tree.map(lambda x: x.astype(jnp.float32), output.copied)
+    output = dataclasses.replace(output, copied=copied)
+    parts = dataclasses.replace(parts, trunk_BTD=parts.trunk_BTD.astype(jnp.float32))
+    around = functools.partial(jax.checkpoint, prevent_cse=False)
+    return _scored(parts, rows, targets, cfg, output, around)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _fused(parts, rows, targets, z_loss, compute):
+def _scored(parts, rows, targets, cfg, output, around=lambda one_head: one_head):
+    """A head at a time: its output, then its scores."""
+    runner = HeadRunner(cfg, rows, output.compute.attention)
+    previous_NBT = previous_tokens(targets.token_NBT) if needs_tokens(cfg) else None
+    scores = visit_heads(runner, parts, previous_NBT, targets, output.scores, around)
+    return weighted(scores, targets, output.z_loss), scores
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _fused(parts, rows, targets, cfg, z_loss, compute):
     """Primal of the custom VJP; used when no gradient is needed."""
-    w_RVD = copy_unembedding(parts.unembedding_VD, parts.trunk_BTD.dtype)
-
-    def one_head(_, x):
-        head, token_BT = x
-        hidden_BTD = run_head(
-            head, parts.norm_D, parts.trunk_BTD, rows, compute.attention
-        )
-        return None, score_tokens(hidden_BTD, w_RVD, token_BT, compute.chunk_tokens)
-
-    scores = lax.scan(one_head, None, (parts.heads, targets.token_NBT))[1]
-    return _weighted(scores, targets.weight_NBT, z_loss), scores
+    dtype = parts.trunk_BTD.dtype.name
+    output = make_output(parts.common, dtype, z_loss, compute)
+    return _scored(parts, rows, targets, cfg, output)
 
 
-def _forward_and_backward(parts, rows, targets, z_loss, compute):
+def _forward_and_backward(parts, rows, targets, cfg, z_loss, compute):
     """Forward rule of the custom VJP: loss, scores, and gradients for `_scale`."""
     parts = _first_order_only(parts)
-    trunk_BTD = parts.trunk_BTD
-    # A head's products are kept until its backward pass, a moment later; what is cheap,
-    # norms and activation functions, is computed again: it would take as much room.
-    policies = jax.checkpoint_policies
-    keep = policies.save_from_both_policies(
-        policies.dots_saveable, policies.save_only_these_names(KEPT)
-    )
-    run = jax.checkpoint(
-        lambda *of: run_head(of[0], of[1], of[2], rows, compute.attention), policy=keep
-    )
-    w_RVD = copy_unembedding(parts.unembedding_VD, trunk_BTD.dtype)
-
-    def one_head(total, x):
-        head, token_BT, weight_BT = x
-        hidden_BTD, backward = jax.vjp(run, head, parts.norm_D, trunk_BTD)
-        scores, d_hidden_BTD, d_w_VD = score_tokens_and_grad(
-            hidden_BTD, w_RVD, token_BT, weight_BT, z_loss, compute.chunk_tokens
-        )
-        # The head's backward pass waits until the unembedding's whole gradient is gone
-        # from the device: they need not be there together.
-        d_hidden_BTD, d_w_VD = lax.optimization_barrier((d_hidden_BTD, d_w_VD))
-        d_head, d_norm_D, d_trunk_BTD = backward(d_hidden_BTD)
-        total = jax.tree.map(jnp.add, total, (d_norm_D, d_w_VD, d_trunk_BTD))
-        return total, (scores, d_head)
-
-    shared = (parts.norm_D, parts.unembedding_VD, trunk_BTD)
-    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), shared)
-    xs = (parts.heads, targets.token_NBT, targets.weight_NBT)
-    total, (scores, d_heads) = lax.scan(one_head, zeros, xs)
-    grads = jax.tree.map(
-        lambda grad, x: grad.astype(x.dtype), Parts(d_heads, *total), parts
-    )
-    return (_weighted(scores, targets.weight_NBT, z_loss), scores), grads
+    scores, grads = forward_and_backward(cfg, parts, rows, targets, z_loss, compute)
+    return (weighted(scores, targets, z_loss), scores), grads
 
 
-def _scale(z_loss, compute, grads, cotangents):
-    del z_loss, compute
+def _scale(cfg, z_loss, compute, grads, cotangents):
+    del cfg, z_loss, compute
     d_loss, _ = cotangents  # the scores' never count: head_loss stops them
     return jax.tree.map(lambda x: (d_loss * x).astype(x.dtype), grads), None, None
 

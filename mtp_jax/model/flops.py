@@ -5,7 +5,9 @@ Axes: D model width, T row length, V vocabulary.
 
 import dataclasses
 
-from mtp_jax.config import Config, ModelConfig
+from mtp_jax.config import Config
+from mtp_jax.model.heads import kind_of
+from mtp_jax.model.heads.base import layer_entries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,8 +15,8 @@ class Flops:
     """FLOPs by the part of the model that they are spent in."""
 
     trunk: float
-    heads: float  # the heads' layers
-    unembedding: float  # once a head
+    heads: float  # the heads' bodies
+    unembedding: float  # once a head, with the bias by the token before
 
     @property
     def total(self) -> float:
@@ -22,12 +24,6 @@ class Flops:
 
     def __mul__(self, times: float) -> "Flops":
         return Flops(self.trunk * times, self.heads * times, self.unembedding * times)
-
-
-def layer_params(cfg: ModelConfig) -> int:
-    """Matrix entries of one transformer layer."""
-    attention = cfg.d_model * cfg.d_head * 2 * (cfg.num_query_heads + cfg.num_kv_heads)
-    return attention + 3 * cfg.d_model * cfg.d_ff
 
 
 def _attention_flops(cfg: Config) -> float:
@@ -42,11 +38,15 @@ def train_flops(cfg: Config) -> Flops:
     the unembedding once for every head, plus 12 T D / 2 a layer for causal attention.
     Rematerialization is not counted: it is not useful work.
     """
-    model = cfg.model
-    layer = 6 * layer_params(model) + 3 * _attention_flops(cfg)
-    n = model.n_future_tokens
-    unembedding = 6 * model.vocab_size * model.d_model
-    return Flops(model.num_trunk_layers * layer, n * layer, n * float(unembedding))
+    model, heads, n = cfg.model, cfg.model.heads, cfg.model.n_future_tokens
+    attention = 3 * _attention_flops(cfg)
+    layer = 6 * layer_entries(model) + attention
+    body = 6.0 * kind_of(model).entries(model)
+    if heads.wiring.layered:
+        body += heads.layers * attention
+    width = model.d_model + (heads.markov_rank if n > 1 else 0)
+    unembedding = 6.0 * model.vocab_size * width
+    return Flops(model.num_trunk_layers * layer, heads.runs(n) * body, n * unembedding)
 
 
 def executed_flops(cfg: Config) -> Flops:
@@ -54,15 +54,20 @@ def executed_flops(cfg: Config) -> Flops:
 
     Trunk layers are computed again as `remat` says: not at all, the attention alone
     (where the products with weights are kept), or wholly; heads and unembedding, under
-    the head loss of that name. What an attention kernel computes again by itself is not
+    the head loss of that name, and the bodies of heads in a chain under `fused`. What
+    an attention kernel computes again by itself is not
     counted.
     """
     useful, compute = train_flops(cfg), cfg.compute
     attention = cfg.model.num_trunk_layers * _attention_flops(cfg)
     again = {"none": 0.0, "dots": attention}.get(compute.remat, useful.trunk / 3)
-    of_heads = 4 / 3 if compute.head_loss == "remat" else 1.0
+    remat = compute.head_loss == "remat"
+    chained = cfg.model.heads.wiring.reads != "trunk"
+    twice = remat or (chained and compute.head_loss == "fused")
     return Flops(
-        useful.trunk + again, useful.heads * of_heads, useful.unembedding * of_heads
+        useful.trunk + again,
+        useful.heads * (4 / 3 if twice else 1.0),
+        useful.unembedding * (4 / 3 if remat else 1.0),
     )
 
 

@@ -1,4 +1,4 @@
-"""The language model: one trunk, n heads, one norm and one unembedding for all heads.
+"""The language model: one trunk, n heads of some kind, norms and tables.
 
 Axes: B batch, T time, D model width, H query heads, G key-value heads, K head width,
 V vocabulary.
@@ -12,37 +12,53 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from mtp_jax.config import ModelConfig, Remat
+from mtp_jax.config import ModelConfig, Remat, ScanLayers
 from mtp_jax.model.block import Attend, Block
-from mtp_jax.model.layers import embed, rope_angles, stack, weight
-from mtp_jax.parallel.sharding import spec
+from mtp_jax.model.heads import kind_of
+from mtp_jax.model.heads.walk import Parts, Weights
+from mtp_jax.model.layers import embed, rope_angles, stack, unstack, weight
+
+# Of the Markov bias, whose entries begin with a deviation of 0.02.
+_BIAS_FAN_IN = 2500
 
 
 class LanguageModel(nnx.Module):
     """Parallel multi-token prediction (arXiv:2404.19737, section 2).
 
-    P(x_{t+i} | x_<=t) = softmax(unembedding(norm(head_i(trunk(x_<=t))))), i = 1..n.
-    The trunk has num_layers - n layers and every head has one, so the number of
-    parameters does not depend on n, and n = 1 is an ordinary transformer.
+    P(x_{t+i} | x_<=t) = softmax(unembedding(norm(head_i(trunk(x_<=t))))), i = 1..n,
+    for parallel heads; the other kinds are in `heads`. The trunk has num_layers without
+    the layers of the heads, so the number of parameters does not depend on n but for
+    what is no layer, and n = 1 is an ordinary transformer.
     """
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
 
-        def table() -> nnx.Param:
-            shape, axes = (cfg.vocab_size, cfg.d_model), ("vocab", "embed")
-            return weight(rngs, shape, axes, fan_in=cfg.d_model, dtype=cfg.param_dtype)
+        n, heads = cfg.n_future_tokens, cfg.heads
 
-        self.w_embedding = table()
+        def table(width: int, fan_in: int, *stacked: int) -> nnx.Param:
+            shape = (*stacked, cfg.vocab_size, width)
+            axes = (*[None] * len(stacked), "vocab", "embed")
+            return weight(rngs, shape, axes, fan_in=fan_in, dtype=cfg.param_dtype)
+
+        d = cfg.d_model
+        self.w_embedding = table(d, d)
         if not cfg.tie_embeddings:
-            self.w_unembedding = table()
+            self.w_unembedding = table(
+                d, d, *([n] if heads.unembedding == "own" else [])
+            )
 
         def block(rngs):
             return Block(cfg, rngs=rngs)
 
         self.trunk = stack(block, cfg.num_trunk_layers, rngs=rngs)
-        self.heads = stack(block, cfg.n_future_tokens, rngs=rngs)
-        self.norm = nnx.Param(jnp.ones(cfg.d_model, cfg.param_dtype))
+        if bodies := heads.bodies(n):
+            self.heads = stack(lambda r: kind_of(cfg).make(cfg, r), bodies, rngs=rngs)
+        scales = (n, d) if heads.norm == "own" else (d,)
+        self.norm = nnx.Param(jnp.ones(scales, cfg.param_dtype))
+        if heads.markov_rank and n > 1:
+            self.w_markov_in = table(heads.markov_rank, _BIAS_FAN_IN)
+            self.w_markov_out = table(heads.markov_rank, _BIAS_FAN_IN)
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """Token embeddings in the compute dtype, [B, T, D]."""
@@ -53,14 +69,29 @@ class LanguageModel(nnx.Module):
         return rope_angles(positions_BT, self.cfg.d_head, self.cfg.rope_theta)
 
     def unembedding_param(self) -> jax.Array:
-        """The output matrix as it is stored, [V, D]."""
+        """The output matrix as it is stored, [V, D], or one a head, [N, V, D]."""
         tied = self.cfg.tie_embeddings
         return (self.w_embedding if tied else self.w_unembedding)[...]
 
-    def unembedding(self) -> jax.Array:
-        """The output matrix in the compute dtype, [V, D], gathered in width."""
-        w_VD = self.unembedding_param().astype(self.cfg.compute_dtype)
-        return jax.sharding.reshard(w_VD, spec("vocab", None))
+    def parts(self, trunk_BTD: jax.Array) -> Parts:
+        """The arrays that the heads' outputs depend on."""
+        heads, n = self.cfg.heads, self.cfg.n_future_tokens
+        own: dict[str, Any] = {}
+        common: dict[str, Any] = {}
+        if heads.bodies(n):
+            if heads.shared:
+                common["body"] = jax.tree.map(lambda w: w[0], self.heads)
+            else:
+                own["body"] = self.heads
+        (own if heads.norm == "own" else common)["norm"] = self.norm[...]
+        by_head = own if heads.unembedding == "own" else common
+        by_head["unembedding"] = self.unembedding_param()
+        if heads.wiring.reads_tokens and n > 1:
+            common["embedding"] = self.w_embedding[...]
+        if heads.markov_rank and n > 1:
+            common["markov_in"] = self.w_markov_in[...]
+            common["markov_out"] = self.w_markov_out[...]
+        return Parts(trunk_BTD, Weights(**own), Weights(**common))
 
 
 def run_trunk(
@@ -69,6 +100,7 @@ def run_trunk(
     angles_BTk: jax.Array,
     attend: Attend,
     remat: Remat = "full",
+    scan_layers: ScanLayers = "yes",
 ) -> jax.Array:
     """Trunk output [B, T, D] of embeddings x_BTD, for training and evaluation.
 
@@ -96,9 +128,53 @@ def run_trunk(
             offload_dst="pinned_host",
         ),
     }[remat]
+    scan = _scans(scan_layers)
     # prevent_cse keeps the compiler from undoing it; inside a scan it cannot anyway.
-    layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
-    return jax.lax.scan(layer, x_BTD, model.trunk)[0]
+    again = remat != "none"
+    layer = jax.checkpoint(layer, policy=policy, prevent_cse=again and not scan)
+    if scan:
+        return jax.lax.scan(layer, x_BTD, model.trunk)[0]
+    for block in unstack(model.trunk):
+        x_BTD, _ = layer(x_BTD, block)
+    return x_BTD
+
+
+def _scans(scan_layers: ScanLayers) -> bool:
+    """Returns True for a loop over layers, on the devices of the mesh in force."""
+    if scan_layers != "auto":
+        return scan_layers == "yes"
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is None or device.platform not in ("gpu", "cuda")
+
+
+def keep_heads(
+    cfg: ModelConfig, params: Any, n: int
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """The model that keeps the trunk and the first n heads, and its parameters.
+
+    Args:
+      cfg: of the model.
+      params: as `model_builder` makes them.
+      n: how many heads, at least one.
+
+    Raises:
+      UserError: heads of this kind need those after them.
+    """
+    kept = cfg.keep_heads(n)
+    params = dict(params)
+    stacks = {"heads": kept.heads.bodies(n)}
+    if cfg.heads.norm == "own":
+        stacks["norm"] = n
+    if cfg.heads.unembedding == "own":
+        stacks["w_unembedding"] = n
+    for name, count in stacks.items():
+        if name in params:
+            first = jax.tree.map(lambda w, count=count: w[:count], params.pop(name))
+            if count:
+                params[name] = first
+    if n == 1:
+        params = {k: v for k, v in params.items() if not k.startswith("w_markov")}
+    return kept, params
 
 
 def model_builder(

@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from mtp_jax.config import Config, MeshConfig
+from mtp_jax.config import Config, MeshConfig, as_tree
 from mtp_jax.errors import UserError
 
 _TRUNK_LAYERS = 1
@@ -68,7 +68,8 @@ def scale_down(
         model,
         vocab_size=-(-vocab_size // tensor) * tensor,
         d_model=queries * d_head,
-        num_layers=model.n_future_tokens + min(model.num_trunk_layers, _TRUNK_LAYERS),
+        num_layers=model.heads.counted_layers(model.n_future_tokens)
+        + min(model.num_trunk_layers, _TRUNK_LAYERS),
         num_query_heads=queries,
         num_kv_heads=kv_heads,
         d_head=d_head,
@@ -98,10 +99,10 @@ def scale_down(
 def differences(before: Config, after: Config) -> list[str]:
     """The fields that were scaled, as `section: field 4096 -> 32, ...`, by section."""
     lines = []
-    for section in dataclasses.fields(Config):
-        old = dataclasses.asdict(getattr(before, section.name))
-        new = dataclasses.asdict(getattr(after, section.name))
+    then = as_tree(after)
+    for section, old in as_tree(before).items():
+        new = then[section]
         changed = [f"{k} {old[k]} -> {new[k]}" for k in old if old[k] != new[k]]
         if changed:
-            lines.append(f"{section.name}: {', '.join(changed)}")
+            lines.append(f"{section}: {', '.join(changed)}")
     return lines

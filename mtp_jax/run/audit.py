@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from etils import epath
 
-from mtp_jax.config import Config, config_from_json, freeze
+from mtp_jax.config import Config, as_tree, config_from_json, freeze
 from mtp_jax.data.batches import open_sources, pieces_of_step, train_batches
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.packing import batch_hash, format_hash
@@ -164,7 +164,7 @@ def _runs(workdir: epath.Path, data: list[str] | None) -> list[_Run]:
             fields = {**dataclasses.asdict(config.data), **entry["data"]}
             if data is not None:
                 fields["sources"] = _moved(fields["sources"], entry["corpora"], data)
-            cfg = freeze({**dataclasses.asdict(config), "data": fields})
+            cfg = freeze({**as_tree(config), "data": fields})
             names = cfg.data.sources
             if names not in corpora:
                 corpora[names] = _opened(cfg, data)

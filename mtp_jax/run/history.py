@@ -3,14 +3,13 @@
 An entry of a start has its config only if that differs from the one before it.
 """
 
-import dataclasses
 import json
 from typing import Any
 
 import jax
 from etils import epath
 
-from mtp_jax.config import Config, config_from_json
+from mtp_jax.config import Config, as_tree, config_from_json
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.errors import UserError
 from mtp_jax.training.optim import learning_rate
@@ -100,8 +99,9 @@ def changes(
 def _differences(before: Config, now: Config) -> list[tuple[str, Any, Any]]:
     """(path, value before, value now) of each field that is not the same."""
     found = []
-    for section, fields in dataclasses.asdict(now).items():
-        old = dataclasses.asdict(getattr(before, section))
+    there = as_tree(before)
+    for section, fields in as_tree(now).items():
+        old = there[section]
         for name, value in fields.items():
             if value != old[name]:
                 found.append((f"config.{section}.{name}", old[name], value))

@@ -14,7 +14,7 @@ from mtp_jax.checkpoint.checkpoints import (
     state_from_items,
 )
 from mtp_jax.checkpoint.local import LocalCheckpoints
-from mtp_jax.config import Config, config_from_json
+from mtp_jax.config import Config, HeadsConfig, config_from_json
 from mtp_jax.distributed import hosts
 from mtp_jax.errors import RunFailed, UserError, say
 from mtp_jax.parallel.sharding import abstract_tree
@@ -41,6 +41,8 @@ def open_local(
         return None
     devices = [int(device.id) for device in mesh.devices.flat]
     setting = f"{cfg.model} {dict(mesh.shape)} {devices} with rows"
+    if cfg.heads != HeadsConfig():  # which earlier versions did not know
+        setting = f"{cfg.heads} {setting}"
     return LocalCheckpoints(cfg.checkpoint, identity(workdir), setting)
 
 
@@ -96,7 +98,7 @@ def _restore(durable: Checkpoints, shapes: TrainState) -> Start:
             "command again, and it goes on from the checkpoint before"
         ) from error
     for other in damaged:
-        say(f"mtp_jax: moved it to {durable.set_aside(other)}")
+        say(f"mtp-jax: moved it to {durable.set_aside(other)}")
     metadata = durable.saved_metadata(step)
     seconds = metadata.get("seconds", {})
     return Start(state_from_items(items), step, _rows_consumed(metadata), seconds)

@@ -6,16 +6,17 @@ import hashlib
 import json
 import os
 import time
-from typing import TextIO
+from typing import Any, TextIO
 
 import jax
 from etils import epath
 
 from mtp_jax import __version__
-from mtp_jax.config import Config, ModelConfig, config_from_json
+from mtp_jax.config import Config, ModelConfig, as_tree, config_from_json
 from mtp_jax.data.batches import open_sources
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.tokenizer import save_tokenizer
+from mtp_jax.data.workers import check_workers
 from mtp_jax.distributed import hosts
 from mtp_jax.distributed.cluster import ProcessInfo
 from mtp_jax.errors import UserError, disk_errors_told
@@ -64,6 +65,7 @@ def train(
 
 def _train(cfg: Config, name: str, cluster: ProcessInfo | None) -> None:
     workdir = workdir_at(name)
+    check_workers("config.data.workers", cfg.data.workers)
     _start_jax(cfg, cluster, workdir)
     mesh = make_mesh(cfg.mesh)
     check_divisible(cfg, mesh)
@@ -83,7 +85,7 @@ def _start_jax(cfg: Config, where: ProcessInfo | None, workdir: epath.Path) -> N
         cache = os.path.expanduser(cfg.train.compilation_cache)
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    text = json.dumps(dataclasses.asdict(cfg), sort_keys=True)
+    text = json.dumps(as_tree(cfg), sort_keys=True)
     about = {
         "mtp_jax": __version__,
         "jax": jax.__version__,
@@ -118,8 +120,8 @@ def _tokenizer_of_run(model: ModelConfig, workdir: epath.Path) -> str | None:
         written, fingerprint = run["config"], run["tokenizer"]["fingerprint"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a run's; choose another workdir.") from error
-    saved = dataclasses.asdict(config_from_json(written, str(path)).model)
-    wanted = dataclasses.asdict(model)
+    saved = _of_model(config_from_json(written, str(path)).model)
+    wanted = _of_model(model)
     rows = [
         f"{name} is {saved.get(name)} there and {wanted.get(name)} here"
         for name in sorted(saved.keys() | wanted.keys())
@@ -131,6 +133,13 @@ def _tokenizer_of_run(model: ModelConfig, workdir: epath.Path) -> str | None:
             "Choose another workdir, or the config of that run."
         )
     return fingerprint
+
+
+def _of_model(model: ModelConfig) -> dict[str, Any]:
+    """The fields of a model by name, those of its heads as `heads.kind`."""
+    fields = dataclasses.asdict(model)
+    heads = fields.pop("heads")
+    return fields | {f"heads.{name}": value for name, value in heads.items()}
 
 
 def _prepare_workdir(workdir: epath.Path, corpora: list[Corpus]) -> None:

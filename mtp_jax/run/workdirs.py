@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from mtp_jax.config import Config, config_from_json
+from mtp_jax.config import Config, as_tree, config_from_json
 from mtp_jax.errors import UserError
 from mtp_jax.storage import is_remote, workdir_at
 
@@ -137,7 +137,7 @@ def _flat(config: Config | None) -> dict[str, Any]:
         return {}
     return {
         f"{section}.{name}": value
-        for section, fields in dataclasses.asdict(config).items()
+        for section, fields in as_tree(config).items()
         for name, value in fields.items()
     }
 

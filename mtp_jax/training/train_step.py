@@ -16,6 +16,7 @@ from mtp_jax.loss.batch_loss import batch_loss
 from mtp_jax.loss.metrics import HeadSums, no_sums, summarize
 from mtp_jax.loss.targets import target_counts
 from mtp_jax.loss.weights import head_weights
+from mtp_jax.model.attention import few_documents
 from mtp_jax.model.language_model import model_builder
 from mtp_jax.training.optim import learning_rate, make_optimizer
 from mtp_jax.training.wide import join, split
@@ -76,9 +77,14 @@ def make_gradients(
     _, build = model_builder(cfg.model)
     n = cfg.model.n_future_tokens
 
-    def loss_fn(params: Any, microbatch: Batch, weight_N: jax.Array):
-        model, z_loss = build(params), cfg.loss.z_loss
-        return batch_loss(model, microbatch, weight_N, z_loss, cfg.compute)
+    def gradient(few: bool):
+        """The gradient of a loss of rows with few documents, or any number of them."""
+
+        def loss_fn(params: Any, microbatch: Batch, weight_N: jax.Array):
+            model, z_loss = build(params), cfg.loss.z_loss
+            return batch_loss(model, microbatch, weight_N, z_loss, cfg.compute, few)
+
+        return jax.value_and_grad(loss_fn, has_aux=True)
 
     def gradients(params: Any, batch: Batch):
         count_N = jnp.sum(
@@ -89,8 +95,18 @@ def make_gradients(
         weight_N = head_weights(cfg.loss, n) / jnp.maximum(count_N, 1.0)
 
         def add_microbatch(total, microbatch):
-            grad = jax.value_and_grad(loss_fn, has_aux=True)
-            (loss, sums), grads = grad(params, microbatch, weight_N)
+            few = few_documents(
+                microbatch["segments"][:, :-n],
+                cfg.compute.attention,
+                cfg.model.d_head,
+                cfg.model.compute_dtype,
+            )
+            of = (params, microbatch, weight_N)
+            (loss, sums), grads = (
+                gradient(False)(*of)
+                if few is None
+                else jax.lax.cond(few, gradient(True), gradient(False), *of)
+            )
             return jax.tree.map(jnp.add, total, (loss, sums, grads)), None
 
         # In float32 whatever the parameters are in: small terms are many.

@@ -24,8 +24,8 @@ from mtp_jax.decode.decoders.sampling import RandomKeys, Sampling, sampling_arra
 from mtp_jax.decode.decoders.state import Decoder
 from mtp_jax.decode.programs import Programs, Prompts, slack
 from mtp_jax.model.attention import RowContext, attend_within
-from mtp_jax.model.heads.parallel import run_head
-from mtp_jax.model.language_model import model_builder, run_trunk
+from mtp_jax.model.heads.walk import HeadRunner, all_hidden, tokens_before
+from mtp_jax.model.language_model import keep_heads, model_builder, run_trunk
 from mtp_jax.model.layers import unembed
 from mtp_jax.parallel.sharding import batch_shards, spec
 
@@ -49,8 +49,7 @@ def head_one(cfg: ModelConfig, params: Any, ids: int | None = None) -> NextLogit
     training has finite ones. Takes parameters as `model_builder` makes them. Needs the
     mesh to be set.
     """
-    cfg = cfg.keep_heads(1)
-    params = {**params, "heads": jax.tree.map(lambda w: w[:1], params["heads"])}
+    cfg, params = keep_heads(cfg, params, cfg.heads.least_kept(cfg.n_future_tokens))
     _, build = model_builder(cfg)
 
     @jax.jit
@@ -62,13 +61,14 @@ def head_one(cfg: ModelConfig, params: Any, ids: int | None = None) -> NextLogit
         x_BTD = model.embed(tokens_BT)
         trunk_BTD = run_trunk(model, x_BTD, rows.angles_BTk, attend)
 
-        def one_head(_, head):
-            return None, run_head(head, model.norm[...], trunk_BTD, rows, "xla")
-
-        hidden_1BTD = jax.lax.scan(one_head, None, model.heads)[1]
-        last_B1D = at_slot(hidden_1BTD[0], length_B - 1)[:, None]
-        out = spec("batch", None, "vocab")
-        logits_B1V = unembed(last_B1D, model.unembedding(), out)
+        runner = HeadRunner(cfg, rows, "xla")
+        before_NBT = tokens_before(cfg, tokens_BT)
+        hidden_BTD = all_hidden(runner, model.parts(trunk_BTD), before_NBT)[0][0]
+        last_B1D = at_slot(hidden_BTD, length_B - 1)[:, None]
+        unembedding = model.unembedding_param()
+        w_VD = unembedding if unembedding.ndim == 2 else unembedding[0]
+        w_VD = jax.sharding.reshard(w_VD.astype(last_B1D.dtype), spec("vocab", None))
+        logits_B1V = unembed(last_B1D, w_VD, spec("batch", None, "vocab"))
         return jax.sharding.reshard(logits_B1V[:, 0], spec("batch", None))
 
     def call(rows: Sequence[Sequence[int]]) -> np.ndarray:
@@ -229,7 +229,7 @@ class _Enumeration:
         width = decoder.width(len(params["heads"]))
         self._j = 4 * width + 8  # draws of a forward pass, at most
         self.rows = 0
-        more = slack(decoder, len(params["heads"]))
+        more = slack(programs.cfg, decoder, len(params["heads"]))
         room = bucket_size(len(prompt) + tokens + more, least=8)
         tokens_CP = np.tile(np.asarray(prompt, np.int32), (self._c, 1))
         length_C = np.full(self._c, len(prompt), np.int32)

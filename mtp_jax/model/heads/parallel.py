@@ -1,30 +1,36 @@
-"""Parallel heads: each is one transformer layer over the trunk's output.
+"""Parallel heads: each is a transformer layer over the trunk's output.
 
-Axes: B batch, T time, D model width, K head width, k half of it.
+arXiv:2404.19737, section 2. With `config.heads.layers` each is several layers.
 
-The losses ask only for "the output of one head"; another kind of head that reads the
-trunk alone is another function of the signature of `run_head`.
+Axes: B batch, T time, D model width.
 """
 
 import jax
 
-from mtp_jax.config import Attention
-from mtp_jax.model.attention import RowContext, attend_within
-from mtp_jax.model.block import Block
-from mtp_jax.model.layers import rms_norm
+from mtp_jax.config import ModelConfig
+from mtp_jax.model.heads.base import (
+    HeadKind,
+    Through,
+    blocks_of,
+    layer_entries,
+    make_layers,
+    normed,
+)
 
 
-def run_head(
-    head: Block,
-    norm_D: jax.Array,
-    trunk_BTD: jax.Array,
-    rows: RowContext,
-    kernel: Attention,
+def run_layers(
+    cfg: ModelConfig, body, norm, x_BTD: jax.Array, token_BTD, through: Through
 ) -> jax.Array:
-    """Normed output of a head, ready for the unembedding, [B, T, D].
+    """`HeadKind.run` of a body that is transformer layers and no more."""
+    del norm, token_BTD
+    for block in blocks_of(cfg, body):
+        x_BTD = through(block, x_BTD)
+    return x_BTD
 
-    Parallel heads: each of them reads the trunk's output (arXiv:2404.19737, section 2);
-    they share the norm, whose epsilon is that of the layers.
-    """
-    out_BTD, _ = head(trunk_BTD, rows.angles_BTk, attend_within(rows, kernel))
-    return rms_norm(out_BTD, norm_D, head.norm_eps)
+
+def entries(cfg: ModelConfig) -> int:
+    """Matrix entries of the layers of a head."""
+    return cfg.heads.layers * layer_entries(cfg)
+
+
+KIND = HeadKind(make=make_layers, run=run_layers, finish=normed, entries=entries)

@@ -4,8 +4,10 @@ import json
 
 import jax
 import naive
+import naive_heads
 import numpy as np
 import pytest
+from head_cases import OPTIONS, model_of
 from llamas import FOLDER, MODEL, restored, stories_in_transformers, stories_params
 from models import TINY, mesh_of, placed_params, random_params
 
@@ -66,6 +68,30 @@ def test_scores_are_those_of_numpy_on_any_mesh(axes, head):
         np.testing.assert_array_equal(scores.tokens, after)
         assert scores.log_prob == pytest.approx(log_probs.sum(), abs=1e-3)
         assert scores.greedy == (list(best) == list(after))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_heads_of_every_kind_have_scores(name, one_device):
+    cfg = model_of(name, n=3)
+    params = random_params(cfg)
+    model = restored(cfg, placed_params(cfg, params), one_device, ByteTokenizer(), 64)
+    wide = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    context, after = [1, 5, 9, 12], [3, 7, 30, 2, 2]
+    tokens = np.array([[*context, *after]])
+    segments = np.ones_like(tokens)
+    before = np.stack([np.pad(tokens[:, i:], ((0, 0), (0, i))) for i in range(3)])
+    rows = (tokens, segments, positions_of(segments))
+    logits_NTV = naive_heads.all_logits(cfg, wide, rows, before)[:, 0]
+
+    for head in (1, 3):
+        [scores] = score_continuations(model, [(context, after)], head=head)
+
+        places = np.arange(len(context), tokens.shape[1])
+        expected = log_softmax(logits_NTV[head - 1, places - head])
+        np.testing.assert_allclose(
+            scores.log_probs, expected[np.arange(len(after)), after], atol=1e-4
+        )
+        np.testing.assert_array_equal(scores.best, expected.argmax(-1))
 
 
 def test_the_greedy_text_is_known_as_such(one_device):

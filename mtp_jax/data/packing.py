@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from mtp_jax.data.corpus import Documents
+from mtp_jax.data.order import Piece, order_of
 from mtp_jax.errors import UserError
 
 Row = dict[str, np.ndarray]
@@ -28,7 +29,8 @@ class RowSequence(Protocol):
 class PackedRows:
     """The rows of a split: documents one after another, cut every `stride` tokens.
 
-    Nothing is copied or written: a row is found by binary search when it is asked for.
+    Nothing is copied or written: a row is found by binary search when it is asked for
+    (`order`).
     """
 
     def __init__(
@@ -52,13 +54,11 @@ class PackedRows:
         self._row_len = row_len
         self._stride = stride
         self._vocab_size = vocab_size
-        lengths = documents.lengths.astype(np.int64)
-        self._order = document_order(len(lengths), seed)
-        self._ends = np.cumsum(lengths[self._order])
+        self._order = order_of(documents, seed)
 
     def __len__(self) -> int:
         # The last token is no position to train: nothing follows it.
-        return max(1, -(-(int(self._ends[-1]) - 1) // self._stride))
+        return max(1, -(-(self._order.n_tokens - 1) // self._stride))
 
     def __getitem__(self, index: int) -> Row:
         """Row `index`: tokens, segments and positions, each int32 [S].
@@ -81,19 +81,11 @@ class PackedRows:
             filled += len(part)
         return row
 
-    def pieces(self, index: int) -> list[tuple[int, int, int]]:
+    def pieces(self, index: int) -> list[Piece]:
         """(document, first token, token after the last) of each segment of a row."""
-        at = index * self._stride
-        end = min(at + self._row_len, int(self._ends[-1]))
-        place = int(np.searchsorted(self._ends, at, side="right"))
-        found = []
-        while at < end:
-            begin = int(self._ends[place - 1]) if place else 0
-            stop = min(end, int(self._ends[place]))
-            found.append((int(self._order[place]), at - begin, stop - begin))
-            at = stop
-            place += 1
-        return found
+        start = index * self._stride
+        stop = min(start + self._row_len, self._order.n_tokens)
+        return self._order.pieces(start, stop)
 
     def _check(self, tokens: np.ndarray, document: int) -> None:
         """Raises UserError for an id outside the vocabulary."""
@@ -171,18 +163,6 @@ class HostBatches:
 
     def _row(self, step: int, r: int) -> Row:
         return self._rows[self._first_row + step * self._batch_size + r]
-
-
-def document_order(n_documents: int, seed: Sequence[int] | None) -> np.ndarray:
-    """A permutation of the documents, int64 [documents]; None: as they are.
-
-    Sorts by the raw output of Philox, which NumPy keeps the same in every release;
-    its shuffling methods may change (NEP 19).
-    """
-    if seed is None:
-        return np.arange(n_documents)
-    key = np.random.Philox(np.random.SeedSequence(list(seed)))
-    return np.argsort(key.random_raw(n_documents), kind="stable")
 
 
 def padding_row(row_len: int) -> Row:

@@ -66,8 +66,11 @@ def order_by_hand(shard_sizes, block, seed):
         end = first + shard_sizes[shard]
         begins = range(first, end, block)
         for begin in sorted(begins, key=lambda i: split_mix(of_blocks, i)):
-            members = range(begin, min(begin + block, end))
-            found += sorted(members, key=lambda i: split_mix(of_documents, i))
+            which = (begin - first) // block % 64
+            places = sorted(
+                range(block), key=lambda i: split_mix(of_documents, which * block + i)
+            )
+            found += [begin + place for place in places if begin + place < end]
     return found
 
 

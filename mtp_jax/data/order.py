@@ -2,11 +2,11 @@
 
 It is a function of the seed and of the corpus alone. A small corpus has all documents
 in one order, which takes sorting all of them. Where the manifest gives the size of a
-block, shards, the blocks of a shard and the documents of a block have an order each. A
-place in the stream is then found from the sizes of shards, which the manifest has, and
-from where one shard's blocks and one block's documents begin, which is read when it is
-needed. Rows are shuffled afterwards, so blocks only decide which documents may share
-a row.
+block, shards have an order, the blocks of each shard have one, and the documents of a
+block are in one of 64. A place in the stream is then found from the sizes of shards,
+which the manifest has, and from where one shard's blocks and one block's documents
+begin, which is read when it is needed. Rows are shuffled afterwards, so blocks only
+decide which documents may share a row.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,8 +20,9 @@ from mtp_jax.errors import UserError
 Piece = tuple[int, int, int]  # document, its first token, the token after its last
 
 _BLOCKS = 2  # tells the seed of this order from those of the others
+_ORDERS = 64  # of the documents of a block; blocks of a shard take them in turn
 # SplitMix64 (Steele, Lea and Flood, OOPSLA 2014, figure 17).
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_GAMMA = 0x9E3779B97F4A7C15
 _MIX = ((np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)),
         (np.uint64(27), np.uint64(0x94D049BB133111EB)))  # fmt: skip
 _LAST_SHIFT = np.uint64(31)
@@ -62,7 +63,7 @@ class WholeOrder:
 
 
 class BlockOrder:
-    """Shards in an order, blocks of a shard in one, and documents of a block in one.
+    """Shards in an order, blocks of a shard in one, documents of a block in one of 64.
 
     It takes memory for the shards, and 12 bytes for each block of a shard that was read
     from.
@@ -79,18 +80,19 @@ class BlockOrder:
         """
         self._documents = documents
         self._block = block
-        self._keys: list[np.uint64 | None] = [None] * 3
+        self._keys: list[int | None] = [None] * 3
         if seed is not None:
             sequence = np.random.SeedSequence([*seed, _BLOCKS])
-            self._keys = list(sequence.generate_state(3, np.uint64))
+            self._keys = sequence.generate_state(3, np.uint64).tolist()
         sizes = documents.shard_tokens
-        self._shards = _sorted(self._keys[0], 0, len(sizes))
+        self._shards = _sorted(self._keys[0], 0, _multiples(len(sizes)))
         self._ends = np.cumsum(sizes[self._shards])
         self.n_tokens = int(self._ends[-1])
         self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._orders: dict[int, np.ndarray] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_blocks": {}}
+        return {**self.__dict__, "_blocks": {}, "_orders": {}}
 
     def pieces(self, start: int, stop: int) -> list[Piece]:
         """The parts of documents that make up tokens `start` to `stop` - 1."""
@@ -121,7 +123,8 @@ class BlockOrder:
                 )
             # A block's number is that of its first document: no other shard has it.
             first = int(self._documents.first[shard])
-            order = _sorted(self._keys[1], first, len(begins) - 1, self._block)
+            multiples = _multiples(len(begins) - 1, self._block)
+            order = _sorted(self._keys[1], first, multiples)
             ends = np.cumsum(np.diff(begins)[order])
             self._blocks[shard] = order.astype(np.int32), ends
         return self._blocks[shard]
@@ -131,9 +134,20 @@ class BlockOrder:
         begin = block * self._block
         offsets = self._documents.offsets(shard)[begin : begin + self._block + 1]
         first = int(self._documents.first[shard]) + begin
-        order = _sorted(self._keys[2], first, len(offsets) - 1)
-        lengths = np.diff(offsets.view(np.int64))
+        offsets = offsets.view(np.int64)
+        lengths = offsets[1:] - offsets[:-1]
+        order = self._order_in(block % _ORDERS)
+        if len(lengths) < self._block:
+            order = order[order < len(lengths)]
         return first, order, lengths[order].cumsum()
+
+    def _order_in(self, which: int) -> np.ndarray:
+        """One of the orders of the documents of a block, int64 [block]."""
+        if which not in self._orders:
+            multiples = _multiples(self._block)
+            first = which * self._block
+            self._orders[which] = _sorted(self._keys[2], first, multiples)
+        return self._orders[which]
 
 
 def document_order(n_documents: int, seed: Sequence[int] | None) -> np.ndarray:
@@ -148,21 +162,25 @@ def document_order(n_documents: int, seed: Sequence[int] | None) -> np.ndarray:
     return np.argsort(key.random_raw(n_documents), kind="stable")
 
 
-def _sorted(key: np.uint64 | None, first: int, count: int, step: int = 1) -> np.ndarray:
-    """0 to `count` - 1, int64, sorted by random numbers of first, first + step, ...
+def _multiples(count: int, step: int = 1) -> np.ndarray:
+    """The multiples of _GAMMA by 0, step, 2 step, ... modulo 2^64, uint64 [count]."""
+    return np.arange(0, count * step, step, dtype=np.uint64) * np.uint64(_GAMMA)
+
+
+def _sorted(key: int | None, first: int, multiples: np.ndarray) -> np.ndarray:
+    """The order of first, first + step, ... by a random number of each, int64.
 
     Number i has the i-th output of SplitMix64 from the state `key`; None: as they are.
+    No two outputs are equal, so every way to sort gives the same order.
     """
-    numbers = np.arange(count)
     if key is None:
-        return numbers
-    counted = np.arange(first + 1, first + 1 + count * step, step, dtype=np.uint64)
-    random = counted * _GAMMA + key  # arrays wrap around silently
+        return np.arange(len(multiples))
+    random = multiples + np.uint64((key + (first + 1) * _GAMMA) % 2**64)
     for shift, factor in _MIX:
         random ^= random >> shift
         random *= factor
     random ^= random >> _LAST_SHIFT
-    return random.argsort(kind="stable")
+    return random.argsort()
 
 
 def _cut(ends: np.ndarray, start: int, stop: int) -> Iterator[tuple[int, int, int]]:

@@ -7,7 +7,7 @@ pair of position and head occurs once an epoch. Axes: B rows, S tokens.
 
 import hashlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import numpy as np
 
@@ -55,6 +55,7 @@ class PackedRows:
         self._stride = stride
         self._vocab_size = vocab_size
         self._order = order_of(documents, seed)
+        self._places = np.arange(row_len, dtype=np.int32)
 
     def __len__(self) -> int:
         # The last token is no position to train: nothing follows it.
@@ -71,14 +72,16 @@ class PackedRows:
         """
         row = padding_row(self._row_len)
         filled = 0
-        for segment, (document, begin, stop) in enumerate(self.pieces(index), 1):
-            part = self._documents.tokens(document, begin, stop)
-            self._check(part, document)
-            slots = slice(filled, filled + len(part))
-            row["tokens"][slots] = part
+        pieces = self.pieces(index)
+        for segment, (document, begin, stop) in enumerate(pieces, 1):
+            slots = slice(filled, filled + stop - begin)
+            row["tokens"][slots] = self._documents.tokens(document, begin, stop)
             row["segments"][slots] = segment
-            row["positions"][slots] = np.arange(len(part))
-            filled += len(part)
+            row["positions"][slots] = self._places[: stop - begin]
+            filled = slots.stop
+        # As stored: an id of 32 bits may have become a negative number.
+        if int(row["tokens"].view(np.uint32).max()) >= self._vocab_size:
+            self._refuse(pieces)
         return row
 
     def pieces(self, index: int) -> list[Piece]:
@@ -87,17 +90,20 @@ class PackedRows:
         stop = min(start + self._row_len, self._order.n_tokens)
         return self._order.pieces(start, stop)
 
-    def _check(self, tokens: np.ndarray, document: int) -> None:
-        """Raises UserError for an id outside the vocabulary."""
-        largest = int(tokens.max())
-        if largest >= self._vocab_size:
-            raise UserError(
-                f"{self._documents.directory}, document "
-                f"{self._documents.name(document)}: id {largest} is outside the "
-                f"model's vocabulary (config.model.vocab_size is "
-                f"{self._vocab_size}); use the tokenizer of the corpus, or a larger "
-                "vocabulary."
-            )
+    def _refuse(self, pieces: list[Piece]) -> NoReturn:
+        """Raises UserError for the first document with an id outside the vocabulary."""
+        largest, document = next(
+            (largest, document)
+            for document, begin, stop in pieces
+            if (largest := int(self._documents.tokens(document, begin, stop).max()))
+            >= self._vocab_size
+        )
+        raise UserError(
+            f"{self._documents.directory}, document {self._documents.name(document)}: "
+            f"id {largest} is outside the model's vocabulary (config.model.vocab_size "
+            f"is {self._vocab_size}); use the tokenizer of the corpus, or a larger "
+            "vocabulary."
+        )
 
 
 class ConcatenatedRows:
@@ -173,8 +179,11 @@ def padding_row(row_len: int) -> Row:
 
 def row_hash(row: Row, index: int) -> np.ndarray:
     """Fingerprint of a row at its place in the global batch, uint32 [2]."""
-    digest = hashlib.blake2b(row["tokens"].astype("<i4").tobytes(), digest_size=8)
-    digest.update(row["segments"].astype("<i4").tobytes())
+    tokens, segments = (
+        np.ascontiguousarray(row[key], "<i4") for key in ("tokens", "segments")
+    )
+    digest = hashlib.blake2b(tokens, digest_size=8)
+    digest.update(segments)
     digest.update(index.to_bytes(8, "little"))
     return np.frombuffer(digest.digest(), "<u4").astype(np.uint32)
 

@@ -3,7 +3,8 @@
 The corpora are made up: where documents begin is real, 8 bytes each, and the tokens
 are holes in files. Each figure is of a new process, which opens the corpus, goes to a
 step and makes one whole global batch; before the first and the resumed one the kernel
-is asked to forget the files. With --order=all the documents have one order, as those of small corpora do.
+is asked to forget the files. With --order=all the documents have one order, as those of
+small corpora do.
 
 python -m benchmarks.data_scale --documents 100000000 1000000000
 python -m benchmarks.data_scale --documents 10000000 --order=all
@@ -54,6 +55,7 @@ def main(argv: list[str]) -> int:
         "Time to the first batch, and memory, by the number of documents.",
         documents=[10_000_000],
         tokens=1000,  # of a document, in the mean
+        shard_tokens=SHARD_TOKENS,
         seq_len=1024,
         batch_size=128,
         order="blocks",  # or all
@@ -95,10 +97,10 @@ def main(argv: list[str]) -> int:
 def _make(
     folder: pathlib.Path, n_documents: int, args: argparse.Namespace
 ) -> tuple[int, int]:
-    """Writes a corpus of documents of log-normal lengths; returns its tokens and shards."""
+    """Writes a corpus of documents of log-normal lengths; its tokens and shards."""
     rng = np.random.default_rng(0)
     shards = []
-    most = max(1, SHARD_TOKENS // args.tokens)
+    most = max(1, args.shard_tokens // args.tokens)
     for number, first in enumerate(range(0, n_documents, most)):
         n = min(most, n_documents - first)
         lengths = rng.lognormal(np.log(args.tokens) - 0.5, 1.0, n).astype(np.int64) + 2

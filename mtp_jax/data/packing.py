@@ -180,7 +180,7 @@ def padding_row(row_len: int) -> Row:
 def row_hash(row: Row, index: int) -> np.ndarray:
     """Fingerprint of a row at its place in the global batch, uint32 [2]."""
     tokens, segments = (
-        np.ascontiguousarray(row[key], "<i4") for key in ("tokens", "segments")
+        row[key].astype("<i4", copy=False).tobytes() for key in ("tokens", "segments")
     )
     digest = hashlib.blake2b(tokens, digest_size=8)
     digest.update(segments)

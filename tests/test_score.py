@@ -6,12 +6,14 @@ import jax
 import naive
 import numpy as np
 import pytest
+from head_cases import OPTIONS, model_of
 from llamas import FOLDER, MODEL, restored, stories_in_transformers, stories_params
 from models import TINY, mesh_of, placed_params, random_params
 
 from mtp_jax.data.positions import positions_of
 from mtp_jax.data.tokenizer import ByteTokenizer
 from mtp_jax.errors import UserError
+from mtp_jax.eval.outputs import head_outputs
 from mtp_jax.eval.score import (
     context_and_continuation,
     rolling_windows,
@@ -66,6 +68,23 @@ def test_scores_are_those_of_numpy_on_any_mesh(axes, head):
         np.testing.assert_array_equal(scores.tokens, after)
         assert scores.log_prob == pytest.approx(log_probs.sum(), abs=1e-3)
         assert scores.greedy == (list(best) == list(after))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_scores_of_any_kind_of_head_are_those_of_its_logits(name, one_device):
+    cfg = model_of(name)
+    params = placed_params(cfg, random_params(cfg))
+    model = restored(cfg, params, one_device, ByteTokenizer(), 64)
+    context, after = [1, 5, 9, 30], [3, 7, 7]
+
+    for head in (1, 3, 4):
+        [found] = score_continuations(model, [(context, after)], head=head)
+        # All tokens are there, so that what a head reads before its own is too.
+        outputs = head_outputs(model, [[*context, *after]])
+        logits = np.asarray(outputs.logits_NBTV, np.float64)[head - 1, 0]
+        of_places = log_softmax(logits[len(context) - head :][: len(after)])
+        expected = [row[token] for row, token in zip(of_places, after, strict=True)]
+        np.testing.assert_allclose(found.log_probs, expected, atol=1e-5)
 
 
 def test_the_greedy_text_is_known_as_such(one_device):

@@ -1,6 +1,7 @@
 """Scores of given tokens: how likely, which rank, and what the model would have said.
 
-Axes: B rows, T tokens of a row, C of a chunk, D model width, V vocabulary.
+Axes: B rows, T tokens of a row, C of a chunk, D model width, V vocabulary, E width of a
+head's output with its Markov bias.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from mtp_jax.decode.batch import bucket_size, on_host, put
 from mtp_jax.decode.decoders.sampling import most_likely
 from mtp_jax.errors import UserError
 from mtp_jax.model.attention import RowContext, attend_within
-from mtp_jax.model.heads.parallel import run_head
+from mtp_jax.model.heads.walk import HeadRunner, one_hidden, tokens_before
 from mtp_jax.model.language_model import model_builder, run_trunk
 from mtp_jax.model.layers import unembed
 from mtp_jax.parallel.sharding import batch_shards, spec
@@ -143,15 +144,15 @@ def _score(
     model: Restored, rows: list[_Row], head: int, size: int, ids: int
 ) -> Iterator[TokenScores]:
     """Scores rows in one batch of `size`."""
-    longest = max(len(row.tokens) for row in rows) - head
+    longest = max(len(row.tokens) for row in rows) - 1
     width = bucket_size(longest, least=_LEAST)
     tokens_BT = np.zeros((size, width), np.int32)
     targets_BT = np.zeros((size, width), np.int32)
     segments_BT = np.zeros((size, width), np.int32)
     for b, row in enumerate(rows):
-        n = len(row.tokens) - head  # nothing is predicted from the last ones
+        n = len(row.tokens) - 1  # some heads read up to the token before their own
         tokens_BT[b, :n] = row.tokens[:n]
-        targets_BT[b, :n] = row.tokens[head:]
+        targets_BT[b, : n + 1 - head] = row.tokens[head:]
         segments_BT[b, :n] = 1
     arrays = (tokens_BT, segments_BT, positions_of(segments_BT), targets_BT)
     run = _program(model.config.model, head, ids)
@@ -177,17 +178,20 @@ def _program(cfg: ModelConfig, head: int, ids: int) -> Callable[..., Any]:
         rows = RowContext(model.angles(positions_BT), segments_BT)
         attend = attend_within(rows, "auto")
         trunk_BTD = run_trunk(model, model.embed(tokens_BT), rows.angles_BTk, attend)
-        one = jax.tree.map(lambda x: x[head - 1], model.heads)
-        hidden_BTD = run_head(one, model.norm[...], trunk_BTD, rows, "auto")
-        unembedding_VD = model.unembedding()
+        hidden_BTE, w_VE = one_hidden(
+            HeadRunner(cfg, rows, "auto"),
+            model.parts(trunk_BTD),
+            tokens_before(cfg, tokens_BT),
+            head,
+        )
 
         def chunk(_, now):
-            hidden_BCD, targets_BC = now
+            hidden_BCE, targets_BC = now
             out = spec("batch", None, "vocab")
-            logits_BCV = unembed(hidden_BCD, unembedding_VD, out)
+            logits_BCV = unembed(hidden_BCE, w_VE, out)
             return None, _of_targets(logits_BCV, targets_BC, ids)
 
-        chunks = (_in_chunks(hidden_BTD), _in_chunks(targets_BT))
+        chunks = (_in_chunks(hidden_BTE), _in_chunks(targets_BT))
         scores = lax.scan(chunk, None, chunks)[1]
         return tuple(_joined(x) for x in scores)
 

@@ -72,18 +72,18 @@ def test_scores_are_those_of_numpy_on_any_mesh(axes, head):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_heads_of_every_kind_have_scores(name, one_device):
-    cfg = model_of(name, n=3)
+    cfg = model_of(name)
     params = random_params(cfg)
     model = restored(cfg, placed_params(cfg, params), one_device, ByteTokenizer(), 64)
     wide = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     context, after = [1, 5, 9, 12], [3, 7, 30, 2, 2]
     tokens = np.array([[*context, *after]])
     segments = np.ones_like(tokens)
-    before = np.stack([np.pad(tokens[:, i:], ((0, 0), (0, i))) for i in range(3)])
+    before = np.stack([np.pad(tokens[:, i:], ((0, 0), (0, i))) for i in range(4)])
     rows = (tokens, segments, positions_of(segments))
     logits_NTV = naive_heads.all_logits(cfg, wide, rows, before)[:, 0]
 
-    for head in (1, 3):
+    for head in (1, 3, 4):
         [scores] = score_continuations(model, [(context, after)], head=head)
 
         places = np.arange(len(context), tokens.shape[1])

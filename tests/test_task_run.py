@@ -168,6 +168,17 @@ def test_what_is_there_of_other_settings_is_begun_anew(data, tmp_path):
     assert len(result["piqa"]["items"]) == 4
 
 
+@pytest.mark.parametrize("text", ["", "nonsense\n", "[1]\n", '{"settings": 3}\n'])
+def test_a_file_that_holds_no_results_is_begun_anew(data, tmp_path, text):
+    lines = []
+    (tmp_path / "piqa.partial.jsonl").write_text(text)
+
+    result = measured(data, tmp_path, "piqa", limit=1, report=lines.append)
+
+    assert "is no result of this program" in lines[0]
+    assert len(result["piqa"]["items"]) == 1
+
+
 def test_drafting_changes_no_greedy_answer(data, tmp_path):
     found = [
         measured(data, tmp_path / kind.__name__, "triviaqa", decoder=kind())["triviaqa"]

@@ -10,6 +10,7 @@ import pytest
 from head_cases import OPTIONS, model_of
 from models import all_logits, mesh_of, placed_params, random_params
 from test_decode import Letters, on_mesh
+from test_decode_beam import slow_beams
 
 from mtp_jax.decode.batch import DecodeBatch
 from mtp_jax.decode.decode_model import unstack
@@ -198,18 +199,33 @@ def test_the_first_of_drafts_that_share_a_cache_is_that_of_training():
             batch.advance(1)
 
 
-@pytest.mark.parametrize("name", ["causal", "serial", "linear, own tables, bias"])
-def test_beam_search_is_that_of_one_head(name):
+@pytest.mark.parametrize(
+    ("name", "lookahead"),
+    [
+        ("causal", 0.5),
+        ("serial", 0.0),
+        pytest.param("anticausal", 0.5, marks=pytest.mark.slow),
+        pytest.param("linear, own tables, bias", 0.0, marks=pytest.mark.slow),
+        pytest.param("serial, shared, one cache", 0.0, marks=pytest.mark.slow),
+    ],
+)
+def test_beam_search_is_the_slow_one(name, lookahead):
     c = case(name)
 
-    found, alone = (
-        c.generator.generate(
-            prompts(), max_new_tokens=12, decoder=Beam(beams=2), heads=k
-        )
-        for k in (N, 1)
+    @functools.cache
+    def after(row):
+        with jax.set_mesh(mesh_of()):
+            logits_NBTV = forward(c.cfg)(c.params, on_mesh(padded([row])))
+        logits_NV = np.asarray(logits_NBTV, np.float64)[:, 0, len(row) - 1]
+        return logits_NV - np.log(np.exp(logits_NV).sum(-1, keepdims=True))
+
+    results = c.generator.generate(
+        prompts(), max_new_tokens=10, decoder=Beam(beams=2, lookahead=lookahead)
     )
 
-    assert [r.tokens for r in found] == [r.tokens for r in alone]
+    for result, prompt in zip(results, PROMPTS, strict=True):
+        slow = slow_beams(after, prompt, 2, VOCAB, 10, 1.0, lookahead)
+        assert result.tokens == slow
 
 
 LAWS = [

@@ -1,9 +1,9 @@
 """States that were saved otherwise, read in their form and brought into today's.
 
 Earlier versions had moments of bfloat16 for bfloat16 parameters, and no float32
-weights: their weights go on as they are, with nothing rounded off. Runs that now freeze other
-groups of parameters, or teach otherwise, have other arrays than before: moments of
-parameters that were frozen begin at 0, those of parameters that are frozen now are
+weights: their weights go on as they are, with nothing rounded off. Runs that now freeze
+other groups of parameters, or teach otherwise, have other arrays than before: moments
+of parameters that were frozen begin at 0, those of parameters that are frozen now are
 dropped, and so are the means of a balance; a teacher begins as the model.
 """
 

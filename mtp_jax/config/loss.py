@@ -1,4 +1,4 @@
-"""What the heads are taught: weights over time, gradients, kinds of losses."""
+"""The losses of the heads: weights over time, gradients, kinds of losses."""
 
 import dataclasses
 from typing import Any, Literal
@@ -13,7 +13,7 @@ Balance = Literal["none", "encodec", "occ", "pcgrad"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """What the heads are taught (docs/objectives.md)."""
+    """The losses of the heads, and what they do to the trunk (docs/objectives.md)."""
 
     head_weights: tuple[float, ...] = ()  # one a head; empty: head_decay decides
     head_decay: float = 1.0  # head i weighs head_decay^(i-1); 1 is the paper's sum

@@ -54,7 +54,7 @@ class _Step:
         return self.output.loss
 
     def bare(self) -> "_Step":
-        """The same for a head 1 without a body."""
+        """This step for a head 1 without a body."""
         common = dataclasses.replace(self.common, body=None)
         return dataclasses.replace(self, common=common)
 
@@ -170,7 +170,7 @@ def _star(
 
 
 def _unless_idle(one_head: Callable) -> Callable:
-    """The same for heads of which some may have no work at a step.
+    """Wraps the step for heads of which some may have no work.
 
     Such a head has zeros for scores and gradients.
     """
@@ -262,7 +262,7 @@ def _chain(
 
 
 def _bodies(weights: Weights) -> Weights:
-    """What a head's stream and output depend on, without the tables of its logits."""
+    """Weights of a head's stream and output, without the tables of its logits."""
     return dataclasses.replace(weights, **dict.fromkeys(_TABLES))
 
 
@@ -271,7 +271,7 @@ def _norms(weights: Weights) -> Weights:
 
 
 def _by_field(join: Callable[[Any, Any], Any], a: Weights, b: Weights) -> Weights:
-    """What `join` makes of the fields that both have; of others, the one there is."""
+    """Joins the fields that both have; of others, takes the one there is."""
     found = {}
     for field in dataclasses.fields(Weights):
         x, y = getattr(a, field.name), getattr(b, field.name)

@@ -1,4 +1,4 @@
-"""What is kept of head 1 while the heads after it are taught.
+"""A memory of head 1 while the heads after it are taught.
 
 At most an activation of each: its output, which is their teacher; its gradient into the
 trunk, which theirs are compared with; and how far ahead each token is to be predicted.
@@ -10,6 +10,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from mtp_jax.config import LossConfig
 from mtp_jax.loss.cross_entropy import TokenScores
@@ -31,7 +32,7 @@ class Teacher:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What the heads so far leave to the next one; None: what nothing asks for."""
+    """Things that heads leave to the next one; None: those that nothing asks for."""
 
     # The teacher's output where it predicts the token that the last head predicted.
     teacher_BTD: jax.Array | None = None
@@ -86,7 +87,7 @@ class Memory:
         scores: TokenScores,
         d_trunk_BTD: jax.Array,
     ) -> tuple[TokenScores, jax.Array, "Memory"]:
-        """What a head may do to the trunk, and how it compares with head 1.
+        """The gradient that the trunk takes of a head, and how it compares to head 1's.
 
         Args:
           loss: of the run.
@@ -95,6 +96,9 @@ class Memory:
           d_trunk_BTD: the gradient of its weighted loss.
         """
         memory = self
+        if memory.first_BTD is not None or head.extra.pull_N is not None:
+            # Computed to the bit as where nothing is made of it.
+            d_trunk_BTD = lax.optimization_barrier(d_trunk_BTD)
         if memory.first_BTD is not None:
             first_BTD = jnp.where(
                 head.extra.number_N == 0, d_trunk_BTD, memory.first_BTD

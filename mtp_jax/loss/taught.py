@@ -35,7 +35,7 @@ from mtp_jax.parallel.sharding import axes_of, spec
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Lesson:
-    """What the tokens of one head are taught. Weights are float32, [B, T] each."""
+    """The lesson of the tokens of one head. Weights are float32, [B, T] each."""
 
     target_BT: jax.Array  # int32
     hard_BT: jax.Array  # weight of cross entropy

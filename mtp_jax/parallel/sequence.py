@@ -28,7 +28,7 @@ def whole_time(x_BT: jax.Array) -> jax.Array:
 
 
 def from_next(x_BTX: jax.Array) -> jax.Array:
-    """What every position's next one has; 0 at the end of a row. [B, T, ...].
+    """Gives every position what its next one has; 0 at the end of a row. [B, T, ...].
 
     Where rows are split, only one position of each piece comes from another device.
     """

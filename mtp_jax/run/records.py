@@ -57,7 +57,7 @@ def _numbered(name: str, of_heads: list[float], first: int = 1) -> dict[str, flo
 
 
 def _of_heads(metrics: dict[str, np.ndarray]) -> dict[str, float]:
-    """What some runs have of heads 2 to n: sampled acceptance, gradients, balance."""
+    """Figures of heads 2 to n that some runs have: acceptance, gradients, balance."""
     found: dict[str, float] = {}
     if "alpha_N" in metrics:
         found |= _numbered("accept/sampled", metrics["alpha_N"].tolist(), 2)

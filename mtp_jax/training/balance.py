@@ -52,7 +52,7 @@ def updated(
 
 
 def factors(loss: LossConfig, state: dict[str, Any], weight_N: jax.Array) -> jax.Array:
-    """What each head's gradient into the trunk is multiplied with, float32 [N].
+    """Factors of the heads' gradients into the trunk, float32 [N].
 
     encodec: all heads pull by their weights, however large their gradients are
       (arXiv:2210.13438, section 3.4): (w_i / w_1) |g_1| / |g_i|, g being of weighted

@@ -249,7 +249,7 @@ def _averaged(cfg: Config, teacher: Any, after: Any) -> Any:
 def _of_gradients(
     cfg: Config, grads: Any, grad_norm: jax.Array, weights: StepWeights
 ) -> dict[str, jax.Array]:
-    """What is told of gradients where they are measured or treated by group.
+    """Figures of gradients, where they are measured or treated by group.
 
     `clipped`, 1 if the clip of the global norm bound; `norm_G` of the groups in the
     order of `GROUPS`, those that have parameters; with a balance `pull_N`.

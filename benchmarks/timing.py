@@ -27,7 +27,7 @@ from mtp_jax.training.train_step import make_init, make_step
 
 Ratio = tuple[float, float, float]  # median, lower and upper quartile
 
-_COUNTS = ("rounds", "steps", "batches", "matmul")  # options that no config checks
+_COUNTS = ("rounds", "steps", "batches")  # options that no config checks
 
 
 def script(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:

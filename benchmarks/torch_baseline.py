@@ -97,6 +97,7 @@ def torch_step(
     logits_of: Callable[[Any], Any],
     tokens_BS: np.ndarray,
     device: str = "cpu",
+    loss_of: Callable[[Any, Any], Any] | None = None,
 ) -> Callable[[], None]:
     """A training step in torch: cross entropy, clipping, fused AdamW.
 
@@ -106,8 +107,12 @@ def torch_step(
       logits_of: takes token ids [B, T] on the device, gives logits [B, T, V].
       tokens_BS: rows of T + 1 tokens.
       device: of torch.
+      loss_of: takes logits [B * T, V] and targets [B * T]; torch's cross entropy if
+        not given.
     """
     import torch
+
+    loss_of = loss_of or torch.nn.functional.cross_entropy
 
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -122,7 +127,7 @@ def torch_step(
 
     def step() -> None:
         logits = logits_of(inputs).flatten(0, 1)
-        loss = torch.nn.functional.cross_entropy(logits, targets)
+        loss = loss_of(logits, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.optim.clip_norm)
         optimizer.step()

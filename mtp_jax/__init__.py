@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mtp_jax.decode.generator import Generator
     from mtp_jax.eval.heldout import evaluate
     from mtp_jax.eval.outputs import head_outputs
+    from mtp_jax.eval.task_run import evaluate_tasks
     from mtp_jax.planning.plan import plan
     from mtp_jax.rehearsal.rehearsal import rehearse
     from mtp_jax.run.audit import audit
@@ -33,6 +34,7 @@ __all__ = [
     "calibrate",
     "count_corpus",
     "evaluate",
+    "evaluate_tasks",
     "head_outputs",
     "list_runs",
     "plan",
@@ -51,6 +53,7 @@ _MODULES = {
     "calibrate": "mtp_jax.decode.calibrate",
     "count_corpus": "mtp_jax.data.ngram_counts",
     "evaluate": "mtp_jax.eval.heldout",
+    "evaluate_tasks": "mtp_jax.eval.task_run",
     "head_outputs": "mtp_jax.eval.outputs",
     "list_runs": "mtp_jax.run.workdirs",
     "plan": "mtp_jax.planning.plan",

@@ -17,7 +17,15 @@ from mtp_jax.distributed.lifetime import (
     exit_now,
     on_signals,
 )
-from mtp_jax.errors import RunFailed, UserError, disk_errors_told, settle, told_as, warn
+from mtp_jax.errors import (
+    RunFailed,
+    UserError,
+    as_known,
+    disk_errors_told,
+    settle,
+    told_as,
+    warn,
+)
 
 _USAGE = """\
 usage: mtp-jax VERB [options]
@@ -28,7 +36,7 @@ Multi-token prediction: train a model with n heads, and let it draft for itself.
   count     how often tokens of a corpus follow each other, for dynamo
   train     train a model; the same command again continues the run
   runs      list the runs under a folder: step, loss, how their configs differ
-  evaluate  measure a trained model on held-out text
+  evaluate  measure a trained model on held-out text, or on benchmarks
   generate  decode from a trained model
   verify    prove on a trained model that drafting changes nothing
   calibrate measure the heads and choose a tree of drafts
@@ -101,6 +109,12 @@ def main() -> int:
                 sys.stdout.flush()
             return code
     except (UserError, RunFailed) as error:
+        code, shown, _ = told_as(error)
+        warn(shown)
+        return code
+    except (MemoryError, RuntimeError, ValueError) as error:
+        if as_known(error) is None:
+            raise
         code, shown, _ = told_as(error)
         warn(shown)
         return code

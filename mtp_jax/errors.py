@@ -38,12 +38,36 @@ class RunFailed(Exception):
 
 def told_as(error: BaseException) -> tuple[int, str, str]:
     """Exit code of an error, the text to print, and a line for the other processes."""
+    error = as_known(error) or error
     code = 2 if isinstance(error, UserError) else 1
     if isinstance(error, UserError | RunFailed):
         before = "mtp-jax: error: " if code == 2 else "mtp-jax: "
         return code, f"{before}{error}", str(error)
     line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     return code, "".join(traceback.format_exception(error)).rstrip(), line
+
+
+def as_known(error: BaseException) -> UserError | RunFailed | None:
+    """An error of Python or JAX that is no bug as one of ours; None for others."""
+    text = " ".join(str(error).split())
+    of_jax = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
+    lacks = "RESOURCE_EXHAUSTED" in text or "Out of memory" in text
+    if isinstance(error, MemoryError) or (of_jax and lacks):
+        reason = text[:200] or type(error).__name__
+        return RunFailed(
+            f"out of memory ({reason}); make the model or its batches smaller"
+        )
+    if isinstance(error, RuntimeError) and text.startswith("Unable to initialize back"):
+        return UserError(f"JAX finds no device: {text}")
+    if isinstance(error, ValueError) and _raised_in(error) == "jax._src.config":
+        return UserError(f"JAX refuses an environment variable JAX_...: {text}.")
+    return None
+
+
+def _raised_in(error: BaseException) -> str:
+    """The name of the module that raised an error."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].f_globals.get("__name__", "") if frames else ""
 
 
 @contextlib.contextmanager
@@ -76,6 +100,12 @@ def say(line: str) -> None:
 def warn(line: str) -> None:
     """Prints a line on stderr; goes on where nobody takes it."""
     _print(line, sys.stderr)
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns a number with its noun: 1 pass, 2,000 passes."""
+    plural = "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
 
 
 def on_terminal(stream: TextIO | None) -> bool:

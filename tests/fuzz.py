@@ -233,11 +233,11 @@ def judge(case, outcome, folder, before):
         return "silent success"
     if code not in allowed:
         return f"code {code} where {case.expect} is due: {err.strip()[-200:]}"
-    told = [line for line in err.splitlines() if line.startswith("mtp-jax")]
+    told = [line for line in err.splitlines() if line.startswith("mtp-jax: error: ")]
     if code == 2 and not case.quiet:
         if len(err.splitlines()) != 1 and len(told) != 1:
             return f"{len(err.splitlines())} lines on stderr: {err[:300]!r}"
-        if not told or not told[-1].startswith("mtp-jax: error: "):
+        if not told:
             return f"not told as an error: {err[:300]!r}"
         if len(err) > 2500:
             return f"a line of {len(err)} characters"

@@ -290,7 +290,7 @@ def odd_config(random):
     fields = typing.get_type_hints(hints[section])
     fields = {k: v for k, v in fields.items() if not k.startswith("_")}
     field = random.choice(sorted(fields))
-    value = random.choice(ODD if field != "workers" else NO_WHOLE)  # it starts them
+    value = random.choice(ODD)
     hint = fields[field]
     bad = NO_WHOLE if hint is int else NO_NUMBER if hint is float else ()
     expect = "refused" if value in bad else "either"

@@ -14,6 +14,10 @@ import numpy as np
 from mtp_jax.distributed.lifetime import PARENT
 
 ROOT = pathlib.Path(__file__).parent.parent
+# Larger data than the tests' own, where it is there.
+SHARED = pathlib.Path(
+    os.environ.get("MTP_JAX_TEST_DATA", ROOT.parent / "shared" / "data")
+)
 CACHE = ROOT / ".pytest_cache" / "jax"
 TIMINGS = ("tokens_per_s", "step_s", "data_wait_share")
 SLOWEST = ("slowest_host", "slowest_host_s")

@@ -31,6 +31,7 @@ FOLDERS = [
     "data",
     "distributed",
     "config",
+    "sandbox",
     "storage",
     "errors",
 ]

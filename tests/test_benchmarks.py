@@ -13,7 +13,6 @@ from mtp_jax.checkpoint.restore import Restored
 from mtp_jax.config import DataConfig
 from mtp_jax.data.tokenizer import ByteTokenizer
 from mtp_jax.model.language_model import model_builder
-from mtp_jax.parallel import chips
 
 SHAPE = ["--rounds=1", "--d_model=16", "--d_ff=24", "--num_heads=2"]
 ROWS = ["--seq_len=16", "--batch_size=2"]
@@ -79,6 +78,47 @@ def test_tables_are_aligned(capsys):
             ["--rounds=1", "--batches=2", "--seq_len=64", "--batch_size=2"],
             ["pipeline", "step"],
         ),
+        (
+            "data_scale",
+            [
+                "--documents",
+                "3000",
+                "--tokens=20",
+                "--shard_tokens=9000",
+                "--speed=1",
+                "--seq_len=64",
+                "--batch_size=4",
+                "--rounds=1",
+                "--batches=2",
+            ],
+            ["all", "blocks"],
+        ),
+        (
+            "hosts",
+            [
+                "--hosts=16",
+                "--processes=2",
+                "--slow=2",
+                "--strangers=20",
+                "--beats=1",
+                "--host_timeout_s=18",
+            ],
+            [
+                "all have joined",
+                "a barrier of all",
+                "a stranger is turned away",
+                "20 strangers at once are",
+                "SIGTERM of one: all know the last step",
+                "process 0 fails: all have ended",
+                "with 2 that read nothing: one is lost, all others have ended",
+                "a host with another config: all are refused",
+            ],
+        ),
+        (
+            "long_run",
+            ["--steps=100", "--every=10", "--warm=10"],
+            ["1", "4", "records lost or doubled: 0"],
+        ),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -88,7 +128,19 @@ def test_a_benchmark_prints_its_table(name, argv, rows, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("python ")
     for row in rows:
-        assert any(line.startswith(f"{row} ") for line in lines), (row, lines)
+        assert any(f"{line} ".startswith(f"{row} ") for line in lines), (row, lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["blocks", "all"])
+def test_hosts_that_start_far_into_many_documents_agree(order, capsys):
+    argv = ["--documents", "3000", "--tokens=20", "--shard_tokens=9000"]
+
+    assert run("data_scale", *argv, "--seq_len=64", "--batch_size=8",
+               f"--order={order}") == 0  # fmt: skip
+
+    row = capsys.readouterr().out.splitlines()[-1].split()
+    assert (row[0], row[2], row[-1]) == ("3e+03", "7", "yes")
 
 
 def test_decoders_take_turns_on_the_same_prompts(
@@ -189,20 +241,3 @@ def test_torch_that_is_absent_is_named(monkeypatch, capsys):
 
     assert run("torch_baseline") == 2
     assert "pip install '.[bench]'" in capsys.readouterr().err
-
-
-def test_an_unknown_device_has_no_peak(capsys):
-    assert run("matmul_share") == 2
-
-    assert len(capsys.readouterr().err.splitlines()) == 1
-
-
-@pytest.mark.slow
-def test_the_share_of_a_known_peak(monkeypatch, capsys):
-    monkeypatch.setattr(chips, "peak_flops", lambda device: 1e12)
-
-    argv = ["--rounds=1", "--shapes=1m", "--n=1", "--seq_len=8", "--batch_size=1"]
-    assert run("matmul_share", *argv, "--matmul=16") == 0
-
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[-2:]] == ["1m-n1", "matmul"]

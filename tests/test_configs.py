@@ -93,3 +93,39 @@ def test_llama_has_its_size_and_a_layer_for_each_further_head(one_device):
 def test_an_unknown_llama_is_refused(argument):
     with pytest.raises(UserError):
         load("llama", argument)
+
+
+_D, _V, _LAYER = 4096, 32_000, 4 * 4096**2 + 3 * 4096 * 11_008 + 2 * 4096
+_PLAIN = 32 * _LAYER + 2 * _V * _D + _D
+KINDS = {
+    "s4-next-token": _PLAIN,
+    "s4-linear": _PLAIN + 3 * _D**2,
+    "s4-anticausal": _PLAIN,
+    "s4-causal": _PLAIN,
+    "s4-parallel": _PLAIN,
+    "s4-parallel-plus3": _PLAIN + 3 * _LAYER,
+    "deepseek": _PLAIN + _LAYER + 2 * _D**2 + 2 * _D,
+    "repeated": _PLAIN + _LAYER + 2 * _D**2 + 2 * _D,
+    "medusa": _PLAIN + 4 * (_D**2 + _D) + 4 * _V * _D,
+    "markov": _PLAIN + 2 * 256 * _V,
+}
+
+
+# Layers of the trunk; the others have 28.
+TRUNKS = {"s4-next-token": 31} | dict.fromkeys(
+    ("s4-linear", "s4-parallel-plus3", "deepseek", "repeated", "medusa"), 32
+)
+TRUNKS["s4-parallel-plus3"] = 31
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_model_with_heads_of_a_kind_has_its_size(one_device, name):
+    cfg = load("head_kinds", name)
+
+    assert parameters(cfg) == KINDS[name]
+    assert cfg.model.num_trunk_layers == TRUNKS.get(name, 28)
+
+
+def test_an_unknown_model_with_heads_of_a_kind_is_refused():
+    with pytest.raises(UserError, match="the names are s4-next-token"):
+        load("head_kinds", "s4-serial")

@@ -1,5 +1,6 @@
 """Small files that are damaged, and a folder that is gone: a line, no traceback."""
 
+import asyncio
 import json
 import math
 import os
@@ -8,10 +9,13 @@ import resource
 import shutil
 import sys
 
+import absl.logging
 import pytest
+import tensorstore
 from letter_counts import ngrams
 
 from mtp_jax import __main__
+from mtp_jax.checkpoint.library_log import show_warnings_only
 from mtp_jax.cli.args import config_from
 from mtp_jax.config import config_from_json
 from mtp_jax.data import ngram_counts
@@ -84,6 +88,59 @@ def test_a_checkpoint_folder_with_a_damaged_file_is_refused(run, monkeypatch, ca
 
     assert __main__.main() == 2
     assert str(metrics) in capsys.readouterr().err
+
+
+def test_reads_that_end_after_a_failed_one_are_not_told(monkeypatch):
+    """TensorStore tells them to the event loop, which is closed by then."""
+    promise, read = tensorstore.Promise.new()
+
+    async def waits():
+        await read
+
+    async def fails():
+        raise OSError("another read")
+
+    async def both():
+        await asyncio.gather(fails(), waits())
+
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: told.append(found.object))
+    show_warnings_only()
+    loop = asyncio.new_event_loop()
+    with pytest.raises(OSError, match="another read"):
+        loop.run_until_complete(both())
+    loop.close()
+
+    promise.set_result(None)
+
+    assert told == []
+
+
+def test_other_exceptions_that_nobody_can_catch_are_told(monkeypatch):
+    class Ends:
+        def __del__(self):
+            raise RuntimeError("Event loop is closed")
+
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: told.append(found.object))
+    show_warnings_only()
+
+    Ends()
+
+    assert told == [Ends.__del__]
+
+
+def test_a_warning_of_orbax_is_a_line_without_a_traceback(caplog):
+    show_warnings_only()
+    try:
+        raise OSError("no such folder")
+    except OSError:
+        absl.logging.warning("Failed to resolve\n%r", "a path", exc_info=True)
+        absl.logging.error("Failed", exc_info=True)
+
+    [record] = caplog.records
+    assert record.getMessage() == "Failed to resolve 'a path'"
+    assert "Traceback" not in caplog.text
 
 
 def test_records_that_are_none_are_passed_over(run):

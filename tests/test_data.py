@@ -22,6 +22,7 @@ from runs import ROOT
 from mtp_jax.config import freeze
 from mtp_jax.data import batches, packing
 from mtp_jax.data.corpus import Corpus
+from mtp_jax.data.order import document_order
 from mtp_jax.data.prepare import prepare
 from mtp_jax.errors import UserError
 
@@ -58,7 +59,7 @@ def take(cfg, n, start=0, rows=None):
 
 def test_each_document_is_in_an_epoch_exactly_once_and_epochs_differ(cfg, story):
     documents = Corpus.open(story).documents("train")
-    order = packing.document_order(len(documents), (cfg.data.seed, 0))
+    order = document_order(len(documents), (cfg.data.seed, 0))
     stream = stream_by_hand(documents, order)
     n_rows = -(-(len(stream) - 1) // T)
     expected = sorted(

@@ -7,12 +7,13 @@ import pytest
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.decode.batch import DecodeBatch, put
-from mtp_jax.decode.cache import chain, decode_head, decode_trunk, make_cache
+from mtp_jax.decode.cache import chain, decode_trunk, make_cache
 from mtp_jax.decode.cpu import native
 from mtp_jax.decode.cpu.packed_weights import PackedWeight
 from mtp_jax.decode.decode_model import build, unstack
 from mtp_jax.decode.decoders.blockwise import Blockwise
 from mtp_jax.decode.decoders.sampling import Sampling
+from mtp_jax.decode.head_passes import at_all, read_first
 from mtp_jax.decode.programs import Programs
 from mtp_jax.model.language_model import model_builder
 
@@ -34,7 +35,7 @@ def config(**changes):
 
 
 def matrices(params):
-    layers = [*params["trunk"], *params["heads"]]
+    layers = [*params["trunk"], *(x for h in params["heads"] for x in h["bodies"])]
     named = [item for x in layers for item in (*x.items(), *x["mlp"].items())]
     return [w for name, w in named if name.startswith("w_")]
 
@@ -51,9 +52,10 @@ def test_scores_are_the_same_in_panels_and_not(one_device, monkeypatch, tied):
     @jax.jit
     def scores(params, tokens_BW, start_B):
         model, new = build(cfg, params), chain(tokens_BW, start_B)
-        cache = make_cache(cfg, 3, 2, 16)
+        cache = make_cache(cfg, 2, 2, 16)
         trunk_BWD, cache = decode_trunk(model, new, cache)
-        heads = [decode_head(model, i, trunk_BWD, new, cache)[0] for i in range(2)]
+        head_BWD, source_BWX, cache = read_first(model, trunk_BWD, new, cache)
+        heads = [head_BWD, *at_all(model, source_BWX, new, cache)[0]]
         return jnp.stack([model.logits(head_BWD) for head_BWD in heads])
 
     packed = unstack(cfg, stacked)
@@ -100,15 +102,13 @@ def test_a_token_gives_the_same_bits_whatever_is_read_with_it(
     def read(params, tokens_BW, start_B, cache):
         model, new = build(cfg, params), chain(tokens_BW, start_B)
         trunk_BWD, cache = decode_trunk(model, new, cache)
-        found = [trunk_BWD]
-        for i in range(cfg.n_future_tokens):
-            head_BWD, cache = decode_head(model, i, trunk_BWD, new, cache)
-            found.append(model.logits(head_BWD))
-        return found, cache
+        head_BWD, source_BWX, cache = read_first(model, trunk_BWD, new, cache)
+        others, cache = at_all(model, source_BWX, new, cache)
+        return [trunk_BWD, *map(model.logits, [head_BWD, *others])], cache
 
     def in_pieces(rows, width):
         """All there is to know of some texts, read so many tokens at a time."""
-        cache, found = make_cache(cfg, 3, len(rows), 512), []
+        cache, found = make_cache(cfg, 2, len(rows), 512), []
         for at in range(0, length, width):
             tokens_BW = tokens_BE[rows, at : at + width]
             start_B = np.full(len(rows), at, np.int32)

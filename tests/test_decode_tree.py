@@ -32,13 +32,14 @@ from test_decode import (
 
 from mtp_jax.config import MeshConfig
 from mtp_jax.decode.batch import DecodeBatch
-from mtp_jax.decode.cache import chain, decode_heads_at, decode_trunk, make_cache
+from mtp_jax.decode.cache import chain, decode_trunk, make_cache
 from mtp_jax.decode.decode_model import build, unstack
 from mtp_jax.decode.decoders import DECODERS
 from mtp_jax.decode.decoders.sampling import RandomKeys, Sampling, sampling_arrays
 from mtp_jax.decode.decoders.token_tree import default_tree
 from mtp_jax.decode.decoders.tree import Tree
 from mtp_jax.decode.generator import Generator
+from mtp_jax.decode.head_passes import extend, read_first
 from mtp_jax.decode.programs import Programs, Prompts
 from mtp_jax.errors import UserError
 from mtp_jax.parallel.sharding import make_mesh, spec
@@ -196,11 +197,12 @@ def fresh_cache(cfg, params, tokens_BT, heads):
     """Keys and values of whole texts, read at once."""
     b, t = tokens_BT.shape
     model = build(cfg, params)
-    cache = make_cache(cfg, len(model.trunk) + heads, b, t)
+    cache = make_cache(cfg, heads, b, t)
     start_B = jnp.zeros(b, jnp.int32, out_sharding=spec("batch"))
     new = chain(tokens_BT, start_B)
     trunk_BTD, cache = decode_trunk(model, new, cache)
-    return decode_heads_at(model, range(heads), trunk_BTD, new, start_B, cache)[1]
+    _, source_BTX, cache = read_first(model, trunk_BTD, new, cache)
+    return extend(model, source_BTX, new, tokens_BT, cache)
 
 
 @pytest.mark.parametrize("name", ["speculative", "tree", "typical"])

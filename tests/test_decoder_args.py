@@ -7,6 +7,7 @@ import pytest
 
 from mtp_jax.cli import generate
 from mtp_jax.cli.decoder_args import decoder_of
+from mtp_jax.config import ModelConfig
 from mtp_jax.decode.decoders import DECODERS
 from mtp_jax.decode.fitting import fitting, options_of
 from mtp_jax.errors import UserError
@@ -37,7 +38,7 @@ def test_the_fields_of_a_decoder_are_options(monkeypatch, capsys):
         generate.main(["--decoders"])
     out = capsys.readouterr().out
     assert "--sure  quite sure (false)" in out and "speculative: " in out
-    assert "required" in fitting(4)["odd"]
+    assert "required" in fitting(ModelConfig())["odd"]
     for option, message in [
         ("--width=0", "width is 0"),
         ("--width=x", "width"),

@@ -81,7 +81,7 @@ def test_scalars_that_do_not_fit_are_an_error_in_the_thread_that_has_them(tmp_pa
 
 @pytest.mark.parametrize(
     ("size", "stage"),
-    [("12k", "compiling"), pytest.param("60k", "step 1/", marks=pytest.mark.slow)],
+    [("12k", "compiles"), pytest.param("60k", "step 1/", marks=pytest.mark.slow)],
 )
 def test_a_run_on_a_full_disk_ends_with_one_line(size, stage, tmp_path, corpus_dir):
     if subprocess.run(

@@ -65,7 +65,7 @@ def test_a_prompt_is_continued(restored, capsys):
     assert generate.main(["--workdir=run", "--step=3", "--prompt=abc", FEW]) == 0
     text = capsys.readouterr().out
     assert text.startswith("abc")
-    assert text.splitlines()[-1].startswith("blockwise: 1 texts, ")
+    assert text.splitlines()[-1].startswith("blockwise: 1 text, ")
     assert restored == [("run", 3, None)]
 
 
@@ -114,7 +114,7 @@ def test_one_head_cannot_draft(restored, monkeypatch, decoder):
 
 def test_one_head_is_decoded_by_plain(restored, capsys):
     generate.main(["--workdir=one head", "--prompt=a", FEW])
-    assert capsys.readouterr().out.splitlines()[-1].startswith("plain: 1 texts")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("plain: 1 text, ")
 
 
 def test_going_on_beyond_what_was_trained_is_said(restored, capsys):
@@ -137,7 +137,7 @@ def test_compare_takes_a_decoder_with_its_options(restored, capsys):
     )
 
     out = capsys.readouterr().out
-    assert f"\n{spec} -" in out
+    assert f"\n{spec} " in out
     assert "left out: dynamo_exact" in out and "left out: dynamo " not in out
 
 
@@ -147,7 +147,7 @@ def test_compare_prints_every_decoder_and_finds_them_equal(restored, capsys):
     assert header.split()[:4] == ["decoder", "kind", "forwards", "tokens/forward"]
     rows = {line.split()[0]: line for line in lines}
     assert rows["plain"].split()[:4] == ["plain", "exact", "6", "1.00"]
-    for name, decoder in fitting(2).items():
+    for name, decoder in fitting(ModelConfig(n_future_tokens=2)).items():
         if isinstance(decoder, str):
             assert f"left out: {name}" in "\n".join(lines)
         elif not decoder.lossy:
@@ -214,6 +214,7 @@ def test_colours_and_the_page_are_of_the_same_text(restored, capsys, tmp_path):
     coloured = capsys.readouterr().out
     generate.main(args)
     plain = capsys.readouterr().out
+    assert f"{file}: a page of" in coloured and f"{file}: a page of" in plain
     assert "head 1: " in coloured and "\x1b" not in plain, "not a terminal: no colour"
     page = file.read_text(encoding="utf-8")
     assert "&lt;b&gt;" in page and page.count("data-note=") > 1
@@ -249,7 +250,7 @@ def test_a_batch_goes_on_where_it_was_ended(restored, capsys, tmp_path, monkeypa
         assert generate.main([*args, f"--output={part}"]) == 0
         assert asked == ["b", "c"]
         assert lines_of(part) == expected
-    assert capsys.readouterr().out.endswith("5 of them were there already\n")
+    assert capsys.readouterr().out.endswith("5 of them there already\n")
 
     for changed, message in [
         (["--seed=4"], "begun with another sampling"),

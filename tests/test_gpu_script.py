@@ -15,7 +15,7 @@ ABOUT = {"device": "NVIDIA H100", "jax": "0.11.2", "rehearsed": False}
 
 
 def training(name, n, head_loss, **figures):
-    case = {"shape": name, "n": n, "head_loss": head_loss}
+    case = {"shape": name, "n": n, "head_loss": head_loss, "scan_layers": "auto"}
     return {"part": "training", **case, **figures, **ABOUT}
 
 
@@ -41,9 +41,10 @@ def test_all_parts_are_rehearsed(tmp_path):
     assert not [row for row in rows if "error" in row and "installed" not in
                 row["error"] and "rehearsed" not in row["error"]]  # fmt: skip
     measured = [row for row in rows if row["part"] == "training"]
-    assert {(row["shape"], row["n"], row["head_loss"]) for row in measured} == set(
-        tables._CASES
-    )
+    assert {
+        (row["shape"], row["n"], row["head_loss"], row["scan_layers"])
+        for row in measured
+    } == set(tables._CASES)
     assert all(row["tokens_per_s"] > 0 and row["planned_bytes"] > 0 for row in measured)
     text = "\n".join(tables.tables(rows))
     assert "a rehearsal at tiny shapes" in text
@@ -53,7 +54,7 @@ def test_what_was_not_measured_says_so():
     lines = tables.tables([])
 
     assert "not measured" in lines[0]
-    cells = [c for line in lines if line.startswith("| 1.3b, n=4, fused") for c in
+    cells = [c for line in lines if line.startswith("| 1.3b, n=4, fused |") for c in
              line.split(" | ")[1:6]]  # fmt: skip
     assert cells == ["not measured"] * 5
 
@@ -104,7 +105,7 @@ def test_busy_time_counts_overlaps_once():
     assert profile._length([]) == 0
     assert profile._kind("ncclDevKernel_AllReduce") == "collectives"
     assert profile._kind("MemcpyD2D") == "copies"
-    assert profile._kind("fusion_12") == "work"
+    assert profile._kind("fusion_12") == "rest"
 
 
 @pytest.mark.parametrize("text", ["{", "[]\n", '{"a": 1}\n'])

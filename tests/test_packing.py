@@ -17,6 +17,7 @@ from corpora import (
 
 from mtp_jax.data import packing
 from mtp_jax.data.corpus import Corpus
+from mtp_jax.data.order import document_order
 
 
 @pytest.mark.parametrize("seed", [None, (0, 0), (3, 1)])
@@ -24,7 +25,7 @@ def test_rows_are_the_concatenated_documents_cut_every_stride(story, seed):
     documents = Corpus.open(story).documents("train")
     rows = packing.PackedRows(documents, S, T, 256, seed)
 
-    stream = stream_by_hand(documents, packing.document_order(len(documents), seed))
+    stream = stream_by_hand(documents, document_order(len(documents), seed))
 
     for r in range(len(rows)):
         expected = row_by_hand(stream, r * T)
@@ -34,10 +35,10 @@ def test_rows_are_the_concatenated_documents_cut_every_stride(story, seed):
 
 
 def test_the_order_of_documents_is_a_permutation_that_depends_on_the_seed():
-    orders = [packing.document_order(50, seed).tolist() for seed in ((0, 0), (1, 0))]
+    orders = [document_order(50, seed).tolist() for seed in ((0, 0), (1, 0))]
 
-    assert packing.document_order(50, None).tolist() == list(range(50))
-    assert orders[0] == packing.document_order(50, (0, 0)).tolist()
+    assert document_order(50, None).tolist() == list(range(50))
+    assert orders[0] == document_order(50, (0, 0)).tolist()
     assert orders[0] != orders[1] and orders[0] != list(range(50))
     assert all(sorted(order) == list(range(50)) for order in orders)
 

@@ -110,7 +110,7 @@ def test_the_verb_tells_chip_hours_days_and_dollars(planned, capsys):
         None,
     )
     last = out.splitlines()[-3:]
-    assert last[0].startswith("3.6e+10 tokens") and "a lower bound" in last[0]
+    assert last[0].startswith("36B tokens") and "a lower bound" in last[0]
     assert last[1].split() == ["topology", "heads", "chip-hours", "days", "dollars"]
     assert last[2].split() == ["v6e:4x4", "1", "10,000", "26", "15,000"]
     assert "dollars" not in table([{**ROW, **row}], [1])

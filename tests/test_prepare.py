@@ -106,6 +106,7 @@ def test_progress_is_told_in_bytes_of_the_input(source, tmp_path):
         ({"heldout": float("nan")}, "heldout is nan; give a share"),
         ({"shard_tokens": 0}, "shard_tokens is 0; .*above 0"),
         ({"workers": 0}, "workers is 0; .*above 0"),
+        ({"workers": 99999}, "workers is 99999; at most .* on this machine"),
         ({"tokenizer": "a.model", "train_tokenizer": 300}, "exclude each other"),
         ({"output": " "}, "output is empty"),
     ],

@@ -1,5 +1,6 @@
 """The files that prepare reads, and those that it leaves out."""
 
+import json
 import os
 
 import pytest
@@ -126,3 +127,18 @@ def test_an_input_that_is_a_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="neither a file nor a directory"):
         run(tmp_path / "pipe", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", [b"st\xf6ries.txt", "störies.txt".encode()])
+def test_a_name_in_any_encoding_is_kept(tmp_path, name):
+    folder = tmp_path / os.fsdecode(name[:3])  # the manifest has this name
+    folder.mkdir()
+    (folder / os.fsdecode(name)).write_text("words")
+
+    corpus = run(folder, tmp_path / "out", "--heldout=0")
+
+    assert len(all_texts(corpus)) == 1
+    content = (tmp_path / "out" / "manifest.json").read_bytes()
+    assert content.decode("utf-8")  # strictly
+    (kept,) = json.loads(content)["options"]["input"]
+    assert os.fsencode(kept) == name[:3]

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+import tempfile
 
 import pytest
 from models import tiny_config
@@ -97,7 +98,7 @@ def test_a_fault_that_does_not_exist_is_told():
 
 def test_a_folder_that_cannot_be_made_is_told():
     with pytest.raises(UserError, match="--workdir=/proc/x cannot be written"):
-        rehearsal._folder("/proc/x")
+        rehearsal._folder("/proc/x").__enter__()
 
 
 def test_resumes_go_to_fewer_and_to_more_hosts():
@@ -224,16 +225,24 @@ def test_a_rehearsal_that_breaks_off_says_why(fake, tmp_path, monkeypatch, capsy
     assert last == f"mtp-jax rehearse: {result.broken}; the logs are in {logs}"
 
 
-def test_hosts_are_ended_when_a_rehearsal_is_interrupted(fake, tmp_path):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, UserError("too large")])
+def test_an_interrupted_rehearsal_ends_its_hosts_and_leaves_no_temporary_folder(
+    fake, tmp_path, monkeypatch, error
+):
     def interrupted(storm):
-        raise KeyboardInterrupt
+        assert storm.workdir.parent.is_dir()
+        raise error
 
     fake(interrupted)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(error if error is KeyboardInterrupt else UserError):
+        rehearsed(only=["stop_all"])
+
+    assert Fake.closed == 1 and list(tmp_path.iterdir()) == []
+    with pytest.raises(error if error is KeyboardInterrupt else UserError):
         rehearsed(only=["stop_all"], workdir=tmp_path / "r")
-
-    assert Fake.closed == 1
+    assert (tmp_path / "r" / "config.py").is_file()
 
 
 def test_arguments_that_no_pod_has_are_refused(tmp_path):

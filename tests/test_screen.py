@@ -70,6 +70,21 @@ def test_a_line_fits_the_terminal_and_loses_nothing(width):
         assert all("  ".join(rows).count(part) == 1 for part in LINE.split("  "))
 
 
+def test_a_command_is_one_line_to_copy():
+    line = f"next: python -m mtp_jax generate --workdir={'runs/' * 20} --heldout=2"
+
+    assert fitted(line, 60) == line
+
+
+def test_a_sample_keeps_its_spaces():
+    line = f"sample: 'if a:{' ' * 70}b' -> '{' ' * 9} c'"
+
+    rows = fitted(line, 40).split("\n")
+
+    assert max(map(len, rows)) < 40
+    assert rows[0] + "".join(row.removeprefix("    ") for row in rows[1:]) == line
+
+
 @pytest.mark.parametrize("width", [20, 40, 60, 100])
 @pytest.mark.parametrize("step", [0, 1, 450, 25_000])
 def test_the_bar_fits_too(step, width):
@@ -117,12 +132,14 @@ def test_a_file_gets_plain_lines(monkeypatch):
     screen = Screen(True)
 
     screen.phase("compile")
+    screen.say("begins")
+    screen.phase("compile")
     screen.phase("evaluate")
     screen.progress(1, 100)
     screen.say(LINE)
     screen.close()
 
-    assert sys.stdout.getvalue() == f"compiling ...\n{LINE}\n"
+    assert sys.stdout.getvalue() == f"begins\ncompiling ...\n{LINE}\n"
 
 
 @pytest.mark.parametrize(("active", "term"), [(False, "xterm"), (True, "dumb")])
@@ -147,7 +164,8 @@ def test_a_run_tells_what_it_waits_for_and_what_comes_next(tmp_path, corpus_dir)
 
     assert lines[0] == f"starting {workdir}: reads the corpora, compiles ..."
     first = next(i for i, line in enumerate(lines) if line.startswith("step 1/1"))
-    assert lines.index("compiling ...") < first
+    assert "1 device," in lines[1] and lines[2] == "compiling ..."
+    assert lines.count("compiling ...") == 1 and first > 2
     assert lines[-3:] == [
         f"done: step 1, in {workdir}",
         f"next: python -m mtp_jax evaluate --workdir='{workdir}'",

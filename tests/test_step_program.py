@@ -3,13 +3,20 @@
 Compiled for CPU devices, from shapes alone; nothing runs.
 """
 
+import dataclasses
 import functools
 
 import jax
 import pytest
 from models import mesh_of
 
-from mtp_jax.config import ComputeConfig, Config, DataConfig, ModelConfig
+from mtp_jax.config import (
+    ComputeConfig,
+    Config,
+    DataConfig,
+    HeadsConfig,
+    ModelConfig,
+)
 from mtp_jax.parallel.sharding import abstract_tree
 from mtp_jax.planning.aot import abstract_batch
 from mtp_jax.planning.hlo import read_hlo
@@ -176,3 +183,43 @@ def test_the_program_grows_neither_with_depth_nor_with_heads():
 
     assert deep <= 1.01 * base
     assert headed <= 1.05 * base  # a shift of the targets for each head
+
+
+KINDS = {
+    "linear": {"kind": "linear", "markov_rank": 16},
+    "residual": {"kind": "residual", "norm": "own"},
+    "causal": {"kind": "causal", "layers": 2},
+    "anticausal": {"kind": "anticausal"},
+    "serial": {"kind": "serial"},
+    "repeated": {"kind": "serial", "shared": True},
+}
+
+
+def with_kind(name, n, chunk_tokens=CHUNK):
+    """A trunk of two layers, whatever the heads are."""
+    cfg, heads = config(n, chunk_tokens=chunk_tokens), HeadsConfig(**KINDS[name])
+    layers = 2 + heads.counted_layers(n)
+    model = dataclasses.replace(cfg.model, num_layers=layers, heads=heads)
+    return dataclasses.replace(cfg, model=model)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_logits_of_heads_of_any_kind_are_of_a_chunk(name):
+    largest = max(
+        buffer.elements
+        for buffer in program(with_kind(name, 4, chunk_tokens=24)).buffers
+        if V in buffer.shape and not {D, 16, D + 16} & set(buffer.shape)
+    )
+
+    chunk = -(-ROWS * T // -(-ROWS * T // 24))
+    assert largest == chunk * V < ROWS * T * V
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_memory_of_heads_of_any_kind_does_not_depend_on_their_number(name):
+    """But for what a chain keeps: of each head what it reads, and a gradient."""
+    two, eight = (temporaries(with_kind(name, n)) for n in (2, 8))
+    of_a_head = 2 * ROWS * T * D * 4
+    chained = HeadsConfig(**KINDS[name]).wiring.reads != "trunk"
+
+    assert eight - (6 * of_a_head if chained else 0) <= 1.05 * two

@@ -98,6 +98,23 @@ def test_strangers_neither_end_a_run_nor_reach_the_service():
     assert door.turned_away().startswith("; 10 connections without the run's secret")
 
 
+def test_a_host_that_goes_while_others_gather_is_told_and_may_come_again(capsys):
+    async def gather():
+        _, port = await coordinator(3)
+        kept = [await joined(port, 0, 3), await joined(port, 1, 3)]
+        kept[1][1].close()  # as a process that is killed
+        while "came and went" not in (err := capsys.readouterr().err):
+            await asyncio.sleep(0.05)
+        kept[1] = await joined(port, 1, 3)
+        kept.append(await joined(port, 2, 3))
+        return err, [await receive(reader) for reader, _ in kept]
+
+    err, heard = within(20, gather())
+
+    assert err.startswith("mtp-jax: host 1 (h1) came and went; waiting for it")
+    assert heard == [{"names": ["h0", "h1", "h2"]}] * 3
+
+
 def test_one_of_the_run_reaches_the_service():
     async def talk():
         made, port = await coordinator(2)

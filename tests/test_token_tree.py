@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mtp_jax.cli.decoder_args import decoder_of, description
+from mtp_jax.config import ModelConfig
 from mtp_jax.decode.decoders.token_tree import default_tree, read_tree, tree_of
 from mtp_jax.decode.decoders.tree import Tree
 from mtp_jax.decode.decoders.typical import Typical
@@ -89,11 +90,16 @@ def test_typical_refuses_wrong_thresholds(changes):
 
 def test_command_lines_give_the_options_and_nothing_else(tree_file):
     file = tree_file([[1], [0]])
-    assert decoder_of("tree") == Tree() == fitting(4)["tree"]
+    assert (
+        decoder_of("tree") == Tree() == fitting(ModelConfig(n_future_tokens=4))["tree"]
+    )
     assert decoder_of("tree", [f"--tree={file}"]) == Tree(file)
     options = ["--epsilon=0.2", "--delta=0.5", f"--tree={file}"]
     assert decoder_of("typical", options) == Typical(0.2, 0.5, file)
     with pytest.raises(UserError, match="the options of --decoder=tree are --tree,"):
         decoder_of("tree", ["--given=3"])
     assert "given" not in description().replace("if not given", "")
-    assert fitting(1)["tree"] == "there are no heads to draft with"
+    assert (
+        fitting(ModelConfig(n_future_tokens=1))["tree"]
+        == "there are no heads to draft with"
+    )

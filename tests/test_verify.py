@@ -9,16 +9,21 @@ import pytest
 import scipy.stats
 from models import mesh_of, placed_params, random_params
 
+from mtp_jax.checkpoint import restore
 from mtp_jax.checkpoint.restore import Restored
 from mtp_jax.cli import verify
 from mtp_jax.config import Config, DataConfig, ModelConfig
 from mtp_jax.data.tokenizer import ByteTokenizer
 from mtp_jax.decode.decoders import DECODERS
+from mtp_jax.decode.decoders.plain import Plain
 from mtp_jax.decode.generation import Generation
 from mtp_jax.errors import UserError
 from mtp_jax.verification import subject
 from mtp_jax.verification.greedy import first_difference
+from mtp_jax.verification.sampling_checks import sampling_checks
 from mtp_jax.verification.sampling_tests import Trusting, chi_square
+from mtp_jax.verification.settings import VerifySettings
+from mtp_jax.verification.subject import Subject
 
 MODEL = ModelConfig(
     d_model=16,
@@ -91,13 +96,34 @@ def test_a_broken_decoder_fails_and_is_told_where(restored, capsys, monkeypatch)
     assert difference["plain"] != difference["other"]
 
 
+def test_distributions_are_compared_where_head_one_is_least_sure(restored, monkeypatch):
+    sure, even = {(65, 66, 67): 0.999, (65, 66, 68): 0.001}, {(65,): 0.5, (66,): 0.5}
+    found = [sure, even, {(65,): 0.9, (66,): 0.1}]
+    monkeypatch.setattr(Subject, "_distribution", lambda self, i, sampling: found[i])
+    settings = VerifySettings(prompts=3, prompt_tokens=(3,), samples=4)
+    subject = Subject(restore.restore_model("run"), {"plain": Plain()}, settings)
+    asked = []
+
+    def generate(prompts, **options):
+        asked.append({tuple(p.tolist()) for p in prompts})
+        return [written([65, 66, 67])] * len(prompts)
+
+    monkeypatch.setattr(subject.generator, "generate", generate)
+
+    list(sampling_checks(subject))
+
+    assert subject.open_prompts == [1, 2, 0]
+    assert asked == [{tuple(subject.prompts[1].tolist())}]
+
+
 def test_what_is_lossy_alone_is_refused(restored):
     with pytest.raises(UserError, match="--decoder=typical is lossy"):
         verify.main([*FEW, "--decoder=typical"])
 
 
-def test_too_few_samples_are_said_to_be(restored, capsys):
+def test_too_few_samples_are_said_to_be(restored, capsys, monkeypatch):
     """One text of any law is as likely as it is: nothing can be noticed."""
+    monkeypatch.setattr(Subject, "open_prompts", [0])
     assert verify.main([*FEW, "--decoder=speculative", "--samples=1"]) == 1
 
     assert "too few --samples to notice" in capsys.readouterr().out

@@ -126,6 +126,24 @@ def test_the_table_and_json_say_so(folder, capsys):
     assert set(objects[0]) == names - {"config"} | {"differs"}
 
 
+def test_a_table_on_a_narrow_terminal_has_the_fields_below(folder, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "40")
+
+    assert verb.main([str(folder)]) == 0
+
+    head, a, c, *fields, b, rate = capsys.readouterr().out.splitlines()
+    assert head.split() == ["workdir", "step", "loss", "bits/byte", "updated"]
+    assert [row.split()[0] for row in (a, c, b)] == [
+        str(folder / name) for name in ("a", "c", "deep/er/b")
+    ]
+    assert all(len(row) < 40 and row.startswith("    ") for row in (*fields, rate))
+    assert " ".join(f.strip() for f in fields) == (
+        "data.sources=('x', 'y') train.steps=7"
+    )
+    assert rate == "    optim.peak_lr=0.001"
+
+
 def test_where_there_are_no_runs_it_says_so(tmp_path, capsys, monkeypatch):
     assert verb.main([str(tmp_path)]) == 0
     assert f"no runs in {tmp_path}" in capsys.readouterr().out

@@ -18,9 +18,11 @@ from mtp_jax.errors import UserError
 Row = dict[str, Any]
 
 NOT_MEASURED = "not measured"
-_CASES = [("1.3b", 4, "fused"), ("1.3b", 1, "fused"), ("1.3b", 8, "fused"),
-          ("1.3b", 4, "remat"), ("1.3b", 4, "naive"), ("0.3b", 4, "fused"),
-          ("0.3b", 1, "fused")]  # fmt: skip
+# Shape, heads, form of their losses; a loop over the trunk's layers, or none.
+_CASES = [("1.3b", 4, "fused", "auto"), ("1.3b", 1, "fused", "auto"),
+          ("1.3b", 4, "fused", "yes"), ("1.3b", 8, "fused", "yes"),
+          ("1.3b", 4, "remat", "auto"), ("1.3b", 4, "naive", "auto"),
+          ("0.3b", 4, "fused", "auto"), ("0.3b", 1, "fused", "auto")]  # fmt: skip
 _DECODED = [(shape, batch) for shape in ("1.3b", "7b") for batch in (1, 4, 16, 64)]
 
 
@@ -93,20 +95,21 @@ def _equality(rows: Sequence[Row]) -> list[str]:
 def _training(rows: Sequence[Row]) -> list[str]:
     theirs = {row["shape"]: row for row in _of(rows, "torch_training")}
     lines = []
-    for name, n, head_loss in _CASES:
-        row = _last(rows, "training", shape=name, n=n, head_loss=head_loss)
+    for name, n, head_loss, scan in _CASES:
+        case = {"shape": name, "n": n, "head_loss": head_loss, "scan_layers": scan}
+        row = _last(rows, "training", **case)
         torch = theirs.get(name, {})
         speed = None
         if n == 1 and "tokens_per_s" in row and "tokens_per_s" in torch:
             speed = row["tokens_per_s"] / torch["tokens_per_s"]
-        one = _last(rows, "training", shape=name, n=1, head_loss="fused")
+        one = _last(rows, "training", **{**case, "n": 1, "head_loss": "fused"})
         steps = None
         if "step_s" in row and "step_s" in one and n > 1:
             flops = row["executed_flops_per_step"] / one["executed_flops_per_step"]
             steps = row["step_s"] / one["step_s"] / flops
         lines.append(
             (
-                f"{name}, n={n}, {head_loss}",
+                f"{name}, n={n}, {head_loss}" + (", loop" if scan == "yes" else ""),
                 _number(row, "tokens_per_s", "{:,.0f}"),
                 _number(row, "peak_share", "{:.2f}"),
                 _gib(row, "peak_bytes"),
@@ -149,9 +152,9 @@ def _profile(rows: Sequence[Row]) -> list[str]:
     if not row.get("largest"):
         return [f"Profile of a step: {row.get('error', NOT_MEASURED)}."]
     return [
-        f"Profile of a step ({row['shape']}, n={row['n']}): copies "
-        f"{row['copies']:.1%} of the busy time, exposed collectives "
-        f"{row['exposed']:.1%}; the largest kernels:",
+        f"Profile of a step ({row['shape']}, n={row['n']}), shares of the busy time: "
+        + "".join(f"{kind} {share:.1%}, " for kind, share in row["shares"].items())
+        + f"exposed collectives {row['exposed']:.1%}; the largest kernels:",
         *(f"- {x['share']:.1%} `{x['kernel']}`" for x in row["largest"]),
     ]
 

@@ -58,15 +58,20 @@ def _step(cfg: Config, gpu: bool, compile_it: bool) -> Any:
         cfg.model, cfg.data.seq_len, use_cache=False, attn_implementation="sdpa"
     ).to(device)
     model.train()
-    run = torch.compile(model) if compile_it else model
+    loss_of = torch.nn.functional.cross_entropy
+    if compile_it:
+        # Layer by layer: the whole model takes minutes, for the same kernels.
+        for layer in model.model.layers:
+            layer.compile()
+        loss_of = torch.compile(loss_of)
     size = (cfg.data.batch_size, cfg.data.seq_len + 1)
     drawn_BS = np.random.default_rng(0).integers(cfg.model.vocab_size, size=size)
 
     def logits_of(ids: Any) -> Any:
         with torch.autocast(device, torch.bfloat16):
-            return run(input_ids=ids).logits.float()
+            return model(input_ids=ids).logits.float()
 
-    return torch_step(cfg, model, logits_of, drawn_BS, device)
+    return torch_step(cfg, model, logits_of, drawn_BS, device, loss_of)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,23 @@ _ROUNDS = 10
 @script
 def main(argv: list[str]) -> int:
     """Adds one result."""
-    args = parsed(argv, "One training step.", case="1.3b,4,fused", remat="none")
+    args = parsed(
+        argv,
+        "One training step.",
+        case="1.3b,4,fused",
+        remat="none",
+        scan_layers="auto",
+    )
     name, n, head_loss = args.case.split(",")
     results = results_of(args)
-    case = {"shape": name, "n": int(n), "head_loss": head_loss, "remat": args.remat}
+    compute = {
+        "head_loss": head_loss,
+        "remat": args.remat,
+        "scan_layers": args.scan_layers,
+    }
+    case = {"shape": name, "n": int(n), **compute}
     with results.failures_told("training", **case), jax.set_mesh(one_device()):
-        cfg = shape(name, int(n), args.rehearse, head_loss=head_loss, remat=args.remat)
+        cfg = shape(name, int(n), args.rehearse, **compute)
         _measure(cfg, results, case)
     return 0
 

@@ -249,7 +249,7 @@ def restore_newest(
         except DamagedCheckpoint as error:
             if not error.seen_by_all:
                 raise
-            warn(f"mtp_jax: {error}")
+            warn(f"mtp-jax: {error}")
             damaged.append(candidate)
     raise UserError(f"{checkpoints.folder} holds no checkpoint that can be read.")
 

@@ -52,6 +52,22 @@ class Restored:
         config = dataclasses.replace(self.config, data=data)
         return dataclasses.replace(self, config=config)
 
+    def keep_heads(self, n: int) -> "Restored":
+        """This model with its first n heads.
+
+        Raises:
+          UserError: heads of this kind need those after them.
+        """
+        _, params = keep_heads(self.config.model, self.params, n)
+        return dataclasses.replace(
+            self, config=self.config.keep_heads(n), params=params
+        )
+
+    def needed_for_one(self) -> "Restored":
+        """This model with no more heads than head 1 needs."""
+        model = self.config.model
+        return self.keep_heads(model.heads.least_kept(model.n_future_tokens))
+
 
 def as_restored(model: Restored | str | os.PathLike[str]) -> Restored:
     """A restored model as it is, or that of a workdir, by `restore_model`."""
@@ -94,12 +110,13 @@ def restore_model(
         )
     metadata = checkpoints.saved_metadata(step)
     config = config_from_json(metadata["config"], f"the checkpoint in {workdir}")
-    model = config.model
-    n = model.n_future_tokens
+    n = config.model.n_future_tokens
     if heads is not None and not 1 <= heads <= n:
         raise UserError(
             f"--heads={heads}: the model in {workdir} has {n}; give 1 to {n}."
         )
+    if heads is not None:
+        config.keep_heads(heads)  # refuses what cannot be, before anything is read
     tokenizer = tokenizer_from_dir(folder, metadata["tokenizer"]["kind"])
     if tokenizer.fingerprint != metadata["tokenizer"]["fingerprint"]:
         raise UserError(f"the tokenizer in {workdir} is not the one of the checkpoint.")
@@ -108,12 +125,11 @@ def restore_model(
         init_params, _ = model_builder(config.model)
         abstract = abstract_tree(jax.eval_shape(init_params, jax.random.key(0)), mesh)
         step, items, _ = restore_newest(checkpoints, {"params": abstract}, step)
-        params = items["params"]
+        restored = Restored(config, items["params"], mesh, step, tokenizer)
         if heads is not None:
-            config = config.keep_heads(heads)
-            _, params = keep_heads(model, params, heads)
+            restored = restored.keep_heads(heads)
     checkpoints.close()
-    return Restored(config, params, mesh, step, tokenizer)
+    return restored
 
 
 def _evaluation_mesh(config: Config) -> MeshConfig:

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from mtp_jax.cli.args import Parser, add_data, positive_int
+from mtp_jax.errors import counted
 from mtp_jax.run.audit import Audit, RowPiece, audit
 
 
@@ -36,9 +37,10 @@ def main(argv: list[str]) -> int:
         return 0
     for i, row in enumerate(found.rows or []):
         print(f"row {i}: {', '.join(map(_shown, row))}")
+    starts = counted(found.runs, "start")
     print(
         f"{found.steps} of {found.last_step} batches are in metrics.jsonl, and are "
-        f"those of seed and corpora; {found.runs} starts (config.log.every=1 has all "
+        f"those of seed and corpora; {starts} (config.log.every=1 has all "
         "batches there)"
     )
     return 0

@@ -4,6 +4,7 @@ import time
 
 from mtp_jax.cli.args import Parser
 from mtp_jax.data.ngram_counts import count_corpus
+from mtp_jax.errors import counted
 
 
 def main(argv: list[str]) -> int:
@@ -29,12 +30,10 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     began = time.monotonic()
     ngrams = count_corpus(args.input, args.output, order=args.order)
-    names = ("pairs", "triples")
+    names = ("pair", "triple")
     runs = zip(names, ngrams.levels, strict=False)
-    sizes = ", ".join(f"{level.token_E.size:,} {name}" for name, level in runs)
+    sizes = ", ".join(counted(level.token_E.size, name) for name, level in runs)
     seconds = time.monotonic() - began
-    print(
-        f"{int(ngrams.count_V.sum()):,} tokens: {sizes}; written to {args.output} "
-        f"in {seconds:.1f} s"
-    )
+    tokens = counted(int(ngrams.count_V.sum()), "token")
+    print(f"{tokens}: {sizes}; written to {args.output} in {seconds:.1f} s")
     return 0

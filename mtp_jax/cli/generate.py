@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mtp_jax.cli.args import Parser, add_data, output_file, positive_int, unescape
-from mtp_jax.errors import UserError, on_terminal
+from mtp_jax.errors import UserError, counted, on_terminal
 
 
 def main(argv: list[str]) -> int:
@@ -36,10 +36,9 @@ def main(argv: list[str]) -> int:
         repetition_penalty=args.repetition_penalty, seed=args.seed,
     )  # fmt: skip
     prompts = _prompts_from(args)
-    heads = args.heads
-    if heads is None and args.decoder == "plain" and not args.compare:
-        heads = 1  # the others would only take memory
-    restored = restore.restore_model(args.workdir, step=args.step, heads=heads)
+    restored = restore.restore_model(args.workdir, step=args.step, heads=args.heads)
+    if args.heads is None and args.decoder == "plain" and not args.compare:
+        restored = restored.needed_for_one()  # the others would only take memory
     run = restored.config
     if args.heldout:
         sources = restored.with_data(args.data).config.data.sources
@@ -74,6 +73,8 @@ def main(argv: list[str]) -> int:
     if args.html is not None:
         _write_page(args.html, generator, results, f"{args.workdir}, {name}")
     if not args.json:
+        if args.html is not None:
+            print(f"{args.html}: a page of which head said what")
         print(summary(name, results))
     return 0
 
@@ -204,7 +205,7 @@ def _compare(
     from mtp_jax.decode.fitting import fitting
     from mtp_jax.reports.compare import compare, header, line
 
-    fit = fitting(args.heads or generator.cfg.n_future_tokens)
+    fit = fitting(generator.cfg, args.heads)
     if decoder is not None:
         name = args.decoder.partition(":")[0]
         if isinstance(fit[name], str):  # why it is left out with its own options
@@ -228,7 +229,7 @@ def _write(
     from mtp_jax.reports.jsonl_output import generate_to_file
 
     before = generate_to_file(generator, path, prompts, **settings)
-    print(f"{path}: {len(prompts)} texts, {before} of them were there already")
+    print(f"{path}: {counted(len(prompts), 'text')}, {before} of them there already")
     return 0
 
 

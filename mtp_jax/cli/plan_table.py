@@ -84,9 +84,17 @@ def _aligned(cells: list[dict[str, str]]) -> list[str]:
 
 def _of_a_run(row: Row) -> str:
     return (
-        f"{row['tokens']:.3g} tokens at that least time of a step: a lower bound, "
+        f"{_short(row['tokens'])} tokens at that least time of a step: a lower bound, "
         "without pauses."
     )
+
+
+def _short(count: float) -> str:
+    """A large number as `--tokens` takes it: 10B, 1.5T."""
+    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if count >= unit:
+            return f"{count / unit:.3g}{name}"
+    return f"{count:,.0f}"
 
 
 def _amount(value: float) -> str:

@@ -10,8 +10,15 @@ from collections.abc import Iterator
 import rich.console
 import rich.progress
 
-from mtp_jax.cli.args import Parser, positive_int, unescape
-from mtp_jax.data.prepare import SHARD_TOKENS, Advance, prepare, summary
+from mtp_jax.cli.args import Parser, positive_int, unescape, whole
+from mtp_jax.data.prepare import (
+    BLOCK_DOCUMENTS,
+    MOST_IN_ONE_ORDER,
+    SHARD_TOKENS,
+    Advance,
+    prepare,
+    summary,
+)
 from mtp_jax.errors import on_terminal
 
 
@@ -35,6 +42,7 @@ def main(argv: list[str]) -> int:
         exclude=args.exclude,
         heldout=args.heldout,
         shard_tokens=args.shard_tokens,
+        block_documents=args.block_documents,
         workers=args.workers,
         force=args.force,
         progress=_bar,
@@ -80,6 +88,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="share of documents held out (default 0.05); 0: none")  # fmt: skip
     add("--shard_tokens", type=positive_int, default=SHARD_TOKENS,
         help=f"tokens of a shard (default {SHARD_TOKENS})")  # fmt: skip
+    add("--block_documents", type=_count, metavar="N",
+        help="order shards, blocks of N documents and documents of a block, so that "
+        "the start and memory of a host do not grow with the documents (default "
+        f"{BLOCK_DOCUMENTS} for more than {MOST_IN_ONE_ORDER} of them); 0: all in "
+        "one order")  # fmt: skip
     add("--workers", type=positive_int, default=os.cpu_count() or 1,
         help="processes (default: one a core)")  # fmt: skip
     add("--force", action="store_true", help="replace an earlier result")
@@ -89,6 +102,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if args.train_tokenizer and args.tokenizer != "bytes":
         parser.error("--tokenizer and --train_tokenizer exclude each other; keep one")
     return args
+
+
+def _count(text: str) -> int:
+    digits = whole(text)
+    if not digits.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(digits)
 
 
 def _share(text: str) -> float:

@@ -5,7 +5,7 @@ import functools
 from collections.abc import Sequence
 
 from mtp_jax.cli.args import Parser, config_from, positive_int
-from mtp_jax.errors import UserError
+from mtp_jax.errors import UserError, counted
 from mtp_jax.rehearsal.faults import FAULTS
 from mtp_jax.rehearsal.rehearsal import FaultResult, Rehearsal, rehearse
 
@@ -80,7 +80,8 @@ def _print_table(result: Rehearsal) -> None:
             print(f"{row.fault}: {row.outcome.wrong}")
     held = sum(row.held(result.reference) for row in result.rows)
     print(
-        f"{held} of {len(result.rows)} held; {len(result.rows[-1].hashes)} steps, the "
+        f"{held} of {len(result.rows)} held; "
+        f"{counted(len(result.rows[-1].hashes), 'step')}, the "
         f"hashes of {len(result.reference)} compared; {result.seconds:.0f} s; "
         f"{result.folder}"
     )
@@ -93,5 +94,5 @@ def _cells(row: FaultResult, reference: Sequence[str]) -> list[str]:
         row.outcome.said[:100],
         f"{row.outcome.seconds:.1f}",
         "yes" if not row.not_recovered else f"NO: {row.not_recovered}",
-        f"{len(row.hashes)} steps" if row.same_batches(reference) else "NO",
+        counted(len(row.hashes), "step") if row.same_batches(reference) else "NO",
     ]

@@ -2,8 +2,12 @@
 
 import dataclasses
 import json
+import shutil
+import sys
+import textwrap
 
 from mtp_jax.cli.args import Parser
+from mtp_jax.errors import on_terminal
 from mtp_jax.run.workdirs import RunSummary, differences, list_runs, told_time
 
 
@@ -32,7 +36,8 @@ def main(argv: list[str]) -> int:
     elif not runs:
         print(f"no runs in {args.folder}: a run's folder has a file run.json")
     else:
-        print(_table(runs, apart))
+        columns = shutil.get_terminal_size().columns
+        print(_table(runs, apart, columns if on_terminal(sys.stdout) else None))
     return 0
 
 
@@ -42,7 +47,10 @@ def _object(run: RunSummary, apart: dict[str, object]) -> dict[str, object]:
     return {**fields, "differs": apart}
 
 
-def _table(runs: list[RunSummary], apart: list[dict[str, object]]) -> str:
+def _table(
+    runs: list[RunSummary], apart: list[dict[str, object]], width: int | None
+) -> str:
+    """A line a run; on a terminal narrower than that, fields have their own lines."""
     rows = [("workdir", "step", "loss", "bits/byte", "updated", "config")]
     for run, fields in zip(runs, apart, strict=True):
         rows.append(
@@ -56,9 +64,18 @@ def _table(runs: list[RunSummary], apart: list[dict[str, object]]) -> str:
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) for cell, width in zip(row, widths, strict=True)
-        ).rstrip()
-        for row in rows
-    )
+    table = [
+        [cell.ljust(w) for cell, w in zip(row, widths, strict=True)] for row in rows
+    ]
+    lines = ["  ".join(row).rstrip() for row in table]
+    if width is None or max(map(len, lines)) < width:
+        return "\n".join(lines)
+    (*names, _), *table = table
+    lines = ["  ".join(names).rstrip()]
+    for *cells, told in table:
+        lines.append("  ".join(cells).rstrip())
+        lines += textwrap.wrap(
+            told, max(width - 1, 20), initial_indent="    ", subsequent_indent="    ",
+            break_long_words=False, break_on_hyphens=False,
+        )  # fmt: skip
+    return "\n".join(lines)

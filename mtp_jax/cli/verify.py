@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mtp_jax.cli.args import Parser, add_data, positive_int
+from mtp_jax.errors import counted
 
 if TYPE_CHECKING:
     from mtp_jax.data.tokenizer import Tokenizer
@@ -33,7 +34,7 @@ _SETTINGS = {
     "samples": "samples",
     "least_p": "least_p",
 }
-_ROW = "{:<12}{:<{widest}} {:<26} {:>8}  {:<28}{}"
+_ROW = "{:<12}{:<{widest}} {:<26} {:>8}  {:<28} {}"
 
 
 def main(argv: list[str]) -> int:
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
     asked = {spec: decoder_of(spec) for spec in args.decoder}
     restored = restore.restore_model(args.workdir, step=args.step, heads=args.heads)
     restored = restored.with_data(args.data)
-    chosen, left_out = exact_decoders(restored.config.model.n_future_tokens, asked)
+    chosen, left_out = exact_decoders(restored.config.model, asked)
     given = {name: getattr(args, flag) for flag, name in _SETTINGS.items()}
     given = {name: value for name, value in given.items() if value is not None}
     make = VerifySettings.thorough if args.thorough else VerifySettings
@@ -75,7 +76,7 @@ def main(argv: list[str]) -> int:
     for name, why in left_out.items():
         print(f"left out: {name} ({why})")
     failed = sum(not check.ok for check in checks)
-    print("drafting changes nothing" if ok else f"{failed} checks failed")
+    print("drafting changes nothing" if ok else f"{counted(failed, 'check')} failed")
     return 0 if ok else 1
 
 

@@ -20,6 +20,7 @@ from mtp_jax.config.sections import (
     MeshConfig,
     ModelConfig,
     Remat,
+    ScanLayers,
     TrainConfig,
 )
 from mtp_jax.config.tree import default, freeze
@@ -42,6 +43,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "Remat",
+    "ScanLayers",
     "Schedule",
     "Table",
     "TrainConfig",

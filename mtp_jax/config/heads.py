@@ -100,6 +100,34 @@ class HeadsConfig:
         """The number of bodies that a forward pass of all n heads runs."""
         return n if self.wiring.first else n - 1
 
+    def wait_for_tokens(self, n: int) -> bool:
+        """True if some of n heads read the token before the one that they predict.
+
+        In decoding they wait for it, so that heads draft one after another.
+        """
+        return n > 1 and (self.wiring.reads_tokens or self.markov_rank > 0)
+
+    def caches(self, n: int, used: int) -> int:
+        """The attention caches of `used` of n heads."""
+        if not self.wiring.layered:
+            return 0
+        if self.wiring.reads == "after":
+            return n * self.layers  # all of them are on the way to head 1
+        runs = self.runs(used)
+        return self.layers * (min(runs, 1) if self.draft_cache == "shared" else runs)
+
+    def first_caches(self, n: int) -> int:
+        """The attention caches that are on the way to head 1, the first of `caches`."""
+        return self.caches(n, 1)
+
+    def lookback(self, used: int) -> int:
+        """Slots before its new tokens that a drafting pass of `used` heads reads again.
+
+        Head i + 1 of a serial chain is done with a slot when i tokens after it are.
+        """
+        again = self.wiring.reads_tokens and self.draft_cache == "per_depth"
+        return max(used - 2, 0) if again else 0
+
     def least_kept(self, n: int) -> int:
         """The fewest heads that a model with n of them can be cut down to."""
         return n if self.wiring.reads == "after" else 1

@@ -42,6 +42,7 @@ _MEANINGS = {
     "model.compute_dtype": "dtype precision activation_dtype bf16 amp",
     "compute.remat": "checkpointing gradient_checkpointing activation_checkpointing "
     "recompute rematerialize",
+    "compute.scan_layers": "scan unroll unroll_layers scan_blocks",
     "compute.attention": "flash attn kernel flash_attention attention_kernel",
     "compute.chunk_tokens": "chunk chunk_size logits_chunk",
     "mesh.replica": "dp data_parallel replicas ddp",

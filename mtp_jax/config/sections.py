@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from mtp_jax.config.checks import require, require_at_least
+from mtp_jax.config.checks import require, require_at_least, require_sizes
 from mtp_jax.config.heads import HeadsConfig
 from mtp_jax.config.loss import LossConfig
 from mtp_jax.config.optim import OptimConfig
@@ -13,6 +13,7 @@ Dtype = Literal["float32", "bfloat16"]
 Attention = Literal["auto", "splash", "cudnn", "xla"]
 Remat = Literal["none", "full", "dots", "offload"]
 HeadLoss = Literal["fused", "remat", "naive"]
+ScanLayers = Literal["auto", "yes", "no"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,9 +36,8 @@ class ModelConfig:
     heads: HeadsConfig = dataclasses.field(default=HeadsConfig(), repr=False)
 
     def __post_init__(self):
-        require_at_least(
+        require_sizes(
             "model",
-            1,
             vocab_size=self.vocab_size,
             d_model=self.d_model,
             num_layers=self.num_layers,
@@ -123,10 +123,15 @@ class ComputeConfig:
     remat, from the most memory and the least arithmetic to the reverse: none, dots
     (products with weights are kept), full (only the input of each trunk layer is kept),
     offload (as full, but kept in the memory of the host).
+
+    scan_layers: yes makes one program of a trunk layer and a loop over them, which is
+    compiled in the time of one layer; no writes the layers out one by one, which saves
+    the copies between the loop's stacks; auto is no on GPUs.
     """
 
     attention: Attention = "auto"  # the kernel
     remat: Remat = "full"  # what the backward pass of a trunk layer computes again
+    scan_layers: ScanLayers = "auto"  # a loop over the layers of the trunk
     head_loss: HeadLoss = "fused"  # in which order the heads' losses are computed
     chunk_tokens: int = 0  # of a device, whose logits live at once; 0: 2^27 logits
 
@@ -156,7 +161,7 @@ class DataConfig:
         require(
             all(w > 0 for w in self.weights), "config.data.weights must be above 0."
         )
-        require_at_least("data", 1, seq_len=self.seq_len, batch_size=self.batch_size)
+        require_sizes("data", seq_len=self.seq_len, batch_size=self.batch_size)
         require_at_least("data", 0, workers=self.workers, seed=self.seed)
 
 

@@ -4,11 +4,16 @@ A directory holds `manifest.json`, for SentencePiece `tokenizer.model`, and for 
 shard of the splits "train" and "heldout" three files: `.tokens`, little-endian ids,
 each document between begin and end of text; `.offsets`, uint64 [documents + 1], where
 documents begin; `.names`, a UTF-8 line a document, `\\` and line feeds escaped.
+
+Format 2 has in the manifest's entry of a split `block_documents`, by which its
+documents are ordered (`order`), and is else format 1. Older versions, which would take
+them in another order, refuse it.
 """
 
 import dataclasses
 import hashlib
 import json
+import mmap
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -18,10 +23,12 @@ import numpy as np
 from mtp_jax.data.tokenizer import Tokenizer, tokenizer_from_dir
 from mtp_jax.errors import UserError
 
-FORMAT = 1
+FORMATS = (1, 2)
 SPLITS = ("train", "heldout")
 MANIFEST = "manifest.json"
 SHARD_FILES = ("tokens", "offsets", "names")
+
+_MOST_OPEN = 1 << 13  # maps of a split; Linux allows a process some 65,000 in all
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -35,10 +42,26 @@ def token_dtype(vocab_size: int) -> np.dtype:
 class Documents:
     """The documents of a split, read through memory maps that pickling drops."""
 
-    def __init__(self, directory: pathlib.Path, shards: list[dict], dtype: np.dtype):
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        shards: list[dict],
+        dtype: np.dtype,
+        block: int | None = None,
+    ):
+        """Opens nothing yet.
+
+        Args:
+          directory: that of the corpus.
+          shards: their entries in the manifest.
+          dtype: of ids in the files.
+          block: documents of a block, see `order`; None: the split has no blocks.
+        """
         self.directory = directory
+        self.block = block
+        self.first = np.cumsum([0] + [shard["documents"] for shard in shards])
+        self.shard_tokens = np.array([shard["tokens"] for shard in shards], np.int64)
         self._stems = [shard["name"] for shard in shards]
-        self._first = np.cumsum([0] + [shard["documents"] for shard in shards])
         self._dtype = dtype
         self._open: dict[str, Any] = {}
 
@@ -46,52 +69,70 @@ class Documents:
         return {**self.__dict__, "_open": {}}
 
     def __len__(self) -> int:
-        return int(self._first[-1])
+        return int(self.first[-1])
 
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each document with begin and end of text, uint64 [documents]."""
         if not self._stems:
             return np.zeros(0, np.uint64)
-        offsets = [self._map(f"{stem}.offsets", "<u8") for stem in self._stems]
+        offsets = [self.offsets(shard) for shard in range(len(self._stems))]
         return np.concatenate([np.diff(part) for part in offsets]).astype(np.uint64)
+
+    def offsets(self, shard: int) -> np.ndarray:
+        """Where the documents of a shard begin, and the last ends, uint64."""
+        return self._map(f"{self._stems[shard]}.offsets", np.dtype("<u8"))
+
+    def every_offset(self, shard: int, step: int) -> np.ndarray:
+        """Where every `step`-th document of a shard begins, and the last ends, int64.
+
+        The file is read, not mapped: its pages are not kept by this process.
+        """
+        path = self.directory / f"{self._stems[shard]}.offsets"
+        try:
+            offsets = np.fromfile(path, "<u8").astype(np.int64, copy=False)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        return np.append(offsets[:-1:step], offsets[-1])
 
     def tokens(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Ids of document `i`, or of a slice of it, in the type of the file."""
-        stem, row = self._locate(i)
-        begin, end = map(int, self._map(f"{stem}.offsets", "<u8")[row : row + 2])
+        shard, row = self._locate(i)
+        begin, end = map(int, self.offsets(shard)[row : row + 2])
         stop = end if stop is None else min(begin + stop, end)
-        return self._map(f"{stem}.tokens", self._dtype)[begin + start : stop]
+        return self._map(f"{self._stems[shard]}.tokens", self._dtype)[
+            begin + start : stop
+        ]
 
     def name(self, i: int) -> str:
         """The origin of document `i`: path, or path:line."""
-        stem, row = self._locate(i)
-        key = f"{stem}.names"
+        shard, row = self._locate(i)
+        key = f"{self._stems[shard]}.names"
         if key not in self._open:
             self._open[key] = (self.directory / key).read_bytes().split(b"\n")
         return _unescape(self._open[key][row].decode())
 
-    def _locate(self, i: int) -> tuple[str, int]:
+    def _locate(self, i: int) -> tuple[int, int]:
         """The shard of a document, and its number in it."""
         if not 0 <= i < len(self):
             raise IndexError(f"document {i} of {len(self)}")
-        shard = int(np.searchsorted(self._first, i, side="right")) - 1
-        return self._stems[shard], i - int(self._first[shard])
+        shard = int(self.first.searchsorted(i, side="right")) - 1
+        return shard, i - int(self.first[shard])
 
-    def _map(self, name: str, dtype: np.dtype | str) -> np.ndarray:
+    def _map(self, name: str, dtype: np.dtype) -> np.ndarray:
         """A file as an array, through a memory map."""
-        if name not in self._open:
-            # A plain array on the map: slices of np.memmap itself are slow to make.
-            try:
-                mapped = np.memmap(self.directory / name, dtype, mode="r")
-            except OSError as error:
-                raise UserError(
-                    f"{self.directory / name} cannot be read any more: "
-                    f"{error.strerror}; put the corpus back and run the same command "
-                    "again."
-                ) from error
-            self._open[name] = mapped.view(np.ndarray)
-        return self._open[name]
+        if (found := self._open.get(name)) is not None:
+            return found
+        while len(self._open) >= _MOST_OPEN:
+            self._open.pop(next(iter(self._open)), None)
+        # No np.memmap: its slices, and it itself, are slow to make.
+        try:
+            with open(self.directory / name, "rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise _unreadable(self.directory / name, error) from error
+        self._open[name] = array = np.frombuffer(mapped, dtype)
+        return array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +172,10 @@ class Corpus:
                 "prepare again."
             )
         corpus = cls(path, manifest, tokenizer)
+        for split in SPLITS:
+            block = manifest["splits"][split].get("block_documents", 1)
+            if type(block) is not int or block < 1:
+                raise TypeError
         for name, recorded in corpus._files(SPLITS):
             file = path / name
             size = file.stat().st_size if file.is_file() else None
@@ -152,7 +197,8 @@ class Corpus:
         """The documents of "train" or "heldout"."""
         shards = self.manifest["splits"][split]["shards"]
         dtype = token_dtype(self.manifest["tokenizer"]["vocab_size"])
-        return Documents(self.directory, shards, dtype)
+        block = self.manifest["splits"][split].get("block_documents")
+        return Documents(self.directory, shards, dtype, block)
 
     def _files(self, splits: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
         """Names of all shard files, each with its recorded bytes and sha256."""
@@ -207,18 +253,22 @@ def read_manifest(directory: pathlib.Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); run prepare again.") from None
     version = manifest.get("format") if isinstance(manifest, dict) else None
-    if version != FORMAT:
+    if version not in FORMATS:
         raise UserError(
-            f"{path} is of format {version}; this version reads format {FORMAT}: run "
-            "prepare again."
+            f"{path} is of format {version}; this version reads formats "
+            f"{' and '.join(map(str, FORMATS))}: run prepare again."
         )
     return manifest
 
 
 def write_manifest(directory: pathlib.Path, manifest: dict[str, Any]) -> None:
     """Writes `manifest.json`, with the format's version in front."""
-    text = json.dumps({"format": FORMAT, **manifest}, indent=1, ensure_ascii=False)
-    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    in_blocks = any("block_documents" in x for x in manifest["splits"].values())
+    numbered = {"format": FORMATS[in_blocks], **manifest}
+    text = json.dumps(numbered, indent=1, ensure_ascii=False)
+    # A file's name may be no UTF-8; what Python has for its bytes is escaped in JSON.
+    content = (text + "\n").encode("utf-8", "backslashreplace")
+    (directory / MANIFEST).write_bytes(content)
 
 
 def own_files(directory: pathlib.Path) -> set[str]:
@@ -230,6 +280,13 @@ def own_files(directory: pathlib.Path) -> set[str]:
     ]
     names = {f"{name}.{kind}" for name in shards for kind in SHARD_FILES}
     return names | {MANIFEST, "tokenizer.model"}
+
+
+def _unreadable(path: pathlib.Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path} cannot be read any more: {error.strerror}; put the corpus back and "
+        "run the same command again."
+    )
 
 
 def _unescape(text: str) -> str:

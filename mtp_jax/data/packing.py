@@ -7,11 +7,12 @@ pair of position and head occurs once an epoch. Axes: B rows, S tokens.
 
 import hashlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import numpy as np
 
 from mtp_jax.data.corpus import Documents
+from mtp_jax.data.order import Piece, order_of
 from mtp_jax.errors import UserError
 
 Row = dict[str, np.ndarray]
@@ -28,7 +29,8 @@ class RowSequence(Protocol):
 class PackedRows:
     """The rows of a split: documents one after another, cut every `stride` tokens.
 
-    Nothing is copied or written: a row is found by binary search when it is asked for.
+    Nothing is copied or written: a row is found by binary search when it is asked for
+    (`order`).
     """
 
     def __init__(
@@ -52,13 +54,12 @@ class PackedRows:
         self._row_len = row_len
         self._stride = stride
         self._vocab_size = vocab_size
-        lengths = documents.lengths.astype(np.int64)
-        self._order = document_order(len(lengths), seed)
-        self._ends = np.cumsum(lengths[self._order])
+        self._order = order_of(documents, seed)
+        self._places = np.arange(row_len, dtype=np.int32)
 
     def __len__(self) -> int:
         # The last token is no position to train: nothing follows it.
-        return max(1, -(-(int(self._ends[-1]) - 1) // self._stride))
+        return max(1, -(-(self._order.n_tokens - 1) // self._stride))
 
     def __getitem__(self, index: int) -> Row:
         """Row `index`: tokens, segments and positions, each int32 [S].
@@ -71,41 +72,38 @@ class PackedRows:
         """
         row = padding_row(self._row_len)
         filled = 0
-        for segment, (document, begin, stop) in enumerate(self.pieces(index), 1):
-            part = self._documents.tokens(document, begin, stop)
-            self._check(part, document)
-            slots = slice(filled, filled + len(part))
-            row["tokens"][slots] = part
+        pieces = self.pieces(index)
+        for segment, (document, begin, stop) in enumerate(pieces, 1):
+            slots = slice(filled, filled + stop - begin)
+            row["tokens"][slots] = self._documents.tokens(document, begin, stop)
             row["segments"][slots] = segment
-            row["positions"][slots] = np.arange(len(part))
-            filled += len(part)
+            row["positions"][slots] = self._places[: stop - begin]
+            filled = slots.stop
+        # As stored: an id of 32 bits may have become a negative number.
+        if int(row["tokens"].view(np.uint32).max()) >= self._vocab_size:
+            self._refuse(pieces)
         return row
 
-    def pieces(self, index: int) -> list[tuple[int, int, int]]:
+    def pieces(self, index: int) -> list[Piece]:
         """(document, first token, token after the last) of each segment of a row."""
-        at = index * self._stride
-        end = min(at + self._row_len, int(self._ends[-1]))
-        place = int(np.searchsorted(self._ends, at, side="right"))
-        found = []
-        while at < end:
-            begin = int(self._ends[place - 1]) if place else 0
-            stop = min(end, int(self._ends[place]))
-            found.append((int(self._order[place]), at - begin, stop - begin))
-            at = stop
-            place += 1
-        return found
+        start = index * self._stride
+        stop = min(start + self._row_len, self._order.n_tokens)
+        return self._order.pieces(start, stop)
 
-    def _check(self, tokens: np.ndarray, document: int) -> None:
-        """Raises UserError for an id outside the vocabulary."""
-        largest = int(tokens.max())
-        if largest >= self._vocab_size:
-            raise UserError(
-                f"{self._documents.directory}, document "
-                f"{self._documents.name(document)}: id {largest} is outside the "
-                f"model's vocabulary (config.model.vocab_size is "
-                f"{self._vocab_size}); use the tokenizer of the corpus, or a larger "
-                "vocabulary."
-            )
+    def _refuse(self, pieces: list[Piece]) -> NoReturn:
+        """Raises UserError for the first document with an id outside the vocabulary."""
+        largest, document = next(
+            (largest, document)
+            for document, begin, stop in pieces
+            if (largest := int(self._documents.tokens(document, begin, stop).max()))
+            >= self._vocab_size
+        )
+        raise UserError(
+            f"{self._documents.directory}, document {self._documents.name(document)}: "
+            f"id {largest} is outside the model's vocabulary (config.model.vocab_size "
+            f"is {self._vocab_size}); use the tokenizer of the corpus, or a larger "
+            "vocabulary."
+        )
 
 
 class ConcatenatedRows:
@@ -173,18 +171,6 @@ class HostBatches:
         return self._rows[self._first_row + step * self._batch_size + r]
 
 
-def document_order(n_documents: int, seed: Sequence[int] | None) -> np.ndarray:
-    """A permutation of the documents, int64 [documents]; None: as they are.
-
-    Sorts by the raw output of Philox, which NumPy keeps the same in every release;
-    its shuffling methods may change (NEP 19).
-    """
-    if seed is None:
-        return np.arange(n_documents)
-    key = np.random.Philox(np.random.SeedSequence(list(seed)))
-    return np.argsort(key.random_raw(n_documents), kind="stable")
-
-
 def padding_row(row_len: int) -> Row:
     """A row of nothing: token, segment and position 0, each int32 [S]."""
     keys = ("tokens", "segments", "positions")
@@ -193,8 +179,11 @@ def padding_row(row_len: int) -> Row:
 
 def row_hash(row: Row, index: int) -> np.ndarray:
     """Fingerprint of a row at its place in the global batch, uint32 [2]."""
-    digest = hashlib.blake2b(row["tokens"].astype("<i4").tobytes(), digest_size=8)
-    digest.update(row["segments"].astype("<i4").tobytes())
+    tokens, segments = (
+        row[key].astype("<i4", copy=False).tobytes() for key in ("tokens", "segments")
+    )
+    digest = hashlib.blake2b(tokens, digest_size=8)
+    digest.update(segments)
     digest.update(index.to_bytes(8, "little"))
     return np.frombuffer(digest.digest(), "<u4").astype(np.uint32)
 

@@ -12,11 +12,9 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from mtp_jax.data.corpus import SPLITS, read_manifest, token_dtype, write_manifest
 from mtp_jax.data.documents import ReadOptions, split_into_parts
-from mtp_jax.data.input_files import Found, InputFile, find_files
+from mtp_jax.data.input_files import Found, find_files
 from mtp_jax.data.output_folder import whole_folder
 from mtp_jax.data.shard_writer import ShardWriter
 from mtp_jax.data.tokenizer import (
@@ -27,9 +25,13 @@ from mtp_jax.data.tokenizer import (
     train_sentencepiece,
 )
 from mtp_jax.data.tokenizing import TaskResult, tokenized, training_texts
-from mtp_jax.errors import UserError, disk_errors_told
+from mtp_jax.data.workers import check_workers
+from mtp_jax.errors import UserError, counted, disk_errors_told
 
 SHARD_TOKENS = 100_000_000  # of a shard, where nothing else is asked for
+BLOCK_DOCUMENTS = 256  # of a block, where a split is ordered by them
+# Documents of a split that are still ordered all at once: 70 MB in every process.
+MOST_IN_ONE_ORDER = 1 << 22
 Advance = Callable[[int], None]  # takes the bytes that were read since the last call
 Progress = Callable[[str, int], contextlib.AbstractContextManager[Advance]]
 _HOW_TO_CUT = (
@@ -52,6 +54,7 @@ def prepare(
     exclude: Sequence[str] = (),
     heldout: float = 0.05,
     shard_tokens: int = SHARD_TOKENS,
+    block_documents: int | None = None,
     workers: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -78,6 +81,8 @@ def prepare(
       exclude: names or globs of files and folders to leave out.
       heldout: share of documents held out, in [0, 1); chosen by their content.
       shard_tokens: tokens of a shard, at most; a longer document has its own.
+      block_documents: documents of a block, for an order that no host has to hold
+        (`order`); 0: no blocks; None: 256 in a split of more than 4,194,304 documents.
       workers: processes; by default one a core. They do not change the output.
       force: replace an earlier corpus, when the new one is complete.
       progress: called with a title and the bytes of the input on disk; returns a
@@ -93,23 +98,20 @@ def prepare(
       UserError: a bad option or bad input; the output folder is then untouched.
     """
     _check_options(output, tokenizer, train_tokenizer, heldout)
-    _check_counts(train_tokenizer, shard_tokens, workers, split_at, split_bytes)
-    texts = [inputs] if isinstance(inputs, str | os.PathLike) else inputs
-    names = [os.fspath(path) for path in texts]
-    reading = ReadOptions(text_field, heldout, skip_bad, split_at, split_bytes)
+    _check_counts(train_tokenizer, shard_tokens, block_documents, workers)
+    reading = _read_options(text_field, heldout, skip_bad, split_at, split_bytes)
+    names = _names(inputs)
     progress = progress or _no_progress
-    folder = pathlib.Path(output)
     found = find_files(names, list(exclude))
-    files = found.files
+    folder = pathlib.Path(output)
     with disk_errors_told(f"--output={output}"), whole_folder(folder, force) as partial:
-        used = _make_tokenizer(tokenizer, train_tokenizer, files, reading, progress)
-        size = sum(file.size for file in files)
+        used = _make_tokenizer(tokenizer, train_tokenizer, found, reading, progress)
+        size = sum(file.size for file in found.files)
         with progress("preparing", size) as advance:
-            parts = split_into_parts(files, reading)
+            parts = split_into_parts(found.files, reading)
             results = tokenized(parts, used, reading, workers or os.cpu_count() or 1)
-            dtype = token_dtype(used.vocab_size)
-            written = _write_shards(partial, results, dtype, shard_tokens, advance)
-        counts = written.counts(skip_bad)
+            written = _write_shards(partial, results, used, shard_tokens, advance)
+        counts = written.counts(skip_bad, block_documents)
         _check_splits(counts, reading, found)
         save_tokenizer(used, partial)
         options = _options(names, exclude, shard_tokens, train_tokenizer, reading)
@@ -121,19 +123,25 @@ def prepare(
     return read_manifest(folder)
 
 
+def _names(inputs: StrPath | Sequence[StrPath]) -> list[str]:
+    texts = [inputs] if isinstance(inputs, str | os.PathLike) else inputs
+    return [os.fspath(path) for path in texts]
+
+
 def summary(manifest: dict[str, Any]) -> list[str]:
     """Lines for people about a manifest: sizes of both splits, skipped documents."""
     lines = []
     for split, entry in manifest["splits"].items():
         line = (
-            f"{split}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, "
-            f"{entry['bytes']:,} bytes"
+            f"{split}: {counted(entry['documents'], 'document')}, "
+            f"{counted(entry['tokens'], 'token')}, {counted(entry['bytes'], 'byte')}"
         )
         if entry["tokens"]:
             line += f", {entry['bytes'] / entry['tokens']:.3f} bytes per token"
         lines.append(line)
     if manifest["skipped_empty"]:
-        lines.append(f"{manifest['skipped_empty']:,} empty documents skipped")
+        empty = counted(manifest["skipped_empty"], "empty document")
+        lines.append(f"{empty} skipped")
     if bad := manifest.get("skipped_bad"):
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in bad.items())
         lines.append(f"bad documents skipped: {kinds}")
@@ -154,9 +162,8 @@ def _check_options(
 def _check_counts(
     train_tokenizer: int | None,
     shard_tokens: int,
+    block_documents: int | None,
     workers: int | None,
-    split_at: str | None,
-    split_bytes: int | None,
 ) -> None:
     counts = {
         "train_tokenizer": train_tokenizer,
@@ -166,26 +173,40 @@ def _check_counts(
     for name, value in counts.items():
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; give a whole number above 0.")
+    check_workers("workers", workers or 1)
+    if block_documents is not None and block_documents < 0:
+        raise UserError(f"block_documents is {block_documents}; give 0 or more.")
+
+
+def _read_options(
+    text_field: str,
+    heldout: float,
+    skip_bad: bool,
+    split_at: str | None,
+    split_bytes: int | None,
+) -> ReadOptions:
+    """The options of reading, checked."""
     if split_at is not None and split_bytes is not None:
         raise UserError("split_at and split_bytes exclude each other; keep one.")
     if split_at == "":
         raise UserError("split_at is empty; give the text that stands between two.")
     if split_bytes is not None and split_bytes < 4:
         raise UserError(f"split_bytes is {split_bytes}; a character may have 4 bytes.")
+    return ReadOptions(text_field, heldout, skip_bad, split_at, split_bytes)
 
 
 def _make_tokenizer(
     name: str,
     pieces: int | None,
-    files: list[InputFile],
+    found: Found,
     reading: ReadOptions,
     progress: Progress,
 ) -> Tokenizer:
     if pieces is None:
         return load_tokenizer(name)
-    size = sum(file.size for file in files)
+    size = sum(file.size for file in found.files)
     with progress("training a tokenizer", size) as advance:
-        parts = split_into_parts(files, reading)
+        parts = split_into_parts(found.files, reading)
         texts = training_texts(parts, reading, size, advance)
         # Drawn before the trainer runs: it would swallow an error in the texts.
         model = train_sentencepiece(iter(list(texts)), pieces)
@@ -205,8 +226,14 @@ class _Written:
     changed: int = 0
     example: str = ""
 
-    def counts(self, skip_bad: bool) -> dict[str, Any]:
+    def counts(self, skip_bad: bool, block_documents: int | None) -> dict[str, Any]:
         """The entries of the manifest."""
+        for entry in self.splits.values():
+            size = block_documents
+            if size is None and entry["documents"] > MOST_IN_ONE_ORDER:
+                size = BLOCK_DOCUMENTS
+            if size:
+                entry["block_documents"] = size
         counts: dict[str, Any] = {"splits": self.splits}
         counts["skipped_empty"] = self.skipped_empty
         if skip_bad:
@@ -226,12 +253,13 @@ class _Written:
 def _write_shards(
     directory: pathlib.Path,
     results: Iterable[TaskResult],
-    dtype: np.dtype,
+    tokenizer: Tokenizer,
     shard_tokens: int,
     advance: Advance,
 ) -> _Written:
     """Writes all shards."""
     written = _Written()
+    dtype = token_dtype(tokenizer.vocab_size)
     with contextlib.ExitStack() as stack:
         writers = {
             split: stack.enter_context(

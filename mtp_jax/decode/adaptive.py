@@ -3,10 +3,10 @@
 Drafting pays where more tokens are accepted than the wider pass costs. Both are
 measured: the seconds of a pass at every depth, for the batch at hand, and how many
 drafts of the last passes were accepted. At depth 1 the drafting heads are left alone
-altogether; the trunk's outputs are kept, so that they can catch up later.
+altogether; what they read is kept, so that they can catch up later.
 
-Axes: B batch, E tokens of a text at most, W tokens that are caught up at once, N heads,
-M = N - 1 drafting heads, D model width, V vocabulary.
+Axes: B batch, E tokens of a text at most, W tokens that are caught up at once, X width
+of what drafting heads read, V vocabulary.
 """
 
 import dataclasses
@@ -18,19 +18,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import DTypeLike
 
 from mtp_jax.config import ModelConfig
-from mtp_jax.decode.cache import chain, decode_heads_at
+from mtp_jax.decode.cache import at_slot, chain, part, store
 from mtp_jax.decode.decode_model import DecodeModel, build
-from mtp_jax.decode.decoders.passes import read, write_one
+from mtp_jax.decode.decoders.passes import drafted, read, write_one
 from mtp_jax.decode.decoders.sampling import Sampler
 from mtp_jax.decode.decoders.state import (
     Alone,
     DecodeState,
     Drafter,
+    PromptEnd,
     last_token,
 )
+from mtp_jax.decode.drafting import Anchor, Drafting
+from mtp_jax.decode.head_passes import extend
 from mtp_jax.parallel.sharding import spec
 
 CATCH_UP = 16  # tokens that the drafting heads read at once when they are asked again
@@ -50,12 +52,15 @@ _MEMORY = 32.0  # passes of all texts, after which what was seen counts half
 _CALMER = 0.6  # share of the entropy at which heads are asked again before their time
 
 
-def leave_heads(state: DecodeState, d_model: int) -> DecodeState:
-    """Has only the trunk and head 1 read from now on; `state.alone` has the start."""
+def leave_heads(state: DecodeState, width: int) -> DecodeState:
+    """Has only head 1 read from now on; `state.alone` has the start.
+
+    `width` is that of what the heads read, `head_passes.source_width`.
+    """
     b, e = state.tokens_BE.shape
     dtype = state.cache.k_BGSK[0].dtype
-    trunk_BED = jnp.zeros((b, e, d_model), dtype, out_sharding=_BATCH_SPEC)
-    alone = Alone(trunk_BED, state.length_B - 1, _unknown())
+    source_BEX = jnp.zeros((b, e, width), dtype, out_sharding=_BATCH_SPEC)
+    alone = Alone(source_BEX, state.length_B - 1, _unknown())
     return dataclasses.replace(state, alone=alone)
 
 
@@ -63,25 +68,21 @@ def begin_alone(
     model: DecodeModel,
     state: DecodeState,
     head_B1D: jax.Array,
-    trunk_BED: jax.Array,
+    source_BEX: jax.Array,
     decoder: Drafter,
 ) -> DecodeState:
-    """Commits the first token where only the trunk and head 1 have read the prompts.
+    """Commits the first token where only head 1 has read the prompts.
 
     Args:
       model: the model.
       state: before.
       head_B1D: head 1's output at the end of each prompt.
-      trunk_BED: the trunk's outputs.
+      source_BEX: what the other heads are to read.
       decoder: the one that goes on; its carry gets drafts without meaning.
     """
-    b, _, d = trunk_BED.shape
-    nothing_BMD = _nothing(b, len(model.heads) - 1, d, trunk_BED.dtype)
-    alone = Alone(trunk_BED, jnp.zeros_like(state.length_B), _unknown())
-    state = decoder.begin(
-        model, state, jnp.concatenate([head_B1D, nothing_BMD], axis=1)
-    )
-    return dataclasses.replace(state, alone=alone)
+    alone = Alone(source_BEX, jnp.zeros_like(state.length_B), _unknown())
+    end = PromptEnd(head_B1D, None, state.length_B)
+    return dataclasses.replace(decoder.begin(model, state, end), alone=alone)
 
 
 def step_alone(model: DecodeModel, state: DecodeState) -> DecodeState:
@@ -92,7 +93,7 @@ def step_alone(model: DecodeModel, state: DecodeState) -> DecodeState:
     entropy = jnp.mean(_entropy(out.logits_BWV))
     mean = jnp.where(alone.entropy < 0, entropy, 0.9 * alone.entropy + 0.1 * entropy)
     alone = Alone(
-        trunk_BED=_store(alone.trunk_BED, out.trunk_BWD, out.new.start_B),
+        source_BEX=store(alone.source_BEX, out.source_BWX, out.new.start_B),
         since_B=alone.since_B,
         entropy=mean,
     )
@@ -114,39 +115,38 @@ def catch_up(
       cfg: of the model.
       params: from `decode_model.unstack`.
       state: the state, without `alone`.
-      alone: the trunk's outputs that the heads have not read.
+      alone: what the heads have not read.
       decoder: the decoder that drafts.
       ids: as for `build`.
     """
-    drafting = range(1, len(params["heads"]))
-    b, d = state.tokens_BE.shape[0], cfg.d_model
-    nothing_BMD = _nothing(b, len(drafting), d, alone.trunk_BED.dtype)
     last_B = state.length_B - 2  # the last position that was read
+    text_BE = state.tokens_BE
 
     def behind(carry):
         return jnp.any(carry[0] <= last_B)
 
     def chunk(carry):
-        from_B, heads_BMD, cache = carry
+        from_B, cache = carry
         model = build(cfg, params)  # in the loop
-        trunk_BWD = _slice(alone.trunk_BED, from_B, CATCH_UP)
-        nothing_BW = jnp.zeros(trunk_BWD.shape[:2], jnp.int32, out_sharding=_TOKEN_SPEC)
-        new = chain(nothing_BW, from_B)
-        slot_B = last_B - from_B
-        here_BMD, cache = decode_heads_at(
-            model, drafting, trunk_BWD, new, slot_B, cache
+        source_BWX = part(alone.source_BEX, from_B, CATCH_UP)
+        nothing_BW = jnp.zeros(
+            source_BWX.shape[:2], jnp.int32, out_sharding=_TOKEN_SPEC
         )
-        is_here_B11 = ((slot_B >= 0) & (slot_B < CATCH_UP))[:, None, None]
-        heads_BMD = jnp.where(is_here_B11, here_BMD, heads_BMD)
-        return jnp.minimum(from_B + CATCH_UP, last_B + 1), heads_BMD, cache
+        cache = extend(model, source_BWX, chain(nothing_BW, from_B), text_BE, cache)
+        return jnp.minimum(from_B + CATCH_UP, last_B + 1), cache
 
-    start = (alone.since_B, nothing_BMD, state.cache)
-    _, heads_BMD, cache = lax.while_loop(behind, chunk, start)
+    _, cache = lax.while_loop(behind, chunk, (alone.since_B, state.cache))
+    model = build(cfg, params, ids)
     sampler = Sampler(state.keys, state.length_B)
-    carry = decoder.draft(build(cfg, params, ids), state, heads_BMD, sampler)
-    return dataclasses.replace(
-        state, cache=cache, carry=carry, keys=sampler.next_keys()
+    last_token_B1 = at_slot(text_BE, last_B)[:, None]
+    anchor = Anchor(
+        part(alone.source_BEX, last_B, 1),
+        chain(last_token_B1, last_B),
+        jnp.zeros_like(last_B),
+        text_BE,
     )
+    drafting = Drafting(model, anchor, cache)
+    return drafted(decoder, model, state, drafting, sampler)
 
 
 class DepthSchedule:
@@ -326,11 +326,6 @@ _BATCH_SPEC = spec("batch", None, None)
 _TOKEN_SPEC = spec("batch", None)
 
 
-def _nothing(b: int, m: int, d: int, dtype: DTypeLike) -> jax.Array:
-    """Outputs that stand for those of drafting heads that were not asked."""
-    return jnp.zeros((b, m, d), dtype, out_sharding=_BATCH_SPEC)
-
-
 def _unknown() -> jax.Array:
     """The entropy that means: not known yet."""
     return -jnp.ones(())
@@ -345,31 +340,3 @@ def _entropy(logits_BWV: jax.Array) -> jax.Array:
     # The sum as a product with ones: on a CPU a reduction of a batch takes far longer.
     one_V = jnp.ones(logits_BWV.shape[-1], out_sharding=spec("vocab"))
     return jnp.log(jnp.einsum("bwv,v->bw", exp_BWV, one_V, out_sharding=_TOKEN_SPEC))
-
-
-def _store(to_BED: jax.Array, x_B1D: jax.Array, at_B: jax.Array) -> jax.Array:
-    """Writes an entry of each row at its position."""
-
-    def local(to_BED, x_B1D, at_B):
-        def one(to_ED, x_1D, at):
-            return lax.dynamic_update_slice(to_ED, x_1D, (at, 0))
-
-        return jax.vmap(one)(to_BED, x_B1D, at_B)
-
-    in_specs = (_BATCH_SPEC, _BATCH_SPEC, spec("batch"))
-    return jax.shard_map(local, in_specs=in_specs, out_specs=_BATCH_SPEC)(
-        to_BED, x_B1D, at_B
-    )
-
-
-def _slice(x_BED: jax.Array, at_B: jax.Array, width: int) -> jax.Array:
-    """The `width` entries of each row from its position on, [B, W, D]."""
-
-    def local(x_BED, at_B):
-        def one(x_ED, at):
-            return lax.dynamic_slice_in_dim(x_ED, at, width)
-
-        return jax.vmap(one)(x_BED, at_B)
-
-    in_specs = (_BATCH_SPEC, spec("batch"))
-    return jax.shard_map(local, in_specs=in_specs, out_specs=_BATCH_SPEC)(x_BED, at_B)

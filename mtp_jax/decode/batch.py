@@ -81,7 +81,7 @@ class DecodeBatch:
         self._params = params
         self._decoder = decoder
         self._depth = len(params["heads"])
-        width = slack(decoder, self._depth)
+        width = slack(programs.cfg, decoder, self._depth)
         longest = max(map(len, rows))
         # A finished text is still read with the others: its drafts need room, too.
         self._room = bucket_size(longest + max_new_tokens + width)
@@ -132,13 +132,13 @@ class DecodeBatch:
         self._state, confidence_M = self._begin(self._params, self._prompts)
         if self._chooser is not None:
             self._chooser.begin(
-                None if confidence_M is None else _host(confidence_M).tolist()
+                None if confidence_M is None else on_host(confidence_M).tolist()
             )
 
     def advance(self, forwards: int) -> Texts:
         """Goes on for so many forward passes, or until all texts are done."""
         end = int(self._at().forward) + forwards
-        while not _host(self._at().done_B).all() and int(self._at().forward) < end:
+        while not on_host(self._at().done_B).all() and int(self._at().forward) < end:
             left = end - int(self._at().forward)
             if self._chooser is not None:
                 self._stretch(self._chooser, left)
@@ -163,7 +163,7 @@ class DecodeBatch:
 
     def _acceptance_counts(self) -> np.ndarray:
         """Counts of the passes that accepted 0, 1 ... drafts so far, int [N]."""
-        return np.sum(_host(self._at().passes_BN), axis=0)
+        return np.sum(on_host(self._at().passes_BN), axis=0)
 
     def _use_heads(self, wanted: bool) -> None:
         """Has the drafting heads catch up, or leaves them alone."""
@@ -190,7 +190,7 @@ class DecodeBatch:
         state = self._state = program(self._params, state, np.int32(forwards))
         passes = int(state.forward) - first
         seconds = time.perf_counter() - began
-        if passes < forwards and not _host(state.done_B).all():
+        if passes < forwards and not on_host(state.done_B).all():
             slots = 2 * state.cache.slots
             self._state = self._programs.grow(self._decoder, state, slots)(state)
         return passes, seconds
@@ -211,7 +211,7 @@ class DecodeBatch:
         """Measures seconds of a forward pass at a depth."""
         took_s, forwards = [], 1
         for _ in range(_TRIALS):
-            if _host(self._at().done_B).all():
+            if on_host(self._at().done_B).all():
                 self._state, _ = self._begin(self._params, self._prompts)
             self._use_heads(depth > 1)
             passes, took = self._run(depth, forwards)
@@ -230,7 +230,7 @@ class DecodeBatch:
     def end(self, rows: Iterable[int]) -> None:
         """Ends the texts of some prompts, by their numbers, where they are."""
         state = self._at()
-        done_B = _host(state.done_B).copy()
+        done_B = on_host(state.done_B).copy()
         k = rows_of(self._decoder)
         done_B[[row * k + i for row in rows for i in range(k)]] = True
         done_B = jax.device_put(done_B, state.done_B.sharding)
@@ -245,9 +245,9 @@ class DecodeBatch:
         else:
             reported = {name: getattr(state, name) for name in REPORTED}
         arrays: dict[str, Any] = {
-            name: None if x is None else _host(x) for name, x in reported.items()
+            name: None if x is None else on_host(x) for name, x in reported.items()
         }
-        start_B = _host(self._prompts.length_B)[:: rows_of(decoder)]
+        start_B = on_host(self._prompts.length_B)[:: rows_of(decoder)]
         unverified = getattr(decoder, "unverified", False)
         return Texts(**arrays, start_B=start_B, unverified=unverified)
 
@@ -304,7 +304,7 @@ def put(x: np.ndarray) -> jax.Array:
     return jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), spec(*axes)))
 
 
-def _host(x: jax.Array) -> np.ndarray:
+def on_host(x: jax.Array) -> np.ndarray:
     """An array on the host, whole, of all processes."""
     if x.is_fully_addressable:  # gathering would compile a program first
         return np.asarray(x)

@@ -3,10 +3,9 @@
 Axes: B batch, S slots, W new tokens of each sequence, N heads, D model width, H query
 heads, G key-value heads, K head width, P tokens of a path.
 
-A forward pass is `decode_trunk`, then each head by one of the two other functions:
-head 1 at every new token if drafts are to be verified, a drafting head at one only.
-Slot s holds the token at position s. A rejected draft leaves its slot behind, and the
-token that is committed there instead overwrites it before anything reads it.
+A forward pass is `decode_trunk`, then the heads, which are in `head_passes`. Slot s
+holds the token at position s. A rejected draft leaves its slot behind, and the token
+that is committed there instead overwrites it before anything reads it.
 """
 
 import dataclasses
@@ -22,6 +21,7 @@ from mtp_jax.decode.decode_model import DecodeModel
 from mtp_jax.parallel.sharding import spec
 
 _STORE = spec("batch", "heads", None, None)
+_TRUNK = spec("batch", None, None)
 
 
 @jax.tree_util.register_dataclass
@@ -35,6 +35,8 @@ class Cache:
 
     k_BGSK: tuple[jax.Array, ...]
     v_BGSK: tuple[jax.Array, ...]
+    # The trunk's output at every slot, for heads that read slots again; or None.
+    trunk_BSD: jax.Array | None = None
 
     @property
     def slots(self) -> int:
@@ -62,9 +64,17 @@ def chain(tokens_BW: jax.Array, start_B: jax.Array) -> NewTokens:
     return NewTokens(tokens_BW, positions_BW, start_B)
 
 
-def make_cache(cfg: ModelConfig, layers: int, batch: int, slots: int) -> Cache:
-    """An empty cache of `slots` positions for each of `batch` sequences."""
+def make_cache(cfg: ModelConfig, heads: int, batch: int, slots: int) -> Cache:
+    """An empty cache of `slots` positions for each of `batch` sequences.
+
+    For the trunk and the first `heads` heads.
+    """
     shape = (batch, cfg.num_kv_heads, slots, cfg.d_head)
+    layers = cfg.num_trunk_layers + cfg.heads.caches(cfg.n_future_tokens, heads)
+    trunk_BSD = None
+    if cfg.heads.lookback(heads):
+        like = (batch, slots, cfg.d_model)
+        trunk_BSD = jnp.zeros(like, cfg.compute_dtype, out_sharding=_TRUNK)
 
     def zeros():
         return tuple(
@@ -72,13 +82,17 @@ def make_cache(cfg: ModelConfig, layers: int, batch: int, slots: int) -> Cache:
             for _ in range(layers)
         )
 
-    return Cache(zeros(), zeros())
+    return Cache(zeros(), zeros(), trunk_BSD)
 
 
 def grow(cache: Cache, slots: int) -> Cache:
     """The cache with its entries and more slots."""
-    more = [(0, 0), (0, 0), (0, slots - cache.slots), (0, 0)]
-    return jax.tree.map(lambda x_BGSK: jnp.pad(x_BGSK, more), cache)
+    more = (0, slots - cache.slots)
+
+    def grown(x):  # slots are the last axis but one
+        return jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), more, (0, 0)])
+
+    return jax.tree.map(grown, cache)
 
 
 def decode_trunk(
@@ -88,87 +102,76 @@ def decode_trunk(
     angles_BWk = model.angles(new.positions_BW)
     x_BWD = model.embed(new.tokens_BW)
     for layer, block in enumerate(model.trunk):
-        x_BWD, cache = block(x_BWD, angles_BWk, _write_and_read(cache, layer, new))
+        x_BWD, cache = block(x_BWD, angles_BWk, write_and_read(cache, layer, new))
+    if cache.trunk_BSD is not None:
+        trunk_BSD = store(cache.trunk_BSD, x_BWD, new.start_B)
+        cache = dataclasses.replace(cache, trunk_BSD=trunk_BSD)
     return x_BWD, cache
 
 
-def decode_head(
-    model: DecodeModel, i: int, trunk_BWD: jax.Array, new: NewTokens, cache: Cache
-) -> tuple[jax.Array, Cache]:
-    """The output of head i (0 is the next token) at every new token, and the cache."""
-    attend = _write_and_read(cache, len(model.trunk) + i, new)
-    return model.heads[i](trunk_BWD, model.angles(new.positions_BW), attend)
-
-
-def decode_heads_at(
-    model: DecodeModel,
-    heads: range,
-    trunk_BWD: jax.Array,
-    new: NewTokens,
-    slot_B: jax.Array,
-    cache: Cache,
-) -> tuple[jax.Array, Cache]:
-    """The output of some heads at one of the new tokens of each sequence.
-
-    For the other tokens they make keys and values only.
-
-    Args:
-      model: the model.
-      heads: which; 0 is the next token.
-      trunk_BWD: the trunk's output for the new tokens.
-      new: the new tokens, a chain.
-      slot_B: which of them is asked for, 0 to W - 1; anything else gives nonsense.
-      cache: as `decode_trunk` left it.
-
-    Returns:
-      [B, N, D], N being the number of `heads`, and the cache.
-    """
-    angles_BWk = model.angles(new.positions_BW)
-    asked = chain(at_slot(new.tokens_BW, slot_B)[:, None], new.start_B + slot_B)
-    angles_B1k = model.angles(asked.positions_BW)
-    trunk_B1D = at_slot(trunk_BWD, slot_B)[:, None]
-    outputs = []
-    for i in heads:
-        layer = len(model.trunk) + i
-
-        def write(q_BWHK, k_BWGK, v_BWGK, layer=layer, cache=cache):
-            return q_BWHK, _write(cache, layer, k_BWGK, v_BWGK, new)
-
-        # What nobody uses of this, all but keys and values, is never computed.
-        _, cache = model.heads[i](trunk_BWD, angles_BWk, write)
-
-        def read(q_B1HK, k_B1GK, v_B1GK, layer=layer, cache=cache):
-            del k_B1GK, v_B1GK  # in the cache already
-            return _read(q_B1HK, cache, layer, asked), None
-
-        outputs.append(model.heads[i](trunk_B1D, angles_B1k, read)[0])
-    if not outputs:
-        return trunk_B1D[:, :0], cache
-    return jnp.concatenate(outputs, axis=1), cache
-
-
-def keep_path(cache: Cache, start_B: jax.Array, path_BP: jax.Array) -> Cache:
+def keep_path(
+    cache: Cache, layers: int, start_B: jax.Array, path_BP: jax.Array
+) -> Cache:
     """Moves the entries of a path through a tree to where a chain has them.
 
     Args:
       cache: after a forward pass over a tree.
+      layers: which have read it, the first ones.
       start_B: slot of the tree's first node.
       path_BP: nodes, from the first on; the p-th goes into slot start + p. Nodes after
         the end of a path may be any.
     """
 
-    def local(store_BGSK, start_B, path_BP):
-        def one(store_GSK, start, path_P):
+    def local(stores, start_B, path_BP):
+        def one(store_XSK, start, path_P):
             # The slots of a path rise, so reading all before writing is enough.
             # Clipped as the write is: a finished text may stand at the cache's end.
-            kept_GPK = jnp.take(store_GSK, start + path_P, axis=1, mode="clip")
-            return lax.dynamic_update_slice(store_GSK, kept_GPK, (0, start, 0))
+            axis = store_XSK.ndim - 2
+            kept = jnp.take(store_XSK, start + path_P, axis=axis, mode="clip")
+            at = (*[0] * axis, start, 0)
+            return lax.dynamic_update_slice(store_XSK, kept, at)
 
-        return jax.vmap(one)(store_BGSK, start_B, path_BP)
+        return jax.vmap(one)(stores, start_B, path_BP)
 
-    in_specs = (_STORE, spec("batch"), spec("batch", None))
-    move = jax.shard_map(local, in_specs=in_specs, out_specs=_STORE)
-    return jax.tree.map(lambda x_BGSK: move(x_BGSK, start_B, path_BP), cache)
+    def move(store, layout):
+        in_specs = (layout, spec("batch"), spec("batch", None))
+        moved = jax.shard_map(local, in_specs=in_specs, out_specs=layout)
+        return moved(store, start_B, path_BP)
+
+    def of_layers(stores):
+        return (*(move(x, _STORE) for x in stores[:layers]), *stores[layers:])
+
+    trunk_BSD = cache.trunk_BSD
+    if trunk_BSD is not None:
+        trunk_BSD = move(trunk_BSD, _TRUNK)
+    return Cache(of_layers(cache.k_BGSK), of_layers(cache.v_BGSK), trunk_BSD)
+
+
+def store(to_BSD: jax.Array, x_BWD: jax.Array, at_B: jax.Array) -> jax.Array:
+    """Writes entries of each row, the first at its position."""
+
+    def local(to_BSD, x_BWD, at_B):
+        def one(to_SD, x_WD, at):
+            return lax.dynamic_update_slice(to_SD, x_WD, (at, 0))
+
+        return jax.vmap(one)(to_BSD, x_BWD, at_B)
+
+    in_specs = (_TRUNK, _TRUNK, spec("batch"))
+    stored = jax.shard_map(local, in_specs=in_specs, out_specs=_TRUNK)
+    return stored(to_BSD, x_BWD, at_B)
+
+
+def part(x_BSD: jax.Array, at_B: jax.Array, width: int) -> jax.Array:
+    """The `width` entries of each row from its position on, [B, W, D]."""
+
+    def local(x_BSD, at_B):
+        def one(x_SD, at):
+            return lax.dynamic_slice_in_dim(x_SD, at, width)
+
+        return jax.vmap(one)(x_BSD, at_B)
+
+    cut = jax.shard_map(local, in_specs=(_TRUNK, spec("batch")), out_specs=_TRUNK)
+    return cut(x_BSD, at_B)
 
 
 def at_slot(x_BWX: jax.Array, slot_B: jax.Array) -> jax.Array:
@@ -182,22 +185,27 @@ def at_slot(x_BWX: jax.Array, slot_B: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(is_slot_BWX, x_BWX, 0), axis=1, dtype=x_BWX.dtype)
 
 
-def _write_and_read(cache: Cache, layer: int, new: NewTokens):
+def write_and_read(cache: Cache, layer: int, new: NewTokens):
     """Attention through the cache, which keeps the cache."""
 
     def attend(q_BWHK, k_BWGK, v_BWGK):
-        written = _write(cache, layer, k_BWGK, v_BWGK, new)
-        return _read(q_BWHK, written, layer, new), written
+        written = write_cache(cache, layer, k_BWGK, v_BWGK, new)
+        return read_cache(q_BWHK, written, layer, new), written
 
     return attend
 
 
-def _read(q_BWHK, cache, layer, new):
+def read_cache(
+    q_BWHK: jax.Array, cache: Cache, layer: int, new: NewTokens
+) -> jax.Array:
+    """New tokens read a layer of the cache, [B, W, H, K]."""
     k_BGSK, v_BGSK = cache.k_BGSK[layer], cache.v_BGSK[layer]
     return cached_attention(q_BWHK, k_BGSK, v_BGSK, new.start_B, new.ancestors_WW)
 
 
-def _write(cache, layer, k_BWGK, v_BWGK, new):
+def write_cache(
+    cache: Cache, layer: int, k_BWGK: jax.Array, v_BWGK: jax.Array, new: NewTokens
+) -> Cache:
     """The cache with the entries of the new tokens in a layer."""
 
     def local(store_BGSK, new_BWGK, start_B):
@@ -219,4 +227,6 @@ def _write(cache, layer, k_BWGK, v_BWGK, new):
         written = write(stores[layer], new_BWGK, new.start_B)
         return (*stores[:layer], written, *stores[layer + 1 :])
 
-    return Cache(with_layer(cache.k_BGSK, k_BWGK), with_layer(cache.v_BGSK, v_BWGK))
+    k_BGSK = with_layer(cache.k_BGSK, k_BWGK)
+    v_BGSK = with_layer(cache.v_BGSK, v_BWGK)
+    return Cache(k_BGSK, v_BGSK, cache.trunk_BSD)

@@ -5,9 +5,10 @@ the rank of its token at t + i - 1 among the candidates of head i at t. The rank
 heads 2..n at a position are a path, so how often a node of a tree would be right, its
 path before it included, is the share of positions whose path begins with that of the
 node.
-It is the product of the acceptances along the path, each given those before it. The
-nodes with the largest shares are the tree (arXiv:2401.10774, section 2.3.3): no tree of
-as many nodes commits more tokens.
+Heads that read tokens are given those of the text, and the bias by the token before
+that of the path. The share is the product of the acceptances along the path, each given
+those before it. The nodes with the largest shares are the tree (arXiv:2401.10774,
+section 2.3.3): no tree of as many nodes commits more tokens.
 
 Axes: B passages, T tokens of a passage, U positions of it with n - 1 after them, X
 positions of all passages, M = n - 1 drafting heads, D model width, V vocabulary.
@@ -27,9 +28,10 @@ import numpy as np
 from mtp_jax.checkpoint.restore import Restored, as_restored
 from mtp_jax.config import ModelConfig
 from mtp_jax.data.prompts import heldout_passages
-from mtp_jax.decode.cache import chain, decode_head, decode_trunk, make_cache
+from mtp_jax.decode.cache import chain, decode_trunk, make_cache
 from mtp_jax.decode.decode_model import DecodeModel, build, unstack
 from mtp_jax.decode.decoders.sampling import most_likely
+from mtp_jax.decode.head_passes import at_all, read_first
 from mtp_jax.errors import UserError
 from mtp_jax.parallel.sharding import batch_shards, spec
 
@@ -149,16 +151,19 @@ def measure_ranks(
 def _ranks(model: DecodeModel, tokens_BT: jax.Array) -> jax.Array:
     """Ranks in a batch of passages, int32 [B, U, M]; see `measure_ranks`."""
     (b, t), n, cfg = tokens_BT.shape, len(model.heads), model.cfg
-    cache = make_cache(cfg, len(model.trunk) + n, b, t)
+    cache = make_cache(cfg, n, b, t)
     new = chain(tokens_BT, jnp.zeros(b, jnp.int32, out_sharding=spec("batch")))
     trunk_BTD, cache = decode_trunk(model, new, cache)
     ids_11V = jnp.arange(cfg.vocab_size)[None, None]
-    head_BTD, cache = decode_head(model, 0, trunk_BTD, new, cache)
+    head_BTD, source_BTX, cache = read_first(model, trunk_BTD, new, cache)
     predicted_BT = most_likely(model.logits(head_BTD))
+    others, _ = at_all(model, source_BTX, new, cache, tokens_BT)
     ranks, u = [], t - n + 1
-    for i in range(1, n):
-        head_BTD, cache = decode_head(model, i, trunk_BTD, new, cache)
-        logits_BUV = model.logits(head_BTD[:, :u])
+    for i, head_BTD in enumerate(others, start=1):
+        logits_BUV = model.logits(head_BTD[:, :u], i)
+        if model.w_markov_in_Vr is not None:
+            # The node's parent on the path of what head 1 will predict.
+            logits_BUV = logits_BUV + model.bias(predicted_BT[:, i - 1 : i - 1 + u])
         predicted_BU1 = predicted_BT[:, i : i + u, None]
         is_predicted_BUV = ids_11V == predicted_BU1
         own_BU1 = jnp.sum(

@@ -11,6 +11,7 @@ width of an attention head.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from flax import nnx
 from mtp_jax.config import ModelConfig
 from mtp_jax.decode.cpu.backend import backend_for
 from mtp_jax.model.block import Block
+from mtp_jax.model.heads import kind_of
 from mtp_jax.model.layers import Norms, Projects, embed, rms_norm, rope_angles, unembed
 from mtp_jax.parallel.sharding import spec
 
@@ -28,15 +30,25 @@ _INPUT_AXES = {"w_o": 2}
 
 
 @dataclasses.dataclass(frozen=True)
+class DecodeHead:
+    """A head within a compiled program."""
+
+    # Those that it has to run, first to last; of an anticausal model head 1 has all.
+    bodies: tuple[Any, ...]
+    norm_D: jax.Array | Norms
+    w_unembedding_VD: jax.Array | Projects
+
+
+@dataclasses.dataclass(frozen=True)
 class DecodeModel:
     """A model within a compiled program."""
 
     cfg: ModelConfig
     trunk: tuple[Block, ...]
-    heads: tuple[Block, ...]  # as many as are used
-    norm_D: jax.Array | Norms
+    heads: tuple[DecodeHead, ...]  # as many as are used
     w_embedding_VD: jax.Array
-    w_unembedding_VD: jax.Array | Projects
+    w_markov_in_Vr: jax.Array | None = None  # of the bias by the token before
+    w_markov_out_Vr: jax.Array | Projects | None = None
     tables: Any = None  # of a decoder that reads a file, see `state.ReadsTables`
     ids: int | None = None  # ids that there are tokens for, the first ones; None: all
 
@@ -53,62 +65,115 @@ class DecodeModel:
         """Rotary angles of the positions, float32 [B, W, k]."""
         return rope_angles(positions_BW, self.cfg.d_head, self.cfg.rope_theta)
 
-    def logits(self, heads_BWD: jax.Array) -> jax.Array:
-        """Scores of the vocabulary from heads' outputs, float32 [B, W, V].
+    def norm(self, head: int) -> Callable[[jax.Array], jax.Array]:
+        """The last norm of a head (0 is the next token)."""
+        scale_D = self.heads[head].norm_D
+        return lambda x_BWD: rms_norm(x_BWD, scale_D, self.cfg.norm_eps)
+
+    def logits(self, hidden_BWD: jax.Array, head: int | range = 0) -> jax.Array:
+        """Scores of the vocabulary, float32 [B, W, V], without the Markov bias.
 
         Those of ids to spare, which no token has, are -inf.
+
+        Args:
+          hidden_BWD: normed outputs of heads.
+          head: of which head they all are, or for each of them, a range.
         """
-        normed_BWD = rms_norm(heads_BWD, self.norm_D, self.cfg.norm_eps)
-        w_VD = self.w_unembedding_VD
-        if isinstance(w_VD, jax.Array):
-            w_VD = jax.sharding.reshard(w_VD, spec("vocab", None))
-        logits_BWV = unembed(normed_BWD, w_VD, spec("batch", None, "vocab"))
+        heads = [head] if isinstance(head, int) else list(head)
+        if len(heads) > 1 and self.cfg.heads.unembedding == "own":
+            each = [
+                self.logits(hidden_BWD[:, w : w + 1], i) for w, i in enumerate(heads)
+            ]
+            return jnp.concatenate(each, axis=1)
+        w_VD = self.heads[heads[0] if heads else 0].w_unembedding_VD
+        logits_BWV = self._product(hidden_BWD, w_VD)
         if self.choices == self.cfg.vocab_size:
             return logits_BWV
         ids_11V = jnp.arange(self.cfg.vocab_size)[None, None]
         return jnp.where(ids_11V < self.choices, logits_BWV, -jnp.inf)
 
+    def bias(self, previous_BP: jax.Array) -> jax.Array:
+        """The Markov bias of the tokens after some others, float32 [B, P, V]."""
+        assert self.w_markov_in_Vr is not None and self.w_markov_out_Vr is not None
+        dtype = self.cfg.compute_dtype
+        found_BPr = embed(self.w_markov_in_Vr, previous_BP, dtype)
+        return self._product(found_BPr, self.w_markov_out_Vr)
+
+    def _product(self, x_BWX: jax.Array, w_VX: jax.Array | Projects) -> jax.Array:
+        if isinstance(w_VX, jax.Array):
+            w_VX = jax.sharding.reshard(w_VX, spec("vocab", None))
+        return unembed(x_BWX, w_VX, spec("batch", None, "vocab"))
+
 
 def unstack(cfg: ModelConfig, params: Any) -> Any:
     """Parameters in the form that `build` takes, of those that `model_builder` makes.
 
-    `trunk` and `heads` become lists of layers, so that the model with fewer heads has a
-    shorter list. On one CPU all of them but the embedding are stored as the backend
-    reads them, and the unembedding is there even if it is tied, unless that would only
-    be a copy of the embedding. Needs the mesh to be set.
+    `trunk` and `heads` become lists, so that the model with fewer heads has a shorter
+    list. On one CPU all of them but what is looked up are stored as the backend reads
+    them, and the unembedding is there even if it is tied, unless that would only be a
+    copy of the embedding. Needs the mesh to be set.
     """
     backend = backend_for(cfg.compute_dtype)
+    n, heads = cfg.n_future_tokens, cfg.heads
 
     def relaid(path, w):
         name = path[-1].key
         w = w.astype(cfg.compute_dtype)
+        if name.startswith("norm") and backend is not None:
+            return backend.scale(w)
         if not name.startswith("w_"):
-            return w if backend is None else backend.scale(w)
+            return w
         inputs = _INPUT_AXES.get(name, 1)
         first, last = tuple(range(inputs)), tuple(range(-inputs, 0))
         w = jnp.moveaxis(w, first, last)
         return w if backend is None else backend.matrix(w, inputs)
 
-    def layers(stacked, count):
-        def layer(i):
-            return jax.tree.map_with_path(lambda path, w: relaid(path, w[i]), stacked)
+    def table(w_VX):
+        w_VX = w_VX.astype(cfg.compute_dtype)
+        return w_VX if backend is None else backend.matrix(w_VX, 1)
 
-        return [layer(i) for i in range(count)]
+    def layer(stacked, i):
+        return jax.tree.map_with_path(lambda path, w: relaid(path, w[i]), stacked)
+
+    def relaid_norm(scale_D):
+        scale_D = scale_D.astype(cfg.compute_dtype)
+        return scale_D if backend is None else backend.scale(scale_D)
 
     @jax.jit
     def whole(params):
-        rest = {name: params[name].astype(cfg.compute_dtype) for name in params
-                if name not in ("trunk", "heads")}  # fmt: skip
-        trunk = layers(params["trunk"], cfg.num_trunk_layers)
-        heads = layers(params["heads"], cfg.n_future_tokens)
-        if backend is not None:
-            rest["norm"] = backend.scale(rest["norm"])
-            if backend.copies or "w_unembedding" in rest:
-                w_VD = rest.get("w_unembedding", rest["w_embedding"])
-                rest["w_unembedding"] = backend.matrix(w_VD, 1)
-        return {**rest, "trunk": trunk, "heads": heads}
+        looked_up = ("w_embedding", "w_markov_in")
+        rest = {name: params[name].astype(cfg.compute_dtype) for name in looked_up
+                if name in params}  # fmt: skip
+        made: list[dict[str, Any]] = [{} for _ in range(n)]
+        for name in ("norm", "w_unembedding"):
+            convert = table if name == "w_unembedding" else relaid_norm
+            if getattr(heads, name.removeprefix("w_")) == "own" and name in params:
+                for i, head in enumerate(made):
+                    head[name] = convert(params[name][i])
+            elif name in params:
+                rest[name] = convert(params[name])
+        if "w_unembedding" not in params and backend is not None and backend.copies:
+            rest["w_unembedding"] = table(params["w_embedding"])
+        if "w_markov_out" in params:
+            rest["w_markov_out"] = table(params["w_markov_out"])
+        trunk = [layer(params["trunk"], i) for i in range(cfg.num_trunk_layers)]
+        bodies = [layer(params["heads"], i) for i in range(heads.bodies(n))]
+        return {**rest, "trunk": trunk, "heads": made}, bodies
 
-    return whole(params)
+    # Shared weights are in several heads, and once on the devices.
+    made, bodies = whole(params)
+    for head, of_head in zip(made["heads"], _dealt(cfg, bodies), strict=True):
+        head["bodies"] = of_head
+    return made
+
+
+def _dealt(cfg: ModelConfig, bodies: list[Any]) -> list[list[Any]]:
+    """The bodies that each head has to run, first to last."""
+    n, heads = cfg.n_future_tokens, cfg.heads
+    of_each = bodies * heads.runs(n) if heads.shared else bodies
+    if heads.wiring.reads == "after":
+        return [of_each[::-1], *[[] for _ in range(n - 1)]]
+    return [*[[] for _ in range(n - heads.runs(n))], *[[body] for body in of_each]]
 
 
 def build(cfg: ModelConfig, params: Any, ids: int | None = None) -> DecodeModel:
@@ -119,9 +184,12 @@ def build(cfg: ModelConfig, params: Any, ids: int | None = None) -> DecodeModel:
     not copies of them with their axes moved back.
     """
     backend = backend_for(cfg.compute_dtype)
-    graphdef = nnx.graphdef(
-        jax.eval_shape(lambda: Block(cfg, rngs=nnx.Rngs(jax.random.key(0))))
-    )
+
+    def graphdef_of(make):
+        return nnx.graphdef(jax.eval_shape(lambda: make(nnx.Rngs(jax.random.key(0)))))
+
+    block = graphdef_of(lambda rngs: Block(cfg, rngs=rngs))
+    body = graphdef_of(lambda rngs: kind_of(cfg).make(cfg, rngs))
 
     def original(path, w):
         name = path[-1].key
@@ -133,23 +201,30 @@ def build(cfg: ModelConfig, params: Any, ids: int | None = None) -> DecodeModel:
     def is_stored(w):
         return not isinstance(w, dict)
 
-    def block(layer):
+    def module(graphdef, stored):
         # Moving axes back is no work: it only undoes `unstack` for the reader.
-        whole = jax.tree.map_with_path(original, layer, is_leaf=is_stored)
+        whole = jax.tree.map_with_path(original, stored, is_leaf=is_stored)
         return nnx.merge(graphdef, whole)
 
+    def head(stored):
+        return DecodeHead(
+            tuple(module(body, x) for x in stored["bodies"]),
+            stored["norm"] if "norm" in stored else params["norm"],
+            stored.get("w_unembedding", w_unembedding),
+        )
+
     w_unembedding = params.get("w_unembedding")
-    if w_unembedding is None:
+    if w_unembedding is None and cfg.tie_embeddings:
         w_unembedding = params["w_embedding"]
         if backend is not None:
             w_unembedding = backend.matrix(w_unembedding, 1)
     return DecodeModel(
         cfg=cfg,
-        trunk=tuple(block(layer) for layer in params["trunk"]),
-        heads=tuple(block(layer) for layer in params["heads"]),
-        norm_D=params["norm"],
+        trunk=tuple(module(block, layer) for layer in params["trunk"]),
+        heads=tuple(head(stored) for stored in params["heads"]),
         w_embedding_VD=params["w_embedding"],
-        w_unembedding_VD=w_unembedding,
+        w_markov_in_Vr=params.get("w_markov_in"),
+        w_markov_out_Vr=params.get("w_markov_out"),
         tables=params.get("tables"),
         ids=None if ids is None else min(ids, cfg.vocab_size),
     )

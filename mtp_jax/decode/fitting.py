@@ -4,20 +4,23 @@ import dataclasses
 import typing
 from typing import Any
 
+from mtp_jax.config import ModelConfig
 from mtp_jax.decode.decoders import DECODERS
 from mtp_jax.decode.decoders.state import Decoder
 from mtp_jax.errors import UserError
 
 
-def fitting(heads: int) -> dict[str, Decoder | str]:
+def fitting(cfg: ModelConfig, heads: int | None = None) -> dict[str, Decoder | str]:
     """Every decoder by name with its default options, or why it cannot run.
 
     Args:
-      heads: n, heads of the model.
+      cfg: of the model.
+      heads: so many of its heads are used; None: all.
 
     Returns:
       A decoder, or one line of text, for each name in `DECODERS`.
     """
+    heads = cfg.n_future_tokens if heads is None else heads
     fit: dict[str, Decoder | str] = {}
     for name, kind in DECODERS.items():
         missing = [field.name for field in options_of(kind) if is_required(field)]
@@ -29,9 +32,22 @@ def fitting(heads: int) -> dict[str, Decoder | str]:
         except UserError as error:
             fit[name] = str(error)
             continue
-        alone = heads == 1 and needs_heads(decoder)
-        fit[name] = "there are no heads to draft with" if alone else decoder
+        fit[name] = why_not(decoder, cfg, heads) or decoder
     return fit
+
+
+def why_not(decoder: Decoder, cfg: ModelConfig, heads: int) -> str:
+    """The reason why a decoder cannot run with so many heads; empty if it can."""
+    if heads == 1 and needs_heads(decoder):
+        return "there are no heads to draft with"
+    if getattr(decoder, "at_once", False) and cfg.heads.wait_for_tokens(heads):
+        why = "a Markov bias" if cfg.heads.markov_rank else "serial heads"
+        return (
+            f"it asks all heads at once, and those of this model ({why}) wait for the "
+            "token before their own; blockwise, speculative, tree, typical, "
+            "dynamo_exact, and beam without lookahead draft one after another"
+        )
+    return ""
 
 
 def default_decoder(heads: int) -> str:

@@ -21,7 +21,7 @@ from mtp_jax.decode.decode_model import unstack
 from mtp_jax.decode.decoders import DECODERS
 from mtp_jax.decode.decoders.sampling import Sampling
 from mtp_jax.decode.decoders.state import Decoder, ReadsTables
-from mtp_jax.decode.fitting import default_decoder, needs_heads
+from mtp_jax.decode.fitting import default_decoder, needs_heads, why_not
 from mtp_jax.decode.generation import Generation, generation_of
 from mtp_jax.decode.programs import Programs
 from mtp_jax.decode.prompt_list import as_prompts, check_numbers
@@ -333,6 +333,8 @@ class Generator:
             name = type(decoder).__name__.lower()
             whose = "the model has" if n == 1 else "heads is"
             raise UserError(f"{name} drafts with heads 2 to n; {whose} 1: use plain.")
+        if why := why_not(decoder, self.cfg, heads):
+            raise UserError(f"{type(decoder).__name__.lower()} cannot run: {why}.")
         if not isinstance(adaptive, bool) and not all(
             1 <= d <= heads for d in adaptive
         ):

@@ -24,15 +24,22 @@ from mtp_jax.decode.adaptive import (
 )
 from mtp_jax.decode.cache import (
     Cache,
+    at_slot,
     chain,
-    decode_heads_at,
     decode_trunk,
     grow,
     make_cache,
 )
-from mtp_jax.decode.decode_model import DecodeModel, build
+from mtp_jax.decode.decode_model import build
 from mtp_jax.decode.decoders.sampling import RandomKeys, SamplingArrays
-from mtp_jax.decode.decoders.state import Decoder, DecodeState, Drafter, Finishing
+from mtp_jax.decode.decoders.state import (
+    Decoder,
+    DecodeState,
+    Drafter,
+    Finishing,
+    PromptEnd,
+)
+from mtp_jax.decode.head_passes import extend, read_first, source_width
 from mtp_jax.parallel.sharding import spec
 
 _PROMPT_CHUNK = (
@@ -75,7 +82,7 @@ class Programs:
 
     def __init__(self, cfg: ModelConfig, eos_id: int, ids: int | None = None):
         """Compiles nothing yet; `ids` as for `build`."""
-        self._cfg = cfg
+        self.cfg = cfg
         self._eos_id = eos_id
         self._ids = ids
         self._compiled: dict[Any, Any] = {}
@@ -103,7 +110,7 @@ class Programs:
 
         def compiled():
             begin = _begin(
-                self._cfg, decoder, self._eos_id, room, slots, alone, self._ids
+                self.cfg, decoder, self._eos_id, room, slots, alone, self._ids
             )
             lowered = begin.lower(params, prompts)
             return lowered.compile(), jax.tree.map(_abstract, lowered.out_info)
@@ -117,7 +124,7 @@ class Programs:
         def compiled():
             @jax.jit(donate_argnames="state")
             def caught_up(params, state, alone):
-                return catch_up(self._cfg, params, state, alone, decoder, self._ids)
+                return catch_up(self.cfg, params, state, alone, decoder, self._ids)
 
             rest = dataclasses.replace(state, alone=None)
             abstract = jax.tree.map(_abstract, (params, rest, state.alone))
@@ -131,7 +138,7 @@ class Programs:
 
         def compiled():
             forwards = jax.ShapeDtypeStruct((), jnp.int32)
-            advance = _advance(self._cfg, decoder, depth, self._ids)
+            advance = _advance(self.cfg, decoder, depth, self._ids)
             abstract = jax.tree.map(_abstract, state)
             return advance.lower(params, abstract, forwards).compile()
 
@@ -144,7 +151,8 @@ class Programs:
         """The program that has such a state leave its drafting heads alone."""
 
         def compiled():
-            left = jax.jit(functools.partial(leave_heads, d_model=self._cfg.d_model))
+            width = source_width(self.cfg, state.passes_BN.shape[1])
+            left = jax.jit(functools.partial(leave_heads, width=width))
             return left.lower(jax.tree.map(_abstract, state)).compile()
 
         return self._get(("leave heads", decoder, *_kind(state)), compiled)
@@ -182,7 +190,7 @@ class Programs:
         def compiled():
             @jax.jit
             def finish(params, state):
-                model = build(self._cfg, params, self._ids)
+                model = build(self.cfg, params, self._ids)
                 state = decoder.finish(model, state)
                 return {name: getattr(state, name) for name in REPORTED}
 
@@ -200,9 +208,9 @@ class Programs:
         return self._compiled[key]
 
 
-def slack(decoder: Decoder, heads: int) -> int:
+def slack(cfg: ModelConfig, decoder: Decoder, heads: int) -> int:
     """The most slots that a forward pass writes after those of committed tokens."""
-    return max(decoder.width(heads), CATCH_UP)
+    return max(decoder.width(heads), CATCH_UP) + cfg.heads.lookback(heads)
 
 
 def _kind(tree: Any) -> tuple[Any, ...]:
@@ -228,11 +236,9 @@ def _begin(
     def begin(params, prompts):
         model = build(cfg, params, ids)
         b, p = prompts.tokens_BP.shape
-        layers = len(model.trunk) + len(model.heads)
-        cache = make_cache(cfg, layers, b, slots)
-        asked = range(1 if alone else len(model.heads))
-        heads_BND, cache, trunk_BPD = _read_prompt(
-            cfg, params, prompts, cache, asked, alone
+        cache = make_cache(cfg, len(model.heads), b, slots)
+        head_B1D, source_B1X, cache, source_BPX = _read_prompt(
+            cfg, params, prompts, cache, alone
         )
         tokens_BE = jnp.pad(prompts.tokens_BP, ((0, 0), (0, room - p)))
         zeros_BE = jnp.zeros_like(tokens_BE)
@@ -256,24 +262,15 @@ def _begin(
             alone=None,
             eos_id=eos_id,
         )
-        if trunk_BPD is not None:
-            trunk_BED = jnp.pad(trunk_BPD, ((0, 0), (0, room - p), (0, 0)))
+        if source_BPX is not None:
+            source_BEX = jnp.pad(source_BPX, ((0, 0), (0, room - p), (0, 0)))
             drafter = cast(Drafter, decoder)
-            return begin_alone(model, state, heads_BND, trunk_BED, drafter), None
-        confidence_M = _confidence(model, heads_BND[:, 1:], prompts.done_B)
-        return decoder.begin(model, state, heads_BND), confidence_M
+            return begin_alone(model, state, head_B1D, source_BEX, drafter), None
+        end = PromptEnd(head_B1D, source_B1X, prompts.length_B)
+        state = decoder.begin(model, state, end)
+        return state, end.confidence(prompts.done_B)
 
     return begin
-
-
-def _confidence(
-    model: DecodeModel, heads_BMD: jax.Array, done_B: jax.Array
-) -> jax.Array:
-    """The probability of each head's most likely token, a mean, float32 [M]."""
-    logits_BMV = model.logits(heads_BMD)
-    top_BM = jnp.max(jax.nn.log_softmax(logits_BMV, axis=-1), axis=-1)
-    counts_B1 = jnp.where(done_B, 0.0, 1.0)[:, None]
-    return jnp.sum(jnp.exp(top_BM) * counts_B1, axis=0) / jnp.sum(counts_B1)
 
 
 def _advance(
@@ -281,7 +278,7 @@ def _advance(
 ) -> Any:
     @jax.jit(donate_argnames="state")
     def advance(params, state, forwards):
-        width = slack(decoder, len(params["heads"]))
+        width = slack(cfg, decoder, len(params["heads"]))
         end = state.forward + forwards
 
         def step(state):
@@ -319,41 +316,47 @@ def _seen(cfg: ModelConfig, prompts: Prompts) -> jax.Array:
 
 
 def _read_prompt(
-    cfg: ModelConfig,
-    params: Any,
-    prompts: Prompts,
-    cache: Cache,
-    heads: range,
-    keep: bool,
-) -> tuple[jax.Array, Cache, jax.Array | None]:
-    """Outputs of some heads at the end of each prompt, [B, N, D], and the cache.
+    cfg: ModelConfig, params: Any, prompts: Prompts, cache: Cache, alone: bool
+) -> tuple[jax.Array, jax.Array, Cache, jax.Array | None]:
+    """Reads the prompts, with the drafting heads unless head 1 is `alone`.
 
-    Reads chunk by chunk, as many as the longest prompt has: alive for every token of a
-    prompt are the cache, and the trunk's outputs, [B, P, D], if they are to be kept.
+    Chunk by chunk, as many as the longest prompt has: alive for every token of a prompt
+    are the cache, and the source of the drafting heads if they are left.
+
+    Returns:
+      The normed output of head 1 at the end of each prompt, [B, 1, D], and the source
+      of the others there, [B, 1, X]; the cache; the source everywhere, [B, P, X], or
+      None.
     """
     b, p = prompts.tokens_BP.shape
-    w, n = min(p, _PROMPT_CHUNK), len(heads)
-    d, dtype = cfg.d_model, cfg.compute_dtype
+    w, x = min(p, _PROMPT_CHUNK), source_width(cfg, len(params["heads"]))
     rows = spec("batch", None, None)
 
     def chunk(i, carry):
         model = build(cfg, params)  # in the loop
-        heads_BND, cache, trunk_BPD = carry
+        head_B1D, source_B1X, cache, source_BPX = carry
         start = i * w
         tokens_BW = jax.lax.dynamic_slice_in_dim(prompts.tokens_BP, start, w, axis=1)
         new = chain(tokens_BW, start + jnp.zeros_like(prompts.length_B))
         trunk_BWD, cache = decode_trunk(model, new, cache)
         slot_B = prompts.length_B - 1 - start
-        here_BND, cache = decode_heads_at(model, heads, trunk_BWD, new, slot_B, cache)
+        here_B1D, source_BWX, cache = read_first(model, trunk_BWD, new, cache, slot_B)
         is_here_B11 = ((slot_B >= 0) & (slot_B < w))[:, None, None]
-        heads_BND = jnp.where(is_here_B11, here_BND, heads_BND)
-        if keep:
-            trunk_BPD = jax.lax.dynamic_update_slice_in_dim(
-                trunk_BPD, trunk_BWD, start, axis=1
+        head_B1D = jnp.where(is_here_B11, here_B1D, head_B1D)
+        at_B1X = at_slot(source_BWX, slot_B)[:, None]
+        source_B1X = jnp.where(is_here_B11, at_B1X, source_B1X)
+        if source_BPX is not None:
+            source_BPX = jax.lax.dynamic_update_slice_in_dim(
+                source_BPX, source_BWX, start, axis=1
             )
-        return heads_BND, cache, trunk_BPD
+        else:
+            cache = extend(model, source_BWX, new, prompts.tokens_BP, cache)
+        return head_B1D, source_B1X, cache, source_BPX
 
-    nothing_BND = jnp.zeros((b, n, d), dtype, out_sharding=rows)
-    nothing_BPD = jnp.zeros((b, p, d), dtype, out_sharding=rows) if keep else None
+    def nothing(tokens, width):
+        return jnp.zeros((b, tokens, width), cfg.compute_dtype, out_sharding=rows)
+
     chunks = -(-jnp.max(prompts.length_B) // w)
-    return jax.lax.fori_loop(0, chunks, chunk, (nothing_BND, cache, nothing_BPD))
+    kept_BPX = nothing(p, x) if alone else None
+    start = (nothing(1, cfg.d_model), nothing(1, x), cache, kept_BPX)
+    return jax.lax.fori_loop(0, chunks, chunk, start)

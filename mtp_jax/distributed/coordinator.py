@@ -15,6 +15,7 @@ from typing import Any
 
 from mtp_jax.distributed.gate import Gate
 from mtp_jax.distributed.stop import NOTHING_BEGUN
+from mtp_jax.errors import warn
 
 _LATE_S = 10.0  # for processes that still start to hear that they need not
 _REFUSAL_S = 30.0  # for all processes to hear that they do not fit together
@@ -138,9 +139,18 @@ class Coordinator:
         except (OSError, ValueError):
             pass
         if not self._met:
-            self._peers.pop(index, None)  # it may yet come again
+            self._wait_again(index)
         elif not peer.gone:
             await self._lose(index, "its process ended")
+
+    def _wait_again(self, index: int) -> None:
+        """Forgets a process that went while others gather: it may yet come again."""
+        if not (self._refusal or self._ended):
+            warn(
+                f"mtp-jax: {self._called(index)} came and went; waiting for it to come "
+                "again (config.train.join_timeout_s)"
+            )
+        self._peers.pop(index, None)
 
     async def _refuse(self, wait_s: float) -> None:
         """Ends a meeting that came to nothing, but waits a while for all to hear it."""

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from mtp_jax.distributed.secret import VARIABLE, Denied, admit
-from mtp_jax.errors import warn
+from mtp_jax.errors import counted, warn
 
 _LINE_BYTES = 1 << 15  # of a message to the coordinator
 _PROOF_S = 10.0  # for a process to prove that it is one of the run's
@@ -57,8 +57,8 @@ class Gate:
         """How many strangers came, as a part of a line; empty if none did."""
         if not self.strangers:
             return ""
-        word = "connection" if self.strangers == 1 else "connections"
-        return f"; {self.strangers} {word} without the run's secret turned away"
+        connections = counted(self.strangers, "connection")
+        return f"; {connections} without the run's secret turned away"
 
     async def _take(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

@@ -26,6 +26,7 @@ def batch_loss(
     weights: StepWeights,
     loss: LossConfig,
     compute: ComputeConfig,
+    few_documents: bool = False,
     teacher: LanguageModel | None = None,
 ) -> tuple[jax.Array, HeadSums]:
     """The training loss of packed rows, and the sums and counts of every head.
@@ -37,6 +38,7 @@ def batch_loss(
       weights: of this step, of each target of a head.
       loss: what the heads are taught, in the terms of `head_loss`.
       compute: how the arithmetic is carried out.
+      few_documents: True if `attention.few_documents` holds for the rows.
       teacher: the model whose head 1 teaches; None for the model itself.
     """
     n = model.cfg.n_future_tokens
@@ -48,10 +50,17 @@ def batch_loss(
     positions_BT = split_time(batch["positions"][:, :-n])
 
     def run(model):
-        rows = RowContext(model.angles(positions_BT), batch["segments"][:, :-n])
-        attend = attend_within(rows, compute.attention)
-        x_BTD = model.embed(tokens_BT)
-        return rows, run_trunk(model, x_BTD, rows.angles_BTk, attend, compute.remat)
+        rows = RowContext(
+            model.angles(positions_BT), batch["segments"][:, :-n], few_documents
+        )
+        return rows, run_trunk(
+            model,
+            model.embed(tokens_BT),
+            rows.angles_BTk,
+            attend_within(rows, compute.attention),
+            compute.remat,
+            compute.scan_layers,
+        )
 
     rows, trunk_BTD = run(model)
     targets = _targets(token_NBT, valid_NBT, batch, weights, loss)

@@ -10,6 +10,7 @@ the smaller part by far.
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from mtp_jax.config import Attention, Config
@@ -35,13 +36,17 @@ class RowContext:
     # Document of each position, int32; 0 is padding. Not split over devices that share
     # a row, and in its order.
     segments_BT: jax.Array
+    # True if `few_documents` holds.
+    few: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 def attend_within(rows: RowContext, kernel: Attention) -> Attend:
     """Causal attention within the documents, which keeps nothing."""
 
     def attend(q_BTHK, k_BTGK, v_BTGK):
-        read_BTHK = causal_attention(q_BTHK, k_BTGK, v_BTGK, rows.segments_BT, kernel)
+        read_BTHK = causal_attention(
+            q_BTHK, k_BTGK, v_BTGK, rows.segments_BT, kernel, rows.few
+        )
         return read_BTHK, None
 
     return attend
@@ -53,6 +58,7 @@ def causal_attention(
     v_BTGK: jax.Array,
     segments_BT: jax.Array,
     kernel: Attention = "auto",
+    few: bool = False,
 ) -> jax.Array:
     """Each position reads itself and what came before it in its document.
 
@@ -63,13 +69,18 @@ def causal_attention(
         document like any other, so that no query is without a key. Not split, and in
         the order of the rows.
       kernel: which one; `check_attention` says beforehand whether it can.
+      few: True if `few_documents` holds.
 
     Returns:
       [B, T, H, K], in the dtype of the queries.
     """
     if kernel == "auto":
         kernel = _best(q_BTHK)
-    run = {"splash": kernels.splash, "cudnn": kernels.cudnn, "xla": _masked}[kernel]
+    run = {
+        "splash": kernels.splash,
+        "cudnn": kernels.cudnn_of_few if few else kernels.cudnn,
+        "xla": _masked,
+    }[kernel]
     by_head, time = spec_like(q_BTHK, "heads", None), axes_of("time")
     parts = time_parts(q_BTHK)
 
@@ -90,6 +101,31 @@ def causal_attention(
         # over all that split rows, heads and time, as the specs say.
         check_vma=kernel != "splash",
     )(q_BTHK, k_BTGK, v_BTGK, segments_BT)
+
+
+def few_documents(
+    segments_BT: jax.Array, kernel: Attention, d_head: int, dtype: str
+) -> jax.Array | None:
+    """True if every row has so few documents that a faster kernel can take them.
+
+    Returns:
+      bool [], and None where no kernel asks: then there is one program for all rows.
+    """
+    t = segments_BT.shape[1]
+    mesh = jax.sharding.get_abstract_mesh()
+    if kernel not in ("auto", "cudnn") or shards_of("time", mesh) > 1:
+        return None
+    if kernels.why_not(
+        "cudnn",
+        mesh.abstract_device,
+        seq_len=t,
+        shards=1,
+        d_head=d_head,
+        dtype=dtype,
+    ) or not kernels.takes_lengths(jax.local_devices()[0]):
+        return None
+    begins_BT = segments_BT[:, 1:] != segments_BT[:, :-1]
+    return 1 + jnp.max(jnp.sum(begins_BT, axis=1)) <= kernels.most_documents(t)
 
 
 def check_attention(cfg: Config, mesh: jax.sharding.Mesh) -> None:

@@ -15,6 +15,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+# The one way to tell cuDNN where documents begin; `jax.nn` has no argument for it.
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental.pallas.ops.tpu import splash_attention as splash_lib
 
 from mtp_jax.config import Attention
@@ -22,6 +25,10 @@ from mtp_jax.parallel import zigzag
 
 # What a kernel keeps for its backward pass goes by this name in checkpoint policies.
 KEPT = "attention"
+
+# cuDNN's time grows with the number of documents that a row may have, so that with more
+# than one to so many positions a mask is faster.
+_POSITIONS_PER_DOCUMENT = 128
 
 _LANES = 128  # of a TPU's vector registers: splash takes positions by so many
 
@@ -160,7 +167,8 @@ def cudnn(
     """Causal attention within documents by cuDNN's flash kernel, for NVIDIA GPUs.
 
     The documents are a mask [B, 1, T, S] in the dtype of the queries, the only form in
-    which cuDNN takes them on every GPU; scores and weights are never stored.
+    which cuDNN takes any number of them, on every GPU; scores and weights are never
+    stored.
 
     Returns:
       [B, T, H, K], in the dtype of the queries.
@@ -179,6 +187,70 @@ def cudnn(
         is_causal=whole,
         implementation="cudnn",
     )
+
+
+def cudnn_of_few(
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    segments_BT: jax.Array,
+    part: jax.Array | int,
+) -> jax.Array:
+    """As `cudnn`, for whole rows of at most `most_documents` on GPUs since Hopper.
+
+    cuDNN is told where documents begin, and computes nothing between two of them.
+
+    Returns:
+      [B, T, H, K], in the dtype of the queries.
+    """
+    length_BM, offset_BM1 = document_lengths(segments_BT)
+    return fused_attention_stablehlo.dot_product_attention(
+        q_BTHK,
+        k_BTGK,
+        v_BTGK,
+        q_seqlen=length_BM,
+        kv_seqlen=length_BM,
+        q_offsets=offset_BM1,
+        kv_offsets=offset_BM1,
+        scale=q_BTHK.shape[-1] ** -0.5,
+        mask_type=fused_attention_stablehlo.MaskType.PADDING_CAUSAL,
+    )
+
+
+def most_documents(seq_len: int) -> int:
+    """The number of documents in a row that `cudnn_of_few` takes at most."""
+    return max(2, seq_len // _POSITIONS_PER_DOCUMENT)
+
+
+def takes_lengths(device: jax.Device) -> bool:
+    """Returns True if `cudnn_of_few` runs on a GPU."""
+    capability = getattr(device, "compute_capability", None)
+    return capability is not None and float(capability) >= 9.0
+
+
+def document_lengths(segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The documents of rows as cuDNN takes them, with M = `most_documents`.
+
+    Args:
+      segments_BT: number of the document of each position.
+
+    Returns:
+      Length of each document [B, M], and where it begins [B, M + 1], int32; -1 where
+      there is none.
+    """
+    t = segments_BT.shape[1]
+    m = most_documents(t)
+    begins_BT = jnp.pad(
+        segments_BT[:, 1:] != segments_BT[:, :-1],
+        ((0, 0), (1, 0)),
+        constant_values=True,
+    )
+    begin_BM1 = jax.vmap(
+        lambda begins_T: jnp.nonzero(begins_T, size=m + 1, fill_value=-1)[0]
+    )(begins_BT)
+    end_BM = jnp.where(begin_BM1[:, 1:] < 0, t, begin_BM1[:, 1:])
+    length_BM = jnp.where(begin_BM1[:, :-1] < 0, -1, end_BM - begin_BM1[:, :-1])
+    return length_BM.astype(jnp.int32), begin_BM1.astype(jnp.int32)
 
 
 def causal_mask(segments_BS: jax.Array, t: int, part: jax.Array | int) -> jax.Array:

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from mtp_jax.config import ModelConfig, Remat
+from mtp_jax.config import ModelConfig, Remat, ScanLayers
 from mtp_jax.model.block import Attend, Block
 from mtp_jax.model.heads import kind_of
 from mtp_jax.model.heads.walk import Parts, Weights
-from mtp_jax.model.layers import embed, rope_angles, stack, weight
+from mtp_jax.model.layers import embed, rope_angles, stack, unstack, weight
 
 # Of the Markov bias, whose entries begin with a deviation of 0.02.
 _BIAS_FAN_IN = 2500
@@ -100,6 +100,7 @@ def run_trunk(
     angles_BTk: jax.Array,
     attend: Attend,
     remat: Remat = "full",
+    scan_layers: ScanLayers = "yes",
 ) -> jax.Array:
     """Trunk output [B, T, D] of embeddings x_BTD, for training and evaluation.
 
@@ -127,9 +128,23 @@ def run_trunk(
             offload_dst="pinned_host",
         ),
     }[remat]
+    scan = _scans(scan_layers)
     # prevent_cse keeps the compiler from undoing it; inside a scan it cannot anyway.
-    layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
-    return jax.lax.scan(layer, x_BTD, model.trunk)[0]
+    again = remat != "none"
+    layer = jax.checkpoint(layer, policy=policy, prevent_cse=again and not scan)
+    if scan:
+        return jax.lax.scan(layer, x_BTD, model.trunk)[0]
+    for block in unstack(model.trunk):
+        x_BTD, _ = layer(x_BTD, block)
+    return x_BTD
+
+
+def _scans(scan_layers: ScanLayers) -> bool:
+    """Returns True for a loop over layers, on the devices of the mesh in force."""
+    if scan_layers != "auto":
+        return scan_layers == "yes"
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is None or device.platform not in ("gpu", "cuda")
 
 
 def keep_heads(

@@ -158,6 +158,20 @@ class MLP(nnx.Module):
         )
 
 
+def unstack(stacked: M) -> list[M]:
+    """The modules of a stack, one by one.
+
+    Their gradients are joined once, however many there are.
+    """
+    leaves, treedef = jax.tree.flatten(stacked)
+    count = len(leaves[0])
+    split = [lax.split(leaf, (1,) * count) for leaf in leaves]
+    return [
+        jax.tree.unflatten(treedef, [lax.squeeze(parts[i], (0,)) for parts in split])
+        for i in range(count)
+    ]
+
+
 def project(equation: str, x: jax.Array, w: nnx.Param, out: PartitionSpec) -> jax.Array:
     """einsum of activations with a weight cast to their dtype, laid out as `out`."""
     value: jax.Array | Projects = w.get_value()

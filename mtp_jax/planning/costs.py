@@ -8,7 +8,14 @@ import jax
 from mtp_jax.config import Config, ModelConfig
 from mtp_jax.errors import UserError
 from mtp_jax.model import flops
+from mtp_jax.model.heads import kind_of
 from mtp_jax.model.heads.base import layer_entries
+from mtp_jax.model.sizes import (
+    drafting_entries,
+    equal_models,
+    first_entries,
+    sizes_of,
+)
 from mtp_jax.parallel import chips
 from mtp_jax.parallel.sharding import make_mesh
 from mtp_jax.planning.aot import Compiled
@@ -75,7 +82,16 @@ def describe(
         "bound_by": bound_by,
         "tokens_per_s_per_chip": positions / times[bound_by] / chip_count,
         "breakeven_accept_length": breakeven(cfg.model),
+        **_sizes(cfg),
     }
+
+
+def _sizes(cfg: Config) -> Row:
+    """Parameters by part, and the layers of models of one head that equal this one."""
+    sizes = sizes_of(cfg.model)
+    parts = {f"params_{k}": v for k, v in dataclasses.asdict(sizes).items()}
+    equal = dataclasses.asdict(equal_models(cfg, sizes))
+    return parts | {f"layers_of_equal_{name}": x for name, x in equal.items()}
 
 
 def figures_of(topology: str, devices: list[jax.Device]) -> chips.Chip:
@@ -103,7 +119,8 @@ def hbm_traffic(cfg: Config, compiled: Compiled, tensor: int) -> float:
     if cfg.compute.remat in ("full", "offload"):
         read += cfg.model.num_trunk_layers * layer_entries(cfg.model)
     if cfg.compute.head_loss == "remat":
-        read += cfg.model.n_future_tokens * layer_entries(cfg.model)
+        heads = cfg.model.heads.runs(cfg.model.n_future_tokens)
+        read += heads * kind_of(cfg.model).entries(cfg.model)
     weights = read * _ITEMSIZE[cfg.model.compute_dtype] / tensor
     return 2 * compiled.argument_bytes + cfg.train.accumulation * weights
 
@@ -136,9 +153,7 @@ def breakeven(cfg: ModelConfig) -> float:
     Decoding of few sequences waits for memory: a pass takes the time of reading its
     weights. A plain pass reads the trunk, head 1 and the unembedding; a blockwise pass
     the other heads too, and the unembedding once more, as they draft when head 1 has
-    verified. (Caches and the one row of the embedding are left out.)
+    verified. (Caches and the one row of the embedding are left out; heads of other
+    kinds as `drafting_entries` counts them.)
     """
-    layer, unembedding = layer_entries(cfg), cfg.vocab_size * cfg.d_model
-    plain = (cfg.num_trunk_layers + 1) * layer + unembedding
-    drafts = cfg.n_future_tokens - 1
-    return (plain + drafts * layer + (unembedding if drafts else 0)) / plain
+    return drafting_entries(cfg) / first_entries(cfg)

@@ -26,7 +26,11 @@ for each topology and number of heads, has the keys:
   the price that was given, null without one;
 - overhead_vs_n1: step_s to that of n = 1, minus 1;
 - breakeven_accept_length: accepted tokens a pass from which blockwise decoding with all
-  heads is faster than plain decoding (`breakeven`).
+  heads is faster than plain decoding (`breakeven`);
+- params_trunk, params_heads, params_tables: the parameters by part;
+  layers_of_equal_params, _training and _drafting: of a model of one head that has as
+  many, as costly a step, or as many weights to read as a drafting pass has
+  (`sizes.equal_models`).
 """
 
 import dataclasses

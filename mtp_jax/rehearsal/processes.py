@@ -122,7 +122,7 @@ class HostGroup:
 
 def _is_ours(line: str) -> bool:
     """True for a line of the program, not of a library's log nor of a traceback."""
-    return line.startswith(("mtp-jax:", "mtp_jax:", "told to stop", "done:"))
+    return line.startswith(("mtp-jax:", "told to stop", "done:"))
 
 
 def _free_port() -> int:

@@ -5,6 +5,7 @@ one after another; after each of them the run must go on from the right checkpoi
 its batches must be those of a run that nothing ever interrupted.
 """
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -13,10 +14,10 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from mtp_jax.config import Config, as_tree
-from mtp_jax.errors import UserError
+from mtp_jax.errors import UserError, counted
 from mtp_jax.rehearsal.corpora import corpora_for
 from mtp_jax.rehearsal.faults import FAULTS, Fault, Outcome, host_counts
 from mtp_jax.rehearsal.scale import differences, scale_down
@@ -104,14 +105,32 @@ def rehearse(
     if devices_per_host < 1 or (faults is not None and faults < 1):
         raise UserError("devices_per_host and faults are whole numbers above 0.")
     script = _script(only, faults, seed)
-    folder = _folder(workdir)
+    with _folder(workdir) as folder:
+        result = _rehearsed(
+            config, hosts, devices_per_host, script, seed, folder, report
+        )
+    if result.held and workdir is None:
+        shutil.rmtree(folder)
+    return result
+
+
+def _rehearsed(
+    config: Config,
+    hosts: int,
+    devices_per_host: int,
+    script: Sequence[Fault],
+    seed: int,
+    folder: pathlib.Path,
+    report: Report,
+) -> Rehearsal:
+    """Trains in a folder and injects the faults of a script."""
     sources, vocab_size = corpora_for(config, folder, report)
     counts = [n * devices_per_host for n in host_counts(hosts)]
     cfg = _with_times(scale_down(config, sources, vocab_size, counts))
     for line in differences(config, cfg):
         report(f"scaled  {line}")
     config_file = _write_config(cfg, folder)
-    report(f"{len(script)} faults, {hosts} hosts, in {folder}")
+    report(f"{counted(len(script), 'fault')}, {hosts} hosts, in {folder}")
     storm = Storm(cfg, config_file, folder, hosts, devices_per_host, seed)
     rows: list[FaultResult] = []
     reference: list[str] = []
@@ -127,10 +146,7 @@ def rehearse(
     finally:
         storm.close()
     seconds = time.monotonic() - began
-    result = Rehearsal(tuple(rows), tuple(reference), folder, seconds, broken)
-    if result.held and workdir is None:
-        shutil.rmtree(folder)
-    return result
+    return Rehearsal(tuple(rows), tuple(reference), folder, seconds, broken)
 
 
 def _script(only: Sequence[str], count: int | None, seed: int) -> list[Fault]:
@@ -149,9 +165,17 @@ def _script(only: Sequence[str], count: int | None, seed: int) -> list[Fault]:
     return script[: count or len(chosen)]
 
 
-def _folder(workdir: str | os.PathLike[str] | None) -> pathlib.Path:
+@contextlib.contextmanager
+def _folder(workdir: str | os.PathLike[str] | None) -> Iterator[pathlib.Path]:
+    """The folder of a rehearsal; a temporary one goes if nothing comes of it."""
     if workdir is None:
-        return pathlib.Path(tempfile.mkdtemp(prefix="mtp-rehearse-"))
+        folder = pathlib.Path(tempfile.mkdtemp(prefix="mtp-rehearse-"))
+        try:
+            yield folder
+        except (KeyboardInterrupt, UserError):
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return
     folder = pathlib.Path(workdir).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--workdir={workdir} is not an empty folder; give another.")
@@ -161,7 +185,7 @@ def _folder(workdir: str | os.PathLike[str] | None) -> pathlib.Path:
         raise UserError(
             f"--workdir={workdir} cannot be written: {error.strerror}."
         ) from None
-    return folder
+    yield folder
 
 
 def _with_times(cfg: Config) -> Config:

@@ -37,6 +37,16 @@ class Comparison:
         return compared and self.equal != len(self.results)
 
     @property
+    def kind(self) -> str:
+        """Returns exact, or less the share of tokens that are not the exact choice."""
+        if not self.lossy:
+            return "exact"
+        share = 100 * self.deviations / self.figures.tokens
+        if self.deviations and share < 0.1:
+            return "-<0.1%"
+        return f"-{share:.1f}%" if self.deviations else "0.0%"
+
+    @property
     def deviations(self) -> int:
         """Tokens that are not the exact choice; 0 for exact decoders."""
         return sum(r.deviations or 0 for r in self.results)
@@ -124,7 +134,7 @@ def line(name: str, found: Comparison | str, names: Mapping[str, Any]) -> str:
     equal = "-" if found.equal is None else f"{found.equal} of {len(found.results)}"
     return _ROW.format(
         name,
-        f"-{100 * found.deviations / figures.tokens:.1f}%" if found.lossy else "exact",
+        found.kind,
         figures.forwards,
         f"{figures.tokens_per_forward:.2f}",
         f"{figures.tokens_per_s:.1f}",

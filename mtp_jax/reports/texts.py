@@ -6,12 +6,14 @@ from typing import Any
 from mtp_jax.decode.generation import Generation, totals
 from mtp_jax.decode.generator import Generator
 from mtp_jax.decode.prompt_list import as_prompts
+from mtp_jax.errors import counted
 
 
 def ending(result: Generation) -> str:
     """One line on how a continuation came about and why it ended."""
     return (
-        f"[{len(result.tokens)} tokens, {result.forwards} forward passes, "
+        f"[{counted(len(result.tokens), 'token')}, "
+        f"{counted(result.forwards, 'forward pass')}, "
         f"{result.tokens_per_forward:.2f} tokens a pass, ended by {result.finish}]"
     )
 
@@ -20,7 +22,8 @@ def summary(decoder: str, results: Sequence[Generation]) -> str:
     """One line on the work and the speed of at least one continuation."""
     figures = totals(results)
     return (
-        f"{decoder}: {len(results)} texts, {figures.forwards} forward passes, "
+        f"{decoder}: {counted(len(results), 'text')}, "
+        f"{counted(figures.forwards, 'forward pass')}, "
         f"{figures.tokens_per_forward:.2f} tokens a pass, "
         f"{figures.tokens_per_s:.0f} tokens/s"
     )

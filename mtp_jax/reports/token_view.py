@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from mtp_jax.data.tokenizer import Tokenizer
 from mtp_jax.decode.generation import Generation, totals
 from mtp_jax.decode.text_stream import Continuation, token_texts
+from mtp_jax.errors import counted
 from mtp_jax.reports.printable import printable
 
 _BACK = "\x1b[0m"
@@ -106,8 +107,8 @@ def _legend(results: Sequence[Generation], heads: int) -> str:
     for head in range(1, heads + 1):
         count = counts.get(head, 0)
         items.append(
-            f'<li><span class="t h{head}">head {head}</span> {count} tokens, '
-            f"{100 * count / total:.1f}%</li>"
+            f'<li><span class="t h{head}">head {head}</span> '
+            f"{counted(count, 'token')}, {100 * count / total:.1f}%</li>"
         )
     return "\n".join(items)
 
@@ -125,14 +126,15 @@ def _figures(results: Sequence[Generation]) -> str:
     ]
     deviations = [r.deviations for r in results if r.deviations is not None]
     if deviations:
-        figures.append(("not the exact choice", f"{sum(deviations)} tokens"))
+        figures.append(("not the exact choice", counted(sum(deviations), "token")))
     return "\n".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in figures)
 
 
 def _article(result: Generation, tokenizer: Tokenizer, number: int) -> str:
     accepted = " ".join(f"{share:.2f}" for share in result.accepted_by_head)
     note = (
-        f"{len(result.tokens)} tokens, {result.forwards} forward passes, "
+        f"{counted(len(result.tokens), 'token')}, "
+        f"{counted(result.forwards, 'forward pass')}, "
         f"{result.tokens_per_forward:.2f} tokens a pass, ended by {result.finish}"
     ) + (f"; drafts right by head, from head 2 on: {accepted}" if accepted else "")
     parts, last = [], -1

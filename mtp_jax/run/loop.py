@@ -12,7 +12,8 @@ from mtp_jax.config import Config
 from mtp_jax.data.batches import train_batches
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.distributed import hosts
-from mtp_jax.errors import RunFailed
+from mtp_jax.errors import RunFailed, counted
+from mtp_jax.model.sizes import part_sizes, told
 from mtp_jax.parallel.to_devices import batch_sharding, place_rows, rows_of_process
 from mtp_jax.run.evaluation import HeldoutEvaluation
 from mtp_jax.run.goodput import Goodput
@@ -22,7 +23,7 @@ from mtp_jax.run.profiler import Profiler
 from mtp_jax.run.run_file import RunFile
 from mtp_jax.run.run_log import RunLog
 from mtp_jax.run.saver import Saver
-from mtp_jax.run.screen import Screen
+from mtp_jax.run.screen import COMMAND, Screen
 from mtp_jax.run.start import Start, compile_on_all, open_local, restore_or_init
 from mtp_jax.run.step_log import StepLog
 from mtp_jax.training.train_step import Batch, make_step
@@ -65,6 +66,7 @@ def run(
     log = RunLog(workdir, start.step, cfg.log.tensorboard, screen)
     try:
         log.say(_opening(cfg, start, workdir))
+        log.say(told(cfg, part_sizes(cfg.model, start.state.params)))
         for line in changes(history, cfg, corpora, start.step):
             log.say(f"changed: {line}")
         evaluation = HeldoutEvaluation(cfg, mesh, corpora, log=log, goodput=goodput)
@@ -160,12 +162,14 @@ def _placed_batches(
 
 def _opening(cfg: Config, start: Start, workdir: epath.Path) -> str:
     """The first line of a run for people."""
-    size = sum(x.size for x in jax.tree.leaves(start.state.params))
     model = cfg.model
+    sizes = part_sizes(model, start.state.params)
     begun = f"continues after step {start.step}" if start.step else "begins"
     return (
-        f"{workdir} {begun}: {size / 1e6:.2f} M parameters, {model.num_trunk_layers} "
-        f"trunk layers, {model.n_future_tokens} heads, {jax.device_count()} devices, "
+        f"{workdir} {begun}: {sizes.total / 1e6:.2f} M parameters, "
+        f"{counted(model.num_trunk_layers, 'trunk layer')}, "
+        f"{counted(model.n_future_tokens, 'head')}, "
+        f"{counted(jax.device_count(), 'device')}, "
         f"{cfg.data.batch_size} x {cfg.data.seq_len} positions a step"
     )
 
@@ -180,9 +184,9 @@ def _ending(
     lines = [f"done: step {done}, in {workdir}"]
     if any(len(corpus.documents("heldout")) for corpus in corpora):
         lines += [
-            f"next: python -m mtp_jax evaluate {where}",
-            f"next: python -m mtp_jax generate {where} --heldout=2",
+            f"{COMMAND}python -m mtp_jax evaluate {where}",
+            f"{COMMAND}python -m mtp_jax generate {where} --heldout=2",
         ]
     else:
-        lines.append(f"next: python -m mtp_jax generate {where} --prompt=TEXT")
+        lines.append(f"{COMMAND}python -m mtp_jax generate {where} --prompt=TEXT")
     return lines

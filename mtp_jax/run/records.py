@@ -9,6 +9,7 @@ import numpy as np
 from mtp_jax.config import Config
 from mtp_jax.config.optim import GROUPS
 from mtp_jax.data.packing import format_hash
+from mtp_jax.errors import counted
 from mtp_jax.model.flops import train_flops_per_token
 from mtp_jax.parallel.chips import peak_flops
 from mtp_jax.run.screen import duration
@@ -157,7 +158,7 @@ def heldout_line(figures: dict[str, Any], step: int) -> str:
     n_batches = figures["batches"]
     return (
         f"held out at step {step}: {figures['bits_per_byte']:.4f} bits per byte of "
-        f"{n_batches} batch{'es' if n_batches > 1 else ''}, loss by head {heads}, "
+        f"{counted(n_batches, 'batch')}, loss by head {heads}, "
         f"heads agree {figures['accept']['length']:.2f} of {len(figures['heads'])}"
     )
 

@@ -83,7 +83,7 @@ class Saver:
                 self._local.save(step, state, about)
         except OSError as error:
             warn(
-                f"mtp_jax: no more local checkpoints: {error.strerror} in "
+                f"mtp-jax: no more local checkpoints: {error.strerror} in "
                 f"config.checkpoint.local_dir ({self._cfg.checkpoint.local_dir})"
             )
             self._local = None

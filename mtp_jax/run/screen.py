@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from mtp_jax.errors import say
 
+COMMAND = "next: "  # begins a line with a command to copy
 _DRAW_EVERY_S = 0.1
 _BAR = 30  # characters, at most
 # The kinds of `Goodput` that last; each step is too short to tell.
@@ -37,12 +38,14 @@ class Screen:
         self._bar = ""
         self._drawn = -_DRAW_EVERY_S
         self._begun: tuple[float, int] | None = None  # when, after which step
+        self._opened = False  # by a line of the run
         self.note = ""  # beside the bar
 
     def say(self, line: str) -> None:
         """Prints a line; on a terminal, as many as it takes there."""
         if not self._active:
             return
+        self._opened = True
         if self._has_bar:
             self._write(_CLEAR + fitted(line, _width()) + "\n" + self._bar)
         else:
@@ -55,7 +58,7 @@ class Screen:
             return
         if self._has_bar:
             self._show(text)
-        elif kind == "compile":
+        elif kind == "compile" and self._opened:  # before it, only small things are
             self.say(text)
 
     def progress(self, step: int, steps: int) -> None:
@@ -120,8 +123,12 @@ def progress_line(step: int, steps: int, left_s: float, note: str, width: int) -
 
 
 def fitted(line: str, width: int) -> str:
-    """The line cut at its double spaces, else at words, to fit; the rest indented."""
-    if len(line) < width:
+    """The line cut at its double spaces, else at words, to fit; the rest indented.
+
+    A command stays one line, so that it can be copied, and a quoted text keeps all its
+    spaces.
+    """
+    if len(line) < width or line.startswith(COMMAND):
         return line
     rows: list[str] = []
     is_a_text = "'" in line or '"' in line  # whose spaces are its own
@@ -131,7 +138,13 @@ def fitted(line: str, width: int) -> str:
         else:
             rows.append(f"  {part}" if rows else part)
     return "\n".join(
-        textwrap.fill(row, max(width - 1, 20), subsequent_indent="    ") for row in rows
+        textwrap.fill(
+            row,
+            max(width - 1, 20),
+            subsequent_indent="    ",
+            drop_whitespace=not is_a_text,
+        )
+        for row in rows
     )
 
 

@@ -101,7 +101,7 @@ def _restore(durable: Checkpoints, shapes: TrainState) -> Start:
             "command again, and it goes on from the checkpoint before"
         ) from error
     for other in damaged:
-        say(f"mtp_jax: moved it to {durable.set_aside(other)}")
+        say(f"mtp-jax: moved it to {durable.set_aside(other)}")
     metadata = durable.saved_metadata(step)
     seconds = metadata.get("seconds", {})
     return Start(state_from_items(items), step, _rows_consumed(metadata), seconds)

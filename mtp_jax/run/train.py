@@ -16,6 +16,7 @@ from mtp_jax.config import Config, ModelConfig, as_tree, config_from_json
 from mtp_jax.data.batches import open_sources
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.tokenizer import save_tokenizer
+from mtp_jax.data.workers import check_workers
 from mtp_jax.distributed import hosts
 from mtp_jax.distributed.cluster import ProcessInfo
 from mtp_jax.errors import UserError, disk_errors_told
@@ -64,6 +65,7 @@ def train(
 
 def _train(cfg: Config, name: str, cluster: ProcessInfo | None) -> None:
     workdir = workdir_at(name)
+    check_workers("config.data.workers", cfg.data.workers)
     _start_jax(cfg, cluster, workdir)
     mesh = make_mesh(cfg.mesh)
     check_divisible(cfg, mesh)

@@ -16,6 +16,7 @@ from mtp_jax.loss.batch_loss import batch_loss
 from mtp_jax.loss.metrics import HeadSums, no_sums, summarize
 from mtp_jax.loss.targets import extra_targets, target_counts
 from mtp_jax.loss.weights import StepWeights, at_step, weights_at
+from mtp_jax.model.attention import few_documents
 from mtp_jax.model.language_model import model_builder
 from mtp_jax.training.balance import factors, start_of_balance, updated
 from mtp_jax.training.groups import group_norms, together, trained, unless_waiting
@@ -117,10 +118,16 @@ def make_gradients(
     _, build = model_builder(cfg.model)
     n, loss, frozen = cfg.model.n_future_tokens, cfg.loss, cfg.optim.frozen
 
-    def loss_fn(learning, params, microbatch, weights, teacher):
-        model = build(together(learning, params))
-        other = None if teacher is None else build(teacher)
-        return batch_loss(model, microbatch, weights, loss, cfg.compute, other)
+    def gradient(few: bool):
+        """The gradient of a loss of rows with few documents, or any number of them."""
+
+        def loss_fn(learning, params, microbatch, weights, teacher):
+            model = build(together(learning, params))
+            other = None if teacher is None else build(teacher)
+            how = (loss, cfg.compute, few)
+            return batch_loss(model, microbatch, weights, *how, other)
+
+        return jax.value_and_grad(loss_fn, has_aux=True)
 
     def gradients(
         params: Any,
@@ -132,8 +139,18 @@ def make_gradients(
         learning = trained(params, frozen)
 
         def add_microbatch(total, microbatch):
-            grad = jax.value_and_grad(loss_fn, has_aux=True)
-            (value, sums), grads = grad(learning, params, microbatch, weights, teacher)
+            few = few_documents(
+                microbatch["segments"][:, :-n],
+                cfg.compute.attention,
+                cfg.model.d_head,
+                cfg.model.compute_dtype,
+            )
+            of = (learning, params, microbatch, weights, teacher)
+            (value, sums), grads = (
+                gradient(False)(*of)
+                if few is None
+                else jax.lax.cond(few, gradient(True), gradient(False), *of)
+            )
             return jax.tree.map(jnp.add, total, (value, sums, grads)), None
 
         # In float32 whatever the parameters are in: small terms are many.

@@ -229,7 +229,7 @@ class _Enumeration:
         width = decoder.width(len(params["heads"]))
         self._j = 4 * width + 8  # draws of a forward pass, at most
         self.rows = 0
-        more = slack(decoder, len(params["heads"]))
+        more = slack(programs.cfg, decoder, len(params["heads"]))
         room = bucket_size(len(prompt) + tokens + more, least=8)
         tokens_CP = np.tile(np.asarray(prompt, np.int32), (self._c, 1))
         length_C = np.full(self._c, len(prompt), np.int32)

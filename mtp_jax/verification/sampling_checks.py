@@ -13,13 +13,14 @@ _SAMPLE_BATCH = 256
 
 
 def sampling_checks(subject: Subject) -> Iterator[Check]:
-    """A check a decoder over texts of the first prompt, and a control.
+    """A check a decoder over texts of the most open prompt, and a control.
 
     The number of heads in use changes from pass to pass: it begins without the drafting
     ones, which then catch up.
     """
     settings, n = subject.settings, subject.exact_cfg.n_future_tokens
-    distribution = subject.right_distribution(0)
+    prompt = subject.open_prompts[0]
+    distribution = subject.right_distribution(prompt)
     most = settings.distribution_heads
     heads = n if most is None else min(n, most)
     depths: list[bool | tuple[int, ...]] = [(1, heads, heads)]
@@ -30,7 +31,7 @@ def sampling_checks(subject: Subject) -> Iterator[Check]:
     checks += [(name, decoder, False) for name, decoder in controls.items()]
     for name, decoder, adaptive in checks:
         results = subject.generator.generate(
-            [np.asarray(subject.prompts[0])] * settings.samples,
+            [np.asarray(subject.prompts[prompt])] * settings.samples,
             max_new_tokens=settings.distribution_tokens,
             decoder=decoder,
             sampling=subject.sampling,

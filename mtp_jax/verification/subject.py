@@ -1,6 +1,8 @@
 """The model that is verified, with its prompts, and the form of a check's result."""
 
 import dataclasses
+import functools
+import math
 
 import jax
 import numpy as np
@@ -83,11 +85,29 @@ class Subject:
 
     def right_distribution(self, number: int) -> Distribution:
         """Head 1's distribution of the first new tokens after a prompt."""
+        return self._distribution(number, self.sampling)
+
+    @functools.cached_property
+    def open_prompts(self) -> list[int]:
+        """Numbers of the prompts, that after which head 1 is least sure first.
+
+        Where it is sure, a wrong decoder writes the right texts, too, and samples prove
+        little. Told by the entropy of the new tokens, each of the two most likely ones.
+        """
+        two = dataclasses.replace(self.sampling, top_k=min(2, self.sampling.top_k))
+
+        def entropy(number: int) -> float:
+            probs = self._distribution(number, two).values()
+            return -sum(p * math.log(p) for p in probs if p > 0)
+
+        return sorted(range(len(self.prompts)), key=entropy, reverse=True)
+
+    def _distribution(self, number: int, sampling: Sampling) -> Distribution:
         with jax.set_mesh(self.mesh):
             return head_one_distribution(
                 self.next_logits,
                 self.ids(number),
                 self.settings.distribution_tokens,
-                self.sampling,
+                sampling,
                 self.tokenizer.eos_id,
             )

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 
 from mtp_jax.checkpoint.restore import Restored, as_restored
+from mtp_jax.config import ModelConfig
 from mtp_jax.decode.decoders.state import Decoder
 from mtp_jax.decode.fitting import fitting
 from mtp_jax.errors import UserError
@@ -44,7 +45,7 @@ def verify(
       UserError: a model of one head, no exact decoder, no such run or prompts; at once.
     """
     restored = as_restored(model)
-    chosen, _ = exact_decoders(restored.config.model.n_future_tokens, decoders)
+    chosen, _ = exact_decoders(restored.config.model, decoders)
     subject = Subject(restored, chosen, settings)
     return itertools.chain(
         greedy_checks(subject), distribution_checks(subject), sampling_checks(subject)
@@ -52,22 +53,22 @@ def verify(
 
 
 def exact_decoders(
-    heads: int, decoders: Mapping[str, Decoder] | None = None
+    cfg: ModelConfig, decoders: Mapping[str, Decoder] | None = None
 ) -> tuple[dict[str, Decoder], dict[str, str]]:
     """The decoders that `verify` runs, and why it leaves out the others, by name.
 
     Args:
-      heads: of the model.
+      cfg: of the model.
       decoders: those that are asked for; None for all that there are.
 
     Raises:
       UserError: a model of one head, or all that are asked for are lossy.
     """
-    if heads == 1:
+    if cfg.n_future_tokens == 1:
         raise UserError("there is one head, so nothing drafts: nothing to verify.")
     chosen, left_out = dict(decoders or {}), {}
     if not chosen:
-        fit = fitting(heads)
+        fit = fitting(cfg)
         left_out = {k: d for k, d in fit.items() if isinstance(d, str)}
         chosen = {k: d for k, d in fit.items() if not isinstance(d, str)}
     lossy = [name for name, decoder in chosen.items() if decoder.lossy]

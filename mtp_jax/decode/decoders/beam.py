@@ -25,14 +25,23 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from mtp_jax.decode.cache import Cache, chain, decode_head, decode_heads_at, keep_path
+from mtp_jax.decode.cache import Cache, chain, keep_path
 from mtp_jax.decode.decode_model import DecodeModel
 from mtp_jax.decode.decoders.beam_search import KEPT, Search, advance_beams
-from mtp_jax.decode.decoders.state import DecodeState, next_logits, option
+from mtp_jax.decode.decoders.state import (
+    DecodeState,
+    PromptEnd,
+    last_token,
+    next_logits,
+    option,
+)
 from mtp_jax.decode.decoders.token_tree import TokenTree, default_tree
-from mtp_jax.decode.decoders.tree import read_nodes
+from mtp_jax.decode.decoders.tree import layers_read, node_tokens, read_nodes
+from mtp_jax.decode.drafting import Anchor, Drafting
+from mtp_jax.decode.head_passes import at_all
 from mtp_jax.errors import UserError
 from mtp_jax.parallel.sharding import spec
 
@@ -42,7 +51,7 @@ from mtp_jax.parallel.sharding import spec
 class _Carry:
     """The search so far; values of a prompt are the same in all its rows."""
 
-    drafts_RMI: jax.Array  # candidates of the drafting heads
+    drafts_RW: jax.Array  # tokens of the nodes of the tree but the root
     start_R: jax.Array  # length of the prompt
     score_R: jax.Array  # sums of log probabilities; -inf: no beam
     ended_score_R: jax.Array  # of hypotheses, best first; -inf: none
@@ -72,6 +81,11 @@ class Beam:
                 raise UserError(f"{name} is {getattr(self, name)}; give a number.")
 
     @property
+    def at_once(self) -> bool:
+        """True if the choice asks all heads at once."""
+        return self.lookahead != 0
+
+    @property
     def rows(self) -> int:
         """Rows of the batch that a prompt takes."""
         return self.beams
@@ -85,7 +99,7 @@ class Beam:
         return len(default_tree(n - 1).paths)
 
     def begin(
-        self, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
+        self, model: DecodeModel, state: DecodeState, end: PromptEnd
     ) -> DecodeState:
         """Commits the first token of each beam, by the heads at the prompt's end."""
         if not state.sampling.greedy:
@@ -93,8 +107,9 @@ class Beam:
         start_R = state.length_B
         none_R = jnp.where(start_R < 0, 0.0, -jnp.inf)
         is_first_R = jnp.arange(start_R.shape[0]) % self.beams == 0
+        tree = _tree(len(model.heads), model.choices)
         carry = _Carry(
-            drafts_RMI=self._drafts(model, heads_BND[:, 1:]),
+            drafts_RW=jnp.zeros_like(start_R[:, None] + np.arange(1, len(tree.paths))),
             start_R=start_R,
             score_R=jnp.where(is_first_R, 0.0, none_R),
             ended_score_R=none_R,
@@ -102,49 +117,47 @@ class Beam:
             ended_RFE=jnp.zeros_like(_texts(state)),
         )
         state = dataclasses.replace(state, carry=carry)
-        logits_R1V = next_logits(model, state, heads_BND[:, :1])
-        others = [heads_BND[:, i : i + 1] for i in range(1, len(model.heads))]
+        logits_R1V = next_logits(model, state, end.hidden_B1D)
+        others: list[jax.Array] = []
+        if self.lookahead:
+            hidden_RMD = end.drafting(model, state).all_hidden()
+            others = [hidden_RMD[:, i : i + 1] for i in range(hidden_RMD.shape[1])]
         bonus_R1 = self._lookahead(model, others, start_R[:, None])
         root_R1 = start_R[:, None]  # any token will do: the root has no children
         top = self._continuations(model, logits_R1V)
-        return self._advance(state, top, bonus_R1, default_tree(0), root_R1)[0]
+        after = self._advance(state, top, bonus_R1, default_tree(0), root_R1)[0]
+        return self._drafted(after, end.drafting(model, after), tree)
 
     def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
         """Reads the trees, and advances the beams as far as they reach."""
         tree = _tree(depth, model.choices)
-        held = dataclasses.replace(state, carry=state.carry.drafts_RMI)
+        held = dataclasses.replace(state, carry=state.carry.drafts_RW)
         out = read_nodes(model, held, tree)
-        others, cache = [], out.cache
+        others: list[jax.Array] = []
+        cache = out.cache
         if self.lookahead:
-            for i in range(1, len(model.heads)):
-                head_RWD, cache = decode_head(model, i, out.trunk_BWD, out.new, cache)
-                others.append(head_RWD)
+            others, cache = at_all(model, out.source_BWX, out.new, cache)
         tokens_RW = out.new.tokens_BW
         bonus_RW = self._lookahead(model, others, tokens_RW)
         state = dataclasses.replace(state, cache=cache)
         top = self._continuations(model, out.logits_BWV)
         after, row_R, last_R = self._advance(state, top, bonus_RW, tree, tokens_RW)
 
-        def follow(row_K, last_K, trunk_KWD, tokens_KW):
+        def follow(row_K, last_K, source_KWX, tokens_KW):
             path_KP = jnp.asarray(tree.path_WP)[last_K]
-            trunk_KPD = trunk_KWD[row_K[:, None], path_KP]
+            source_KPX = source_KWX[row_K[:, None], path_KP]
             tokens_KP = tokens_KW[row_K[:, None], path_KP]
-            return path_KP, jnp.asarray(tree.depth_W)[last_K], trunk_KPD, tokens_KP
+            return path_KP, jnp.asarray(tree.depth_W)[last_K], source_KPX, tokens_KP
 
-        path_RP, accepted_R, trunk_RPD, tokens_RP = self._by_prompt(
-            follow, row_R, last_R, out.trunk_BWD, tokens_RW
+        path_RP, accepted_R, source_RPX, tokens_RP = self._by_prompt(
+            follow, row_R, last_R, out.source_BWX, tokens_RW
         )
-        used = len(model.trunk) + 1  # layers whose entries are those of the tree
-        k, v, start_R = after.cache.k_BGSK, after.cache.v_BGSK, out.new.start_B
-        kept = keep_path(Cache(k[:used], v[:used]), start_R, path_RP)
-        cache = Cache(kept.k_BGSK + k[used:], kept.v_BGSK + v[used:])
-        drafting, path = range(1, len(model.heads)), chain(tokens_RP, start_R)
-        others_RMD, cache = decode_heads_at(
-            model, drafting, trunk_RPD, path, accepted_R, cache
-        )
-        drafts_RMI = self._drafts(model, others_RMD)
-        carry = dataclasses.replace(after.carry, drafts_RMI=drafts_RMI)
-        return dataclasses.replace(after, cache=cache, carry=carry)
+        start_R = out.new.start_B
+        cache = keep_path(after.cache, layers_read(model), start_R, path_RP)
+        path = chain(tokens_RP, start_R)
+        anchor = Anchor(source_RPX, path, accepted_R, after.tokens_BE)
+        whole = _tree(len(model.heads), model.choices)
+        return self._drafted(after, Drafting(model, anchor, cache), whole)
 
     def finish(self, model: DecodeModel, state: DecodeState) -> DecodeState:
         """Reports the best hypothesis of each prompt; the best beam, if none ended."""
@@ -169,15 +182,13 @@ class Beam:
         kept = {name: text_BFE[:, f] for f, name in enumerate(KEPT)}
         return dataclasses.replace(state, **kept, length_B=length_B, done_B=done_B)
 
-    def _drafts(self, model: DecodeModel, heads_RMD: jax.Array) -> jax.Array:
-        """The most likely tokens of each drafting head, best first, [R, M, I]."""
-        ranks = _tree(len(model.heads), model.choices).ranks
-        whole = spec("batch", None, None)
-        if not heads_RMD.shape[1]:
-            shape = (heads_RMD.shape[0], 0, ranks)
-            return jnp.zeros(shape, jnp.int32, out_sharding=whole)
-        logits_RMV = jax.sharding.reshard(model.logits(heads_RMD), whole)
-        return jax.sharding.reshard(lax.top_k(logits_RMV, ranks)[1], whole)
+    def _drafted(
+        self, state: DecodeState, drafting: Drafting, tree: TokenTree
+    ) -> DecodeState:
+        """The state with the tokens of the next pass's trees."""
+        drafts_RW = node_tokens(drafting, tree, last_token(state))
+        carry = dataclasses.replace(state.carry, drafts_RW=drafts_RW)
+        return dataclasses.replace(state, cache=drafting.cache, carry=carry)
 
     def _lookahead(
         self, model: DecodeModel, others: list[jax.Array], like_RW: jax.Array
@@ -186,8 +197,8 @@ class Beam:
         bonus_RW = jnp.zeros_like(like_RW, jnp.float32)
         if not self.lookahead:
             return bonus_RW
-        for head_RWD in others:
-            logits_RWV = model.logits(head_RWD)
+        for i, head_RWD in enumerate(others, start=1):
+            logits_RWV = model.logits(head_RWD, i)
             log_p_RWV = jax.nn.log_softmax(logits_RWV, axis=-1)
             bonus_RW += self.lookahead * jnp.max(log_p_RWV, axis=-1)
         return bonus_RW
@@ -244,7 +255,7 @@ class Beam:
         score, text, row, last, ended_score, ended_length, ended, length, done = (
             self._by_prompt(
                 one,
-                dataclasses.replace(carry, drafts_RMI=jnp.zeros_like(forward_R)),
+                dataclasses.replace(carry, drafts_RW=jnp.zeros_like(forward_R)),
                 _texts(state),
                 state.length_B,
                 state.limit_B,
@@ -281,13 +292,13 @@ class Beam:
 
     def _reordered(self, cache: Cache, row_R: jax.Array) -> Cache:
         """The cache with the rows of each prompt in another order."""
-        store = spec("batch", "heads", None, None)
 
-        def take(x_KGSH, row_K):
-            return x_KGSH[row_K]
+        def take(x_KXSX, row_K):
+            return x_KXSX[row_K]
 
-        def move(x_RGSH):
-            return self._local(take, (store, spec("batch")), (x_RGSH, row_R), store)
+        def move(x_RXSX):
+            store = jax.typeof(x_RXSX).sharding.spec
+            return self._local(take, (store, spec("batch")), (x_RXSX, row_R), store)
 
         return jax.tree.map(move, cache)
 

@@ -19,9 +19,14 @@ import jax.numpy as jnp
 
 from mtp_jax.decode.decode_model import DecodeModel
 from mtp_jax.decode.decoders import passes
-from mtp_jax.decode.decoders.sampling import Sampler
-from mtp_jax.decode.decoders.state import DecodeState, choose, predict
-from mtp_jax.parallel.sharding import spec
+from mtp_jax.decode.decoders.sampling import Sampler, most_likely
+from mtp_jax.decode.decoders.state import (
+    DecodeState,
+    PromptEnd,
+    choose,
+    last_token,
+)
+from mtp_jax.decode.drafting import Drafting, make_drafts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +44,10 @@ class Blockwise:
         return n
 
     def begin(
-        self, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
+        self, model: DecodeModel, state: DecodeState, end: PromptEnd
     ) -> DecodeState:
         """Commits head 1's token at the prompt's end, and drafts with the others."""
-        return passes.begin(self, model, state, heads_BND)
+        return passes.begin(self, model, state, end)
 
     def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
         """Verifies drafts, commits the accepted ones and one more, and drafts again."""
@@ -58,13 +63,17 @@ class Blockwise:
         self,
         model: DecodeModel,
         state: DecodeState,
-        heads_BMD: jax.Array,
+        drafting: Drafting,
         sampler: Sampler,
     ) -> jax.Array:
         """The most likely token of each drafting head, int32 [B, M]."""
-        del state, sampler
-        # Indexing a batch of one row may forget that it is split like any other.
-        return jax.sharding.reshard(predict(model, heads_BMD), spec("batch", None))
+        del model, sampler
+
+        def best(logits_BMV, head):
+            del head
+            return most_likely(logits_BMV), None
+
+        return make_drafts(drafting, last_token(state), best)[0]
 
     def count_accepted(self, drafts_BM: jax.Array, chosen_BN: jax.Array) -> jax.Array:
         """The number of drafts before the first that head 1 did not choose, [B]."""

@@ -46,8 +46,6 @@ from jax import lax
 from mtp_jax.decode.cache import (
     at_slot,
     chain,
-    decode_head,
-    decode_heads_at,
     decode_trunk,
 )
 from mtp_jax.decode.decode_model import DecodeModel
@@ -60,12 +58,15 @@ from mtp_jax.decode.decoders.ngram_ratios import (
 from mtp_jax.decode.decoders.sampling import Sampler
 from mtp_jax.decode.decoders.state import (
     DecodeState,
+    PromptEnd,
     commit,
     head_probs,
     next_logits,
     option,
     target_probs,
 )
+from mtp_jax.decode.drafting import Anchor, Drafting
+from mtp_jax.decode.head_passes import read_first
 from mtp_jax.errors import UserError
 from mtp_jax.parallel.sharding import spec
 
@@ -92,6 +93,7 @@ class Dynamo:
     cells: int = option(16384, "most runs that are considered")
 
     lossy: ClassVar[bool] = True
+    at_once: ClassVar[bool] = True  # it needs the laws of all heads at once
     unverified: ClassVar[bool] = True  # the i-th token of a pass is head i's
 
     def __post_init__(self):
@@ -114,19 +116,22 @@ class Dynamo:
         return read_tables(self.counts, self.alpha, fingerprint, vocab_size)
 
     def begin(
-        self, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
+        self, model: DecodeModel, state: DecodeState, end: PromptEnd
     ) -> DecodeState:
         """Commits the first run, which the heads predict at the prompt's end."""
         sampler = Sampler(state.keys, state.length_B)
-        target_B1V = target_probs(state, next_logits(model, state, heads_BND[:, :1]))
-        return self._write(model, state, target_B1V[:, 0], heads_BND, sampler)
+        target_B1V = target_probs(state, next_logits(model, state, end.hidden_B1D))
+        drafting = end.drafting(model, state)
+        logits_BNV = _all_logits(model, end.hidden_B1D, drafting)
+        state = dataclasses.replace(state, cache=drafting.cache)
+        return self._write(model, state, target_B1V[:, 0], logits_BNV, sampler)
 
     def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
         """Reads the last run, and commits one of up to `depth` tokens."""
         sampler = Sampler(state.keys, state.length_B)
-        state, target_BNV, heads_BND = _read(model, state, sampler)
+        state, target_BNV, logits_BNV = _read(model, state, sampler)
         target_BV = at_slot(target_BNV, state.carry.count_B - 1)
-        return self._write(model, state, target_BV, heads_BND[:, :depth], sampler)
+        return self._write(model, state, target_BV, logits_BNV[:, :depth], sampler)
 
     def finish(self, model: DecodeModel, state: DecodeState) -> DecodeState:
         """Returns the state with the deviations of the last run marked too."""
@@ -137,18 +142,18 @@ class Dynamo:
         model: DecodeModel,
         state: DecodeState,
         target_BV: jax.Array,
-        heads_BND: jax.Array,
+        logits_BNV: jax.Array,
         sampler: Sampler,
     ) -> DecodeState:
-        """Draws a run from the heads' outputs, and commits it."""
-        probs_BNV = head_probs(model, state, heads_BND)
+        """Draws a run from the heads' logits, and commits it."""
+        probs_BNV = head_probs(state, logits_BNV)
         weight_BX, level_B, ids_BNK = self._weigh(model, state, target_BV, probs_BNV)
         if state.sampling.greedy:
             index_B = jnp.argmax(weight_BX, axis=-1).astype(jnp.int32)
         else:
             index_B = sampler.sample(weight_BX[:, None])[:, 0]
         n = len(model.heads)
-        counts = self._counts(model.choices, heads_BND.shape[1])
+        counts = self._counts(model.choices, logits_BNV.shape[1])
         tokens_BN, q_BN = _tokens(n, counts, weight_BX, level_B, ids_BNK, index_B)
         if state.sampling.greedy:
             q_BN = jnp.ones_like(q_BN)
@@ -278,18 +283,19 @@ def _read(
     """Reads the unread tokens and marks which of them deviate.
 
     Returns the state, head 1's distribution after each token, [B, N, V], and all heads'
-    outputs at the last, [B, N, D].
+    logits at the last, [B, N, V].
     """
     unread, n = state.carry, len(model.heads)
     start_B = state.length_B - unread.count_B
     tokens_BN = jnp.stack([at_slot(state.tokens_BE, start_B + i) for i in range(n)], 1)
     new = chain(tokens_BN, start_B)
     trunk_BND, cache = decode_trunk(model, new, state.cache)
-    head_BND, cache = decode_head(model, 0, trunk_BND, new, cache)
+    head_BND, source_BNX, cache = read_first(model, trunk_BND, new, cache)
     last_B = unread.count_B - 1
-    others_BMD, cache = decode_heads_at(
-        model, range(1, n), trunk_BND, new, last_B, cache
-    )
+    anchor = Anchor(source_BNX, new, last_B, state.tokens_BE)
+    drafting = Drafting(model, anchor, cache)
+    last_B1D = at_slot(head_BND, last_B)[:, None]
+    logits_BNV = _all_logits(model, last_B1D, drafting)
     before = dataclasses.replace(state, seen_BV=unread.seen_BV)
     target_BNV = target_probs(state, next_logits(model, before, head_BND, new))
 
@@ -303,9 +309,16 @@ def _read(
     mark_BE = jnp.any(here_BEM & deviates_BM[:, None], axis=2).astype(jnp.int32)
     assert state.deviated_BE is not None, "the decoder is lossy"
     deviated_BE = jnp.maximum(state.deviated_BE, mark_BE)
-    heads_BND = jnp.concatenate([at_slot(head_BND, last_B)[:, None], others_BMD], 1)
-    state = dataclasses.replace(state, cache=cache, deviated_BE=deviated_BE)
-    return state, target_BNV, heads_BND
+    state = dataclasses.replace(state, cache=drafting.cache, deviated_BE=deviated_BE)
+    return state, target_BNV, logits_BNV
+
+
+def _all_logits(
+    model: DecodeModel, hidden_B1D: jax.Array, drafting: Drafting
+) -> jax.Array:
+    """Logits of all heads, float32 [B, N, V], head 1's from its normed output."""
+    hidden_BND = jnp.concatenate([hidden_B1D, drafting.all_hidden()], axis=1)
+    return model.logits(hidden_BND, range(len(model.heads)))
 
 
 def _tokens(n, counts, weight_BX, level_B, ids_BNK, index_B):

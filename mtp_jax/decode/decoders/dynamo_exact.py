@@ -26,7 +26,14 @@ from mtp_jax.decode.decoders.ngram_ratios import (
 )
 from mtp_jax.decode.decoders.sampling import Sampler
 from mtp_jax.decode.decoders.speculative import Drafts, choose_from
-from mtp_jax.decode.decoders.state import DecodeState, head_probs, option
+from mtp_jax.decode.decoders.state import (
+    DecodeState,
+    PromptEnd,
+    head_probs,
+    last_token,
+    option,
+)
+from mtp_jax.decode.drafting import Drafting, make_drafts
 from mtp_jax.parallel.sharding import spec
 
 
@@ -56,10 +63,10 @@ class DynamoExact:
         return read_tables(self.counts, self.alpha, fingerprint, vocab_size)
 
     def begin(
-        self, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
+        self, model: DecodeModel, state: DecodeState, end: PromptEnd
     ) -> DecodeState:
         """Commits head 1's token at the prompt's end, and drafts with the others."""
-        return passes.begin(self, model, state, heads_BND)
+        return passes.begin(self, model, state, end)
 
     def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
         """Verifies drafts, commits the accepted ones and one more, and drafts again."""
@@ -69,26 +76,28 @@ class DynamoExact:
         self,
         model: DecodeModel,
         state: DecodeState,
-        heads_BMD: jax.Array,
+        drafting: Drafting,
         sampler: Sampler,
     ) -> Drafts:
         """Draws a token of each drafting head, given those before it."""
-        probs_BMV = head_probs(model, state, heads_BMD)
-        before_B, last_B = (
-            at_slot(state.tokens_BE, state.length_B - i) for i in (2, 1)
-        )
-        tokens, distributions = [], []
-        for i in range(probs_BMV.shape[1]):
-            q_BV = self._corrected(model, before_B, last_B, probs_BMV[:, i])
-            if state.sampling.greedy:
-                q_BV = jax.nn.one_hot(jnp.argmax(q_BV, axis=-1), q_BV.shape[-1])
-            before_B, last_B = last_B, choose_from(q_BV[:, None], state, sampler)[:, 0]
-            tokens.append(last_B)
-            distributions.append(q_BV)
-        if not tokens:
-            return Drafts(state.tokens_BE[:, :0], probs_BMV)
-        token_BM = jax.sharding.reshard(jnp.stack(tokens, 1), spec("batch", None))
-        return Drafts(token_BM, jnp.stack(distributions, axis=1))
+        before = [at_slot(state.tokens_BE, state.length_B - i) for i in (2, 1)]
+
+        def draw(logits_BMV, head):
+            del head
+            probs_BMV = head_probs(state, logits_BMV)
+            distributions = []
+            for i in range(probs_BMV.shape[1]):
+                q_BV = self._corrected(model, before[-2], before[-1], probs_BMV[:, i])
+                if state.sampling.greedy:
+                    q_BV = jax.nn.one_hot(jnp.argmax(q_BV, axis=-1), q_BV.shape[-1])
+                before.append(choose_from(q_BV[:, None], state, sampler)[:, 0])
+                distributions.append(q_BV)
+            if not distributions:
+                return state.tokens_BE[:, :0], probs_BMV
+            made = before[-len(distributions) :]
+            return jnp.stack(made, 1), jnp.stack(distributions, axis=1)
+
+        return Drafts(*make_drafts(drafting, last_token(state), draw))
 
     def accept(
         self, p_BNV: jax.Array, q_BMV: jax.Array, drafts_BM: jax.Array, sampler: Sampler

@@ -14,8 +14,6 @@ from mtp_jax.decode.cache import (
     Cache,
     NewTokens,
     chain,
-    decode_head,
-    decode_heads_at,
     decode_trunk,
 )
 from mtp_jax.decode.decode_model import DecodeModel
@@ -23,11 +21,14 @@ from mtp_jax.decode.decoders.sampling import Sampler
 from mtp_jax.decode.decoders.state import (
     DecodeState,
     Drafter,
+    PromptEnd,
     choose,
     commit,
     last_token,
     next_logits,
 )
+from mtp_jax.decode.drafting import Anchor, Drafting
+from mtp_jax.decode.head_passes import read_first
 
 # From head 1's penalized logits after each token that was read, [B, N, V]: the tokens
 # to commit, [B, N], and how many drafts are among them, [B].
@@ -36,10 +37,10 @@ Verify = Callable[[jax.Array, Sampler], tuple[jax.Array, jax.Array]]
 
 @dataclasses.dataclass(frozen=True)
 class PassOutput:
-    """The output of the trunk and of head 1 for new tokens."""
+    """The output of head 1 for new tokens, and what the other heads read."""
 
     new: NewTokens
-    trunk_BWD: jax.Array
+    source_BWX: jax.Array
     logits_BWV: jax.Array  # of head 1, penalized
     cache: Cache
 
@@ -52,8 +53,8 @@ def read(model: DecodeModel, state: DecodeState, tokens_BW: jax.Array) -> PassOu
 def read_new(model: DecodeModel, state: DecodeState, new: NewTokens) -> PassOutput:
     """Runs the trunk and head 1 over new tokens, a chain or a tree."""
     trunk_BWD, cache = decode_trunk(model, new, state.cache)
-    head_BWD, cache = decode_head(model, 0, trunk_BWD, new, cache)
-    return PassOutput(new, trunk_BWD, next_logits(model, state, head_BWD, new), cache)
+    head_BWD, source_BWX, cache = read_first(model, trunk_BWD, new, cache)
+    return PassOutput(new, source_BWX, next_logits(model, state, head_BWD, new), cache)
 
 
 def write_one(state: DecodeState, logits_B1V: jax.Array) -> DecodeState:
@@ -65,14 +66,28 @@ def write_one(state: DecodeState, logits_B1V: jax.Array) -> DecodeState:
 
 
 def begin(
-    decoder: Drafter, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
+    decoder: Drafter, model: DecodeModel, state: DecodeState, end: PromptEnd
 ) -> DecodeState:
     """Commits head 1's token at the prompt's end, and has the other heads draft on."""
     sampler = Sampler(state.keys, state.length_B)
-    next_B1 = choose(state, next_logits(model, state, heads_BND[:, :1]), sampler)
+    next_B1 = choose(state, next_logits(model, state, end.hidden_B1D), sampler)
     state = _commit_one(state, next_B1)
-    drafts = decoder.draft(model, state, heads_BND[:, 1:], sampler)
-    return dataclasses.replace(state, carry=drafts, keys=sampler.next_keys())
+    drafting = end.drafting(model, state)
+    return drafted(decoder, model, state, drafting, sampler)
+
+
+def drafted(
+    decoder: Drafter,
+    model: DecodeModel,
+    state: DecodeState,
+    drafting: Drafting,
+    sampler: Sampler,
+) -> DecodeState:
+    """The state with the drafts of its next pass, and the cache after drafting."""
+    carry = decoder.draft(model, state, drafting, sampler)
+    return dataclasses.replace(
+        state, cache=drafting.cache, carry=carry, keys=sampler.next_keys()
+    )
 
 
 def step(
@@ -87,16 +102,10 @@ def step(
     out = read(model, state, tokens_BN)
     sampler = Sampler(state.keys, state.length_B)
     chosen_BN, accepted_B = verify(out.logits_BWV, sampler)
-
-    drafting = range(1, len(model.heads))
-    heads_BMD, cache = decode_heads_at(
-        model, drafting, out.trunk_BWD, out.new, accepted_B, out.cache
-    )
     state = commit(state, chosen_BN, accepted_B + 1, accepted_B)
-    drafts = decoder.draft(model, state, heads_BMD, sampler)
-    return dataclasses.replace(
-        state, cache=cache, carry=drafts, keys=sampler.next_keys()
-    )
+    anchor = Anchor(out.source_BWX, out.new, accepted_B, state.tokens_BE)
+    drafting = Drafting(model, anchor, out.cache)
+    return drafted(decoder, model, state, drafting, sampler)
 
 
 def _commit_one(state: DecodeState, token_B1: jax.Array) -> DecodeState:

@@ -6,11 +6,14 @@ Axes: N heads (here 1), B batch, D model width.
 import dataclasses
 from typing import ClassVar
 
-import jax
-
 from mtp_jax.decode.decode_model import DecodeModel
 from mtp_jax.decode.decoders.passes import read, write_one
-from mtp_jax.decode.decoders.state import DecodeState, last_token, next_logits
+from mtp_jax.decode.decoders.state import (
+    DecodeState,
+    PromptEnd,
+    last_token,
+    next_logits,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +33,10 @@ class Plain:
         return 1
 
     def begin(
-        self, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
+        self, model: DecodeModel, state: DecodeState, end: PromptEnd
     ) -> DecodeState:
         """Commits head 1's token at the prompt's end."""
-        return write_one(state, next_logits(model, state, heads_BND[:, :1]))
+        return write_one(state, next_logits(model, state, end.hidden_B1D))
 
     def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
         """Reads the last committed token and commits the next."""

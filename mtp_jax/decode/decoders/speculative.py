@@ -19,8 +19,14 @@ from mtp_jax.decode.cache import at_slot
 from mtp_jax.decode.decode_model import DecodeModel
 from mtp_jax.decode.decoders import passes
 from mtp_jax.decode.decoders.sampling import Sampler
-from mtp_jax.decode.decoders.state import DecodeState, Drafter, target_probs
-from mtp_jax.parallel.sharding import spec
+from mtp_jax.decode.decoders.state import (
+    DecodeState,
+    Drafter,
+    PromptEnd,
+    last_token,
+    target_probs,
+)
+from mtp_jax.decode.drafting import Drafting, make_drafts
 
 
 @jax.tree_util.register_dataclass
@@ -47,10 +53,10 @@ class Speculative:
         return n
 
     def begin(
-        self, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
+        self, model: DecodeModel, state: DecodeState, end: PromptEnd
     ) -> DecodeState:
         """Commits head 1's token at the prompt's end, and drafts with the others."""
-        return passes.begin(self, model, state, heads_BND)
+        return passes.begin(self, model, state, end)
 
     def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
         """Verifies drafts, commits the accepted ones and one more, and drafts again."""
@@ -60,14 +66,19 @@ class Speculative:
         self,
         model: DecodeModel,
         state: DecodeState,
-        heads_BMD: jax.Array,
+        drafting: Drafting,
         sampler: Sampler,
     ) -> Drafts:
         """Draws a token from each drafting head's distribution."""
-        # Tokens that the text repeats are not penalized: any proposal will do.
-        probs_BMV = target_probs(state, model.logits(heads_BMD))
-        token_BM = choose_from(probs_BMV, state, sampler)
-        return Drafts(jax.sharding.reshard(token_BM, spec("batch", None)), probs_BMV)
+        del model
+
+        def draw(logits_BMV, head):
+            del head
+            # Tokens that the text repeats are not penalized: any proposal will do.
+            probs_BMV = target_probs(state, logits_BMV)
+            return choose_from(probs_BMV, state, sampler), probs_BMV
+
+        return Drafts(*make_drafts(drafting, last_token(state), draw))
 
     def accept(
         self, p_BNV: jax.Array, q_BMV: jax.Array, drafts_BM: jax.Array, sampler: Sampler

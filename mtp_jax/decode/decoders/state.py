@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax.decode.cache import Cache, NewTokens, at_slot
+from mtp_jax.decode.cache import Cache, NewTokens, at_slot, chain
 from mtp_jax.decode.decode_model import DecodeModel
 from mtp_jax.decode.decoders.sampling import (
     RandomKeys,
@@ -21,15 +21,16 @@ from mtp_jax.decode.decoders.sampling import (
     penalize,
     probabilities,
 )
+from mtp_jax.decode.drafting import Anchor, Drafting
 from mtp_jax.parallel.sharding import spec
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Alone:
-    """Trunk outputs kept for drafting heads that are left alone (`adaptive`)."""
+    """Sources kept for drafting heads that are left alone (`adaptive`)."""
 
-    trunk_BED: jax.Array  # the trunk's outputs, where the heads have not read them
+    source_BEX: jax.Array  # of `read_first`, where the heads have not read them
     since_B: jax.Array  # the first position that they have not read
     entropy: jax.Array  # min-entropy of head 1, nats, a running mean; -1: not known
 
@@ -64,6 +65,32 @@ class DecodeState:
     eos_id: int = dataclasses.field(metadata={"static": True})
 
 
+class PromptEnd:
+    """Heads at the end of the prompts, in a program that begins texts."""
+
+    def __init__(
+        self, hidden_B1D: jax.Array, source_B1X: jax.Array | None, length_B: jax.Array
+    ):
+        """Takes head 1's output, the source of the others or None, and the lengths."""
+        self.hidden_B1D = hidden_B1D
+        self._source_B1X = source_B1X
+        self._last_B = length_B - 1
+        self._asked: Drafting | None = None
+
+    def drafting(self, model: DecodeModel, state: DecodeState) -> Drafting:
+        """The drafting heads after the first token, which the state has."""
+        token_B1 = at_slot(state.tokens_BE, self._last_B)[:, None]
+        new = chain(token_B1, self._last_B)
+        slot_B = jnp.zeros_like(self._last_B)
+        anchor = Anchor(self._source_B1X, new, slot_B, state.tokens_BE)
+        self._asked = Drafting(model, anchor, state.cache)
+        return self._asked
+
+    def confidence(self, done_B: jax.Array) -> jax.Array:
+        """That of the drafting heads, if they were asked, float32 [M]."""
+        return jnp.zeros(0) if self._asked is None else self._asked.confidence(done_B)
+
+
 def option(default: Any, text: str) -> Any:
     """A dataclass field that is an option of a decoder, with its help text."""
     return dataclasses.field(default=default, metadata={"help": text})
@@ -83,9 +110,9 @@ class Decoder(Protocol):
         ...
 
     def begin(
-        self, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
+        self, model: DecodeModel, state: DecodeState, end: "PromptEnd"
     ) -> DecodeState:
-        """Commits the first token, from the heads' outputs at the prompt's end."""
+        """Commits the first token, from what is known at the prompt's end."""
         ...
 
     def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
@@ -103,10 +130,10 @@ class Drafter(Decoder, Protocol):
         self,
         model: DecodeModel,
         state: DecodeState,
-        heads_BMD: jax.Array,
+        drafting: Drafting,
         sampler: Sampler,
     ) -> Any:
-        """Returns the carry of the next pass, made of the drafting heads' outputs."""
+        """Returns the carry of the next pass, made of what the heads predict."""
         ...
 
 
@@ -199,11 +226,6 @@ def last_token(state: DecodeState) -> jax.Array:
     return at_slot(state.tokens_BE, state.length_B - 1)[:, None]
 
 
-def predict(model: DecodeModel, heads_BWD: jax.Array) -> jax.Array:
-    """The most likely token of each output of a head, int32 [B, W]."""
-    return most_likely(model.logits(heads_BWD))
-
-
 def next_logits(
     model: DecodeModel,
     state: DecodeState,
@@ -215,7 +237,7 @@ def next_logits(
     Args:
       model: the model.
       state: before the forward pass.
-      head_BWD: the outputs.
+      head_BWD: the outputs, normed.
       new: what the forward pass read; None: nothing that is not committed yet.
     """
     logits_BWV = model.logits(head_BWD)
@@ -246,14 +268,11 @@ def target_probs(state: DecodeState, logits_BWV: jax.Array) -> jax.Array:
     return probabilities(state.sampling, jax.sharding.reshard(logits_BWV, whole))
 
 
-def head_probs(
-    model: DecodeModel, state: DecodeState, heads_BWD: jax.Array
-) -> jax.Array:
+def head_probs(state: DecodeState, logits_BWV: jax.Array) -> jax.Array:
     """Distributions that heads predict, float32 [B, W, V], whole on every device.
 
     As the state samples, but without its penalty; for a greedy one, at temperature 1.
     """
-    logits_BWV = model.logits(heads_BWD)
     if not state.sampling.greedy:
         return target_probs(state, logits_BWV)
     whole = spec("batch", None, None)

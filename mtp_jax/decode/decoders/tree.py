@@ -23,20 +23,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax.decode.cache import (
-    Cache,
-    NewTokens,
-    at_slot,
-    chain,
-    decode_heads_at,
-    keep_path,
-)
+from mtp_jax.decode.cache import NewTokens, at_slot, chain, keep_path
 from mtp_jax.decode.decode_model import DecodeModel
 from mtp_jax.decode.decoders import passes
 from mtp_jax.decode.decoders.passes import PassOutput
 from mtp_jax.decode.decoders.sampling import Sampler, most_likely
-from mtp_jax.decode.decoders.state import DecodeState, commit, last_token, target_probs
+from mtp_jax.decode.decoders.state import (
+    DecodeState,
+    PromptEnd,
+    commit,
+    last_token,
+    target_probs,
+)
 from mtp_jax.decode.decoders.token_tree import TokenTree, default_tree, read_tree
+from mtp_jax.decode.drafting import Anchor, Drafting
 from mtp_jax.parallel.sharding import spec
 
 
@@ -71,10 +71,10 @@ class Tree:
         return tree.cut(heads - 1, tree.ranks if vocab is None else vocab)
 
     def begin(
-        self, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
+        self, model: DecodeModel, state: DecodeState, end: PromptEnd
     ) -> DecodeState:
         """Commits head 1's token at the prompt's end; the others give candidates."""
-        return passes.begin(self, model, state, heads_BND)
+        return passes.begin(self, model, state, end)
 
     def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
         """Reads the tree, commits its longest accepted path and one token more."""
@@ -83,34 +83,31 @@ class Tree:
         sampler = Sampler(state.keys, state.length_B)
         end_B, next_B1 = exact_path(state, tree, out, sampler)
         state = dataclasses.replace(state, keys=sampler.next_keys())
-        return commit_path(model, state, tree, out, end_B, next_B1)
+        whole = self.used(len(model.heads), model.choices)
+        return commit_path(model, state, tree, out, end_B, next_B1, whole)
 
     def draft(
         self,
         model: DecodeModel,
         state: DecodeState,
-        heads_BMD: jax.Array,
+        drafting: Drafting,
         sampler: Sampler,
     ) -> jax.Array:
-        """The most likely tokens of each drafting head, best first, int32 [B, M, K]."""
-        del state, sampler
-        ranks = self.used(len(model.heads), model.choices).ranks
-        return _candidates(model, heads_BMD, ranks)
+        """The tokens of the tree's nodes but the root, int32 [B, W - 1]."""
+        del sampler
+        tree = self.used(len(model.heads), model.choices)
+        return node_tokens(drafting, tree, last_token(state))
 
 
 def read_nodes(model: DecodeModel, state: DecodeState, tree: TokenTree) -> PassOutput:
-    """Runs the trunk and head 1 over the nodes, the candidates of the carry."""
-    b, m, k = state.carry.shape
-    # By comparison, as in `at_slot`: a gather would have to be told how it is split.
-    which_W = (tree.depth_W - 1) * k + tree.rank_W  # the root: -k, none of them
-    is_it_WC = which_W[:, None] == np.arange(m * k)
-    whole = spec("batch", None, None)
-    flat_B1C = state.carry.reshape(b, 1, m * k, out_sharding=whole)
-    drafts_BW = jnp.sum(jnp.where(is_it_WC[None], flat_B1C, 0), axis=2)
-    is_root_1W = (tree.depth_W == 0)[None]
+    """Runs the trunk and head 1 over the nodes, whose tokens the carry has.
+
+    Those of a deeper tree, of which this is the top, come after them there.
+    """
+    drafts_BW = state.carry[:, : len(tree.paths) - 1]
     start_B = state.length_B - 1
     new = NewTokens(
-        tokens_BW=jnp.where(is_root_1W, last_token(state), drafts_BW),
+        tokens_BW=jnp.concatenate([last_token(state), drafts_BW], axis=1),
         positions_BW=start_B[:, None] + tree.depth_W[None],
         start_B=start_B,
         ancestors_WW=tree.ancestors_WW,
@@ -152,17 +149,19 @@ def commit_path(
     out: PassOutput,
     end_B: jax.Array,
     next_B1: jax.Array,
+    whole: TokenTree,
     deviated_BW: jax.Array | None = None,
 ) -> DecodeState:
     """Commits the path to a node and the token after it; drafts at its end.
 
     Args:
       model: the model.
-      state: before; its carry has the candidates that the tree was made of.
+      state: before.
       tree: the tree.
       out: the output of the pass that read it.
       end_B: the node at the end of the path.
       next_B1: the token after it, the exact choice.
+      whole: the tree of the next drafts, of which `tree` is the top.
       deviated_BW: which nodes are not the exact choice after their parents.
     """
     path_BP = _of_node(tree.path_WP, end_B)
@@ -172,21 +171,8 @@ def commit_path(
         nodes = range(tree.depth + 1)
         return jnp.stack([at_slot(x_BWX, path_BP[:, p]) for p in nodes], axis=1)
 
-    used = len(model.trunk) + 1  # layers that read the tree: the trunk and head 1
-    k, v = out.cache.k_BGSK, out.cache.v_BGSK
-    kept = keep_path(Cache(k[:used], v[:used]), out.new.start_B, path_BP)
-    cache = Cache(kept.k_BGSK + k[used:], kept.v_BGSK + v[used:])
+    cache = keep_path(out.cache, layers_read(model), out.new.start_B, path_BP)
     tokens_BP = along(out.new.tokens_BW)
-    heads_BMD, cache = decode_heads_at(
-        model,
-        range(1, len(model.heads)),
-        along(out.trunk_BWD),
-        chain(tokens_BP, out.new.start_B),
-        accepted_B,
-        cache,
-    )
-    carry_BMK = _candidates(model, heads_BMD, state.carry.shape[2])
-    state = dataclasses.replace(state, cache=cache, carry=carry_BMK)
     in_path_BP = np.arange(tree.depth + 1)[None] < accepted_B[:, None]
 
     def shifted(x_BP):  # the root is committed already
@@ -194,24 +180,55 @@ def commit_path(
 
     if deviated_BW is not None:
         deviated_BW = shifted(along(deviated_BW)) & in_path_BP
-    return commit(
+    state = commit(
         state,
         jnp.where(in_path_BP, shifted(tokens_BP), next_B1),
         accepted_B + 1,
         accepted_B,
         deviated_BW,
     )
+    new = chain(tokens_BP, out.new.start_B)
+    anchor = Anchor(along(out.source_BWX), new, accepted_B, state.tokens_BE)
+    drafting = Drafting(model, anchor, cache)
+    carry_BW = node_tokens(drafting, whole, last_token(state))
+    return dataclasses.replace(state, cache=drafting.cache, carry=carry_BW)
 
 
-def _candidates(model: DecodeModel, heads_BMD: jax.Array, ranks: int) -> jax.Array:
-    """The most likely tokens of each output of a head, best first, int32 [B, M, K]."""
-    whole = spec("batch", None, None)
-    if not heads_BMD.shape[1]:
-        return jnp.zeros((heads_BMD.shape[0], 0, ranks), jnp.int32, out_sharding=whole)
-    logits_BMV = jax.sharding.reshard(model.logits(heads_BMD), whole)
-    ids_BMK = jax.lax.top_k(logits_BMV, ranks)[1]
-    # Indexing a batch of one row may forget that it is split like any other.
-    return jax.sharding.reshard(ids_BMK, whole)
+def layers_read(model: DecodeModel) -> int:
+    """Layers of the cache that read a tree: those of the trunk and up to head 1."""
+    return len(model.trunk) + model.cfg.heads.first_caches(model.cfg.n_future_tokens)
+
+
+def node_tokens(drafting: Drafting, tree: TokenTree, last_B1: jax.Array) -> jax.Array:
+    """The tokens of the nodes of a tree but the root, int32 [B, W - 1].
+
+    The children of a node are the most likely tokens of their head. A head that waits
+    for the token before its own is asked after each parent where that costs nothing,
+    else after the first node of the level above.
+    """
+    tokens = [jax.sharding.reshard(last_B1, spec("batch", None))]  # by node
+    logits_BMV = None if drafting.waits or tree.depth == 0 else drafting.all_logits()
+    for depth in range(1, tree.depth + 1):
+        nodes = np.flatnonzero(tree.depth_W == depth)
+        parents = list(dict.fromkeys(tree.parent_W[nodes].tolist()))
+        if logits_BMV is not None:
+            parents, logits_BPV = [0], logits_BMV[:, depth - 1 : depth]
+        else:
+            if not drafting.by_parent:
+                parents = [int(np.flatnonzero(tree.depth_W == depth - 1)[0])]
+            previous_BP = jnp.concatenate([tokens[p] for p in parents], axis=1)
+            logits_BPV = drafting.next_logits(depth, previous_BP)
+        logits_BPV = jax.sharding.reshard(logits_BPV, spec("batch", None, None))
+        ids_BPK = jax.lax.top_k(logits_BPV, tree.ranks)[1]
+        for node in nodes:
+            parent, rank = tree.parent_W[node], tree.rank_W[node]
+            p = parents.index(parent) if drafting.by_parent else 0
+            # Indexing a batch of one row may forget that it is split like any other.
+            token_B1 = ids_BPK[:, p, rank : rank + 1]
+            tokens.append(jax.sharding.reshard(token_B1, spec("batch", None)))
+    if len(tokens) == 1:
+        return tokens[0][:, :0]
+    return jnp.concatenate(tokens[1:], axis=1)
 
 
 def _of_node(table_WX: np.ndarray, node_B: jax.Array) -> jax.Array:

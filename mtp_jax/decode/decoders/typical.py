@@ -17,9 +17,16 @@ import jax.numpy as jnp
 
 from mtp_jax.decode.cache import at_slot
 from mtp_jax.decode.decode_model import DecodeModel
+from mtp_jax.decode.decoders import passes
 from mtp_jax.decode.decoders.passes import PassOutput
 from mtp_jax.decode.decoders.sampling import Sampler, most_likely
-from mtp_jax.decode.decoders.state import DecodeState, commit, next_logits, target_probs
+from mtp_jax.decode.decoders.state import (
+    DecodeState,
+    PromptEnd,
+    commit,
+    next_logits,
+    target_probs,
+)
 from mtp_jax.decode.decoders.token_tree import TokenTree
 from mtp_jax.decode.decoders.tree import Tree, commit_path, read_nodes
 from mtp_jax.errors import UserError
@@ -60,15 +67,15 @@ class Typical:
         return self.exact.width(n)
 
     def begin(
-        self, model: DecodeModel, state: DecodeState, heads_BND: jax.Array
+        self, model: DecodeModel, state: DecodeState, end: PromptEnd
     ) -> DecodeState:
         """Commits head 1's most likely token at the prompt's end."""
-        next_B1 = most_likely(next_logits(model, state, heads_BND[:, :1]))
-        sampler = Sampler(state.keys, state.length_B)
-        carry_BMK = self.exact.draft(model, state, heads_BND[:, 1:], sampler)
-        state = dataclasses.replace(state, carry=carry_BMK)
+        next_B1 = most_likely(next_logits(model, state, end.hidden_B1D))
         none_B = jnp.zeros_like(state.length_B)
-        return commit(state, next_B1, none_B + 1, none_B)
+        state = commit(state, next_B1, none_B + 1, none_B)
+        sampler = Sampler(state.keys, state.length_B)
+        drafting = end.drafting(model, state)
+        return passes.drafted(self.exact, model, state, drafting, sampler)
 
     def step(self, model: DecodeModel, state: DecodeState, depth: int) -> DecodeState:
         """Reads the tree, commits its longest accepted path and one token more."""
@@ -88,6 +95,7 @@ class Typical:
             out,
             end_B,
             at_slot(predicted_BW, end_B)[:, None],
+            self.exact.used(len(model.heads), model.choices),
             out.new.tokens_BW != _after_parent(tree, predicted_BW),
         )
 

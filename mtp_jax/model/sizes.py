@@ -1,0 +1,120 @@
+"""Sizes of a model's parts, and the ordinary models to compare it with.
+
+Axes: D model width, V vocabulary, r rank of the Markov bias.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
+
+from mtp_jax.config import Config, MeshConfig, ModelConfig
+from mtp_jax.model.flops import train_flops
+from mtp_jax.model.heads import kind_of
+from mtp_jax.model.heads.base import layer_entries
+from mtp_jax.model.language_model import model_builder
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Numbers of parameters by the part of the model that they belong to."""
+
+    trunk: int  # with the last norm, unless heads have their own
+    heads: int  # bodies, and norms of their own
+    tables: int  # of tokens: embedding, unembeddings, the bias by the token before
+
+    @property
+    def total(self) -> int:
+        return self.trunk + self.heads + self.tables
+
+
+@dataclasses.dataclass(frozen=True)
+class EqualModels:
+    """Layers of the model of one head that equals a model in one respect.
+
+    Of the same width and vocabulary. Fractions are of a layer: a model of that size is
+    between those of the next whole numbers.
+    """
+
+    params: float  # as many parameters
+    training: float  # as many useful FLOPs a trained position
+    drafting: float  # as many weights read in a drafting pass
+
+
+def part_sizes(cfg: ModelConfig, params: Any) -> Sizes:
+    """The sizes of parameters, or of their shapes, as `model_builder` makes them."""
+    sizes = {"trunk": 0, "heads": 0, "tables": 0}
+    for name, part in params.items():
+        count = sum(math.prod(x.shape) for x in jax.tree.leaves(part))
+        if name == "norm":
+            name = "heads" if cfg.heads.norm == "own" else "trunk"
+        sizes[name if name in sizes else "tables"] += count
+    return Sizes(**sizes)
+
+
+def sizes_of(cfg: ModelConfig) -> Sizes:
+    """The sizes of a model; makes no array, and needs no mesh and no device."""
+    names = tuple(field.name for field in dataclasses.fields(MeshConfig))
+    explicit = (AxisType.Explicit,) * len(names)
+    with use_abstract_mesh(AbstractMesh((1,) * len(names), names, explicit)):
+        init, _ = model_builder(cfg)
+        return part_sizes(cfg, jax.eval_shape(lambda: init(jax.random.key(0))))
+
+
+def first_entries(cfg: ModelConfig) -> int:
+    """Matrix entries that a forward pass of head 1 alone reads, table included."""
+    heads = cfg.heads
+    bodies = heads.runs(cfg.n_future_tokens) if heads.wiring.reads == "after" else 1
+    bodies = bodies if heads.wiring.first else 0
+    trunk = cfg.num_trunk_layers * layer_entries(cfg)
+    return trunk + bodies * kind_of(cfg).entries(cfg) + cfg.vocab_size * cfg.d_model
+
+
+def drafting_entries(cfg: ModelConfig) -> int:
+    """Matrix entries that a pass reads that verifies drafts and drafts again.
+
+    The trunk, all heads, and tables: head 1's, and for drafts the shared one once more,
+    or once a draft where the heads have their own or wait for each other's tokens.
+    Weights that all heads share count once: they are read one after another.
+    """
+    n, heads = cfg.n_future_tokens, cfg.heads
+    bodies = heads.bodies(n) * kind_of(cfg).entries(cfg)
+    table = cfg.vocab_size * cfg.d_model
+    one_by_one = heads.wait_for_tokens(n) or heads.unembedding == "own"
+    drafts = n - 1 if one_by_one else min(n - 1, 1)
+    bias = (n - 1) * cfg.vocab_size * heads.markov_rank
+    trunk = cfg.num_trunk_layers * layer_entries(cfg)
+    return trunk + bodies + (1 + drafts) * table + bias
+
+
+def equal_models(cfg: Config, sizes: Sizes) -> EqualModels:
+    """The ordinary models that equal a run's in size, in training and in drafting."""
+    model, d = cfg.model, cfg.model.d_model
+    of_layer = layer_entries(model)
+    tables = (1 if model.tie_embeddings else 2) * model.vocab_size * d
+    flops = train_flops(cfg)
+    # Of a layer: what a trunk of one more would add.
+    longer = dataclasses.replace(model, num_layers=model.num_layers + 1)
+    of_one = train_flops(dataclasses.replace(cfg, model=longer)).trunk - flops.trunk
+    unembedding = 6.0 * model.vocab_size * d
+    return EqualModels(
+        params=(sizes.total - tables - d) / (of_layer + 2 * d),
+        training=(flops.total - unembedding) / of_one,
+        drafting=(drafting_entries(model) - model.vocab_size * d) / of_layer,
+    )
+
+
+def told(cfg: Config, sizes: Sizes) -> str:
+    """The sizes and the models to compare with, as a line for people."""
+    parts = ", ".join(
+        f"{name} {getattr(sizes, name) / 1e6:.2f} M"
+        for name in ("trunk", "heads", "tables")
+    )
+    equal = equal_models(cfg, sizes)
+    return (
+        f"parameters: {parts}; n = 1 is as large with {equal.params:.1f} layers, as "
+        f"costly a step with {equal.training:.1f}, a drafting pass with "
+        f"{equal.drafting:.1f}"
+    )

@@ -97,7 +97,7 @@ def _head_part(cfg: Config) -> tuple[Callable[[], object], int]:
             angles_BTk = model.angles(split_time(batch["positions"][:, :-n]))
             rows = RowContext(angles_BTk, batch["segments"][:, :-n])
             targets = Targets(token_NBT, weight_NBT)
-            return head_loss(model, trunk_BTD, rows, targets, 0.0, cfg.compute)[0]
+            return head_loss(model, trunk_BTD, rows, targets, cfg.loss, cfg.compute)[0]
 
         return jax.value_and_grad(loss_of, argnums=(0, 1))(params, trunk_BTD)
 

@@ -267,8 +267,7 @@ def state_from_items(items: dict[str, Any]) -> TrainState:
 def _items(state: TrainState) -> dict[str, Any]:
     """A state as the items of a checkpoint, which are saved apart."""
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
-    if state.rounded_off is None:
-        del fields["rounded_off"]
+    fields = {name: x for name, x in fields.items() if x is not None}
     return {"params": fields.pop("params"), "training": fields}
 
 

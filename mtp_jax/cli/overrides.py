@@ -8,6 +8,7 @@ import typing
 from typing import Any
 
 from mtp_jax.config import Config, sections_of
+from mtp_jax.config.schedules import Entries
 
 _MOST_DIGITS = 18
 # An item of a list: quoted, or up to the next comma.
@@ -45,6 +46,8 @@ def _plain(hint: Any, value: str) -> str:
         return whole(value)
     if hint is str:
         return _unquoted(value)
+    if hint == Entries and re.fullmatch(r"[a-z_]+", value.strip()):
+        return repr((value.strip(),))  # a schedule by its name
     if hint == tuple[str, ...]:
         return repr(_texts(value)) if value.strip() else value
     return value

@@ -3,6 +3,9 @@
 from mtp_jax.config.formats import config_from_json, config_to_json
 from mtp_jax.config.heads import HeadsConfig
 from mtp_jax.config.listing import config_to_python
+from mtp_jax.config.loss import Balance, LossConfig, LossKind
+from mtp_jax.config.optim import OptimConfig, Schedule
+from mtp_jax.config.schedules import Table
 from mtp_jax.config.section_tree import as_tree, sections_of
 from mtp_jax.config.sections import (
     Attention,
@@ -14,19 +17,17 @@ from mtp_jax.config.sections import (
     EvalConfig,
     HeadLoss,
     LogConfig,
-    LossConfig,
     MeshConfig,
     ModelConfig,
-    OptimConfig,
     Remat,
     ScanLayers,
-    Schedule,
     TrainConfig,
 )
 from mtp_jax.config.tree import default, freeze
 
 __all__ = [
     "Attention",
+    "Balance",
     "CheckpointConfig",
     "ComputeConfig",
     "Config",
@@ -37,12 +38,14 @@ __all__ = [
     "HeadsConfig",
     "LogConfig",
     "LossConfig",
+    "LossKind",
     "MeshConfig",
     "ModelConfig",
     "OptimConfig",
     "Remat",
     "ScanLayers",
     "Schedule",
+    "Table",
     "TrainConfig",
     "as_tree",
     "config_from_json",

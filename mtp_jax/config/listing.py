@@ -8,7 +8,7 @@ import tokenize
 import types
 import typing
 
-from mtp_jax.config import heads, sections
+from mtp_jax.config import heads, loss, optim, sections
 from mtp_jax.config.section_tree import fields_of, sections_of
 from mtp_jax.config.sections import Config
 
@@ -52,7 +52,10 @@ def _first_line(cls: type) -> str:
 @functools.cache
 def _comments() -> dict[str, dict[str, str]]:
     """The comment of each field of each section, from the source of `sections`."""
-    return _comments_in(sections) | _comments_in(heads)
+    found: dict[str, dict[str, str]] = {}
+    for module in (sections, heads, loss, optim):
+        found |= _comments_in(module)
+    return found
 
 
 def _comments_in(module: types.ModuleType) -> dict[str, dict[str, str]]:

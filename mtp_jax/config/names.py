@@ -62,6 +62,12 @@ _MEANINGS = {
     "heads.unembedding": "own_unembedding lm_heads replicated_unembedding",
     "heads.markov_rank": "bias_rank bigram_rank",
     "loss.z_loss": "zloss z_loss_weight",
+    "loss.kind": "loss_type objective distillation distill",
+    "loss.label_smoothing": "smoothing label_smooth",
+    "loss.schedule": "loss_schedule head_schedule curriculum weight_schedule",
+    "loss.trunk_gradient": "detach detach_heads mtp_detach_heads head_gradient",
+    "optim.rates": "lr_multipliers head_lr lr_mult param_groups heads_lr",
+    "optim.frozen": "freeze freeze_trunk frozen_layers",
 }
 
 

@@ -3,7 +3,10 @@
 import dataclasses
 from typing import Literal
 
+from mtp_jax.config.checks import require, require_at_least, require_sizes
 from mtp_jax.config.heads import HeadsConfig
+from mtp_jax.config.loss import LossConfig
+from mtp_jax.config.optim import OptimConfig
 from mtp_jax.errors import UserError
 
 Dtype = Literal["float32", "bfloat16"]
@@ -11,33 +14,6 @@ Attention = Literal["auto", "splash", "cudnn", "xla"]
 Remat = Literal["none", "full", "dots", "offload"]
 HeadLoss = Literal["fused", "remat", "naive"]
 ScanLayers = Literal["auto", "yes", "no"]
-Schedule = Literal["cosine", "wsd"]
-
-
-_LARGEST = 2**31 - 1  # of an array along an axis
-
-
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise UserError(message)
-
-
-def _require_at_least(section: str, low: float, **fields: float) -> None:
-    for name, value in fields.items():
-        _require(
-            value >= low,
-            f"config.{section}.{name} is {value}; it must be at least {low}.",
-        )
-
-
-def _require_sizes(section: str, **fields: int) -> None:
-    """Sizes of arrays: above 0, and small enough to be counted in 32 bits."""
-    _require_at_least(section, 1, **fields)
-    for name, value in fields.items():
-        _require(
-            value <= _LARGEST,
-            f"config.{section}.{name} is {value}; it must be at most {_LARGEST}.",
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +36,7 @@ class ModelConfig:
     heads: HeadsConfig = dataclasses.field(default=HeadsConfig(), repr=False)
 
     def __post_init__(self):
-        _require_sizes(
+        require_sizes(
             "model",
             vocab_size=self.vocab_size,
             d_model=self.d_model,
@@ -72,23 +48,23 @@ class ModelConfig:
             d_ff=self.d_ff,
         )
         self._check_heads()
-        _require(
+        require(
             self.num_query_heads % self.num_kv_heads == 0,
             f"config.model.num_query_heads ({self.num_query_heads}) must be a multiple "
             f"of config.model.num_kv_heads ({self.num_kv_heads}).",
         )
-        _require(
+        require(
             self.d_head % 2 == 0,
             f"config.model.d_head is {self.d_head}; rotary positions need an even "
             "size.",
         )
-        _require(
+        require(
             self.num_query_heads * self.d_head == self.d_model,
             f"config.model.num_query_heads ({self.num_query_heads}) x "
             f"config.model.d_head ({self.d_head}) is not config.model.d_model "
             f"({self.d_model}).",
         )
-        _require(
+        require(
             self.rope_theta > 0 and self.norm_eps > 0,
             "config.model.rope_theta and config.model.norm_eps must be above 0.",
         )
@@ -106,12 +82,12 @@ class ModelConfig:
                 f"config.model.num_layers ({self.num_layers}), which counts the heads"
                 f"{of_each}; give at most {most} heads or more layers."
             )
-        _require(
+        require(
             heads.markov_rank <= self.vocab_size,
             f"config.heads.markov_rank is {heads.markov_rank}; it must be at most "
             f"config.model.vocab_size ({self.vocab_size}).",
         )
-        _require(
+        require(
             heads.unembedding == "shared" or not self.tie_embeddings,
             "config.heads.unembedding is own, and config.model.tie_embeddings makes "
             "the embedding the one unembedding; keep one of them.",
@@ -138,27 +114,6 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """The weights by which the heads' losses add up to one number."""
-
-    head_weights: tuple[float, ...] = ()  # one a head; empty: head_decay decides
-    head_decay: float = 1.0  # head i weighs head_decay^(i-1); 1 is the paper's sum
-    z_loss: float = 0.0  # weight of logsumexp^2 (PaLM, arXiv:2204.02311, section 5)
-
-    def __post_init__(self):
-        _require(
-            not self.head_weights or self.head_decay == 1.0,
-            "config.loss.head_weights and config.loss.head_decay are both given; "
-            "keep one.",
-        )
-        _require(
-            all(w >= 0 for w in self.head_weights) and self.head_decay > 0,
-            "config.loss.head_weights must be 0 or more, head_decay above 0.",
-        )
-        _require_at_least("loss", 0, z_loss=self.z_loss)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
     """Settings of the arithmetic that decide speed and memory, not values.
 
@@ -181,7 +136,7 @@ class ComputeConfig:
     chunk_tokens: int = 0  # of a device, whose logits live at once; 0: 2^27 logits
 
     def __post_init__(self):
-        _require_at_least("compute", 0, chunk_tokens=self.chunk_tokens)
+        require_at_least("compute", 0, chunk_tokens=self.chunk_tokens)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,60 +152,17 @@ class DataConfig:
     verify: bool = True  # compare the sha256 of every shard before the first step
 
     def __post_init__(self):
-        _require(bool(self.sources), "config.data.sources is empty; name a corpus.")
-        _require(
+        require(bool(self.sources), "config.data.sources is empty; name a corpus.")
+        require(
             not self.weights or len(self.weights) == len(self.sources),
             f"config.data.weights has {len(self.weights)} values for "
             f"{len(self.sources)} sources.",
         )
-        _require(
+        require(
             all(w > 0 for w in self.weights), "config.data.weights must be above 0."
         )
-        _require_sizes("data", seq_len=self.seq_len, batch_size=self.batch_size)
-        _require_at_least("data", 0, workers=self.workers, seed=self.seed)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """AdamW; the defaults are the paper's (arXiv:2404.19737, table S13).
-
-    schedule, after the warm-up: cosine falls from the peak to the last step, so more
-    steps are another curve from the first one on; wsd (warm-up, stable, decay,
-    arXiv:2405.18392) stays at the peak, and falls linearly over the last decay_share of
-    the steps: before those, a run can be given more steps, and nothing else changes.
-    """
-
-    peak_lr: float = 3e-4  # the learning rate at the end of the warm-up
-    warmup_steps: int = 2000  # from 0 to peak_lr
-    schedule: Schedule = "cosine"  # or wsd
-    decay_share: float = 0.1  # of all steps, at the end; of wsd
-    decay_ratio: float = 0.03  # the schedule ends at decay_ratio x peak_lr
-    b1: float = 0.9  # decay of the mean of gradients
-    b2: float = 0.95  # decay of the mean of their squares
-    eps: float = 1e-8  # added to the root of that mean
-    weight_decay: float = 0.1  # on matrices (parameters named w_*), not on norms
-    clip_norm: float = 1.0  # of the global gradient norm
-
-    def __post_init__(self):
-        _require_at_least(
-            "optim",
-            0,
-            peak_lr=self.peak_lr,
-            warmup_steps=self.warmup_steps,
-            decay_ratio=self.decay_ratio,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-        )
-        _require(
-            0 <= self.b1 < 1 and 0 <= self.b2 < 1,
-            "config.optim.b1 and config.optim.b2 must be in [0, 1).",
-        )
-        _require(
-            0 < self.decay_share <= 1,
-            f"config.optim.decay_share is {self.decay_share}; it must be above 0 and "
-            "at most 1.",
-        )
-        _require(self.clip_norm > 0, "config.optim.clip_norm must be above 0.")
+        require_sizes("data", seq_len=self.seq_len, batch_size=self.batch_size)
+        require_at_least("data", 0, workers=self.workers, seed=self.seed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -266,7 +178,7 @@ class TrainConfig:
     host_timeout_s: int = 60  # within it, a lost host ends the others
 
     def __post_init__(self):
-        _require_at_least(
+        require_at_least(
             "train",
             1,
             steps=self.steps,
@@ -275,7 +187,7 @@ class TrainConfig:
             join_timeout_s=self.join_timeout_s,
             host_timeout_s=self.host_timeout_s,
         )
-        _require_at_least("train", 0, seed=self.seed)
+        require_at_least("train", 0, seed=self.seed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -290,11 +202,11 @@ class MeshConfig:
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
         for name, size in sizes.items():
-            _require(
+            require(
                 size == -1 or size >= 1,
                 f"config.mesh.{name} is {size}; it must be at least 1, or -1.",
             )
-        _require(
+        require(
             list(sizes.values()).count(-1) <= 1,
             "config.mesh has more than one -1; only one axis can be inferred.",
         )
@@ -316,9 +228,9 @@ class CheckpointConfig:
 
     def __post_init__(self):
         kept = {"keep_every": self.keep_every, "keep_best": self.keep_best}
-        _require_at_least("checkpoint", 0, **kept)
+        require_at_least("checkpoint", 0, **kept)
         waits = {"local_every": self.local_every, "timeout_s": self.timeout_s}
-        _require_at_least(
+        require_at_least(
             "checkpoint", 1, every=self.every, keep_latest=self.keep_latest, **waits
         )
 
@@ -334,8 +246,8 @@ class EvalConfig:
 
     def __post_init__(self):
         prompt = self.sample_prompt_tokens
-        _require_at_least("eval", 1, batches=self.batches, sample_prompt_tokens=prompt)
-        _require_at_least("eval", 0, every=self.every, sample_tokens=self.sample_tokens)
+        require_at_least("eval", 1, batches=self.batches, sample_prompt_tokens=prompt)
+        require_at_least("eval", 0, every=self.every, sample_tokens=self.sample_tokens)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -348,8 +260,8 @@ class LogConfig:
     profile_steps: int = 3  # how many steps it covers
 
     def __post_init__(self):
-        _require_at_least("log", 1, every=self.every, profile_steps=self.profile_steps)
-        _require_at_least("log", 0, profile_step=self.profile_step)
+        require_at_least("log", 1, every=self.every, profile_steps=self.profile_steps)
+        require_at_least("log", 0, profile_step=self.profile_step)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -357,10 +269,10 @@ class Config:
     """A run."""
 
     model: ModelConfig = ModelConfig()
-    loss: LossConfig = LossConfig()
+    loss: LossConfig = dataclasses.field(default=LossConfig())
     compute: ComputeConfig = ComputeConfig()
     data: DataConfig = DataConfig()
-    optim: OptimConfig = OptimConfig()
+    optim: OptimConfig = dataclasses.field(default=OptimConfig())
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -368,13 +280,10 @@ class Config:
     log: LogConfig = LogConfig()
 
     def __post_init__(self):
-        n = self.model.n_future_tokens
-        _require(
-            len(self.loss.head_weights) in (0, n),
-            f"config.loss.head_weights has {len(self.loss.head_weights)} values for "
-            f"{n} heads (config.model.n_future_tokens).",
-        )
-        _require(
+        model, steps = self.model, self.train.steps
+        n, order = model.n_future_tokens, self.compute.head_loss
+        self.loss.check(n, steps, model.heads, order)
+        require(
             self.data.batch_size % self.train.accumulation == 0,
             f"config.data.batch_size ({self.data.batch_size}) is not divisible by "
             f"config.train.accumulation ({self.train.accumulation}).",
@@ -392,9 +301,6 @@ class Config:
 
     def keep_heads(self, n: int) -> "Config":
         """The config of a model that keeps the trunk and the first n heads."""
-        weights = self.loss.head_weights[:n]
         return dataclasses.replace(
-            self,
-            model=self.model.keep_heads(n),
-            loss=dataclasses.replace(self.loss, head_weights=weights),
+            self, model=self.model.keep_heads(n), loss=self.loss.keep_heads(n)
         )

@@ -7,6 +7,7 @@ package ever sees.
 
 import dataclasses
 import math
+import types
 import typing
 from typing import Any, Literal, get_args, get_origin
 
@@ -64,6 +65,8 @@ def _checked(hint: Any, value: Any, path: str) -> Any:
         allowed = get_args(hint)
         _require(value in allowed, f"{path} is {value!r}; it must be one of {allowed}.")
         return value
+    if get_origin(hint) is types.UnionType:
+        return _one_of(get_args(hint), value, path)
     if get_origin(hint) is tuple:
         items = list(value) if isinstance(value, (list, tuple)) else None
         if items is None:
@@ -80,6 +83,17 @@ def _checked(hint: Any, value: Any, path: str) -> Any:
         f"{path} is {value}; it must be a finite number.",
     )
     return value
+
+
+def _one_of(hints: tuple[Any, ...], value: Any, path: str) -> Any:
+    """`value` as one of several hints says: a text, a number, or a list."""
+    kinds: dict[Any, Any] = {str: str, float: (int, float), tuple: (list, tuple)}
+    for hint in hints:
+        plain = get_origin(hint) or hint
+        if isinstance(value, kinds[plain]) and not isinstance(value, bool):
+            return _checked(hint, value, path)
+    shown = ", ".join((get_origin(hint) or hint).__name__ for hint in hints)
+    raise UserError(f"{path} is {value!r}; it must be one of {shown}.")
 
 
 def _require(ok: bool, message: str) -> None:

@@ -66,6 +66,12 @@ def measure(
     prefix reaches head i + 2. It tells how many drafts are accepted, not how good they
     are: a model that predicts one token everywhere has a length of n.
 
+    With more than one head, `accept` also has `sampled`, for each of heads 2..n the
+    probability that a draft drawn from it is accepted (the sum over the vocabulary of
+    min(p, q), arXiv:2211.17192), and `sampled_length`, tokens a pass at temperature 1:
+    1 plus the mean of the products of those probabilities. Teacher-forced, too: of
+    texts that the model draws itself they are the decoder's.
+
     Args:
       evaluator: from `make_evaluator`.
       params: of the model, on the mesh.
@@ -99,10 +105,20 @@ def measure(
         "accept": {
             "length": means["accept_length"],
             "by_head": means["accepted_N"][1:],
+            **_sampled(means),
         },
         "batches": n_batches,
         "tokens": int(total.count_N[0]),
         "bytes": text_bytes,
+    }
+
+
+def _sampled(means: dict[str, Any]) -> dict[str, Any]:
+    if "alpha_N" not in means:
+        return {}
+    return {
+        "sampled": means["alpha_N"][1:],
+        "sampled_length": means["sampled_length"],
     }
 
 

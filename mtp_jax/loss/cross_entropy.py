@@ -26,9 +26,9 @@ from mtp_jax.parallel.sharding import axes_of, spec
 # that large keep the products efficient; more would only take memory.
 _LOGITS = 2**27
 
-_TOKENS = spec("batch", "time")
-_HIDDEN = spec("batch", "time", None)
-_COPIES = spec("copies", "vocab", None)
+TOKENS = spec("batch", "time")
+HIDDEN = spec("batch", "time", None)
+COPIES = spec("copies", "vocab", None)
 
 
 @jax.tree_util.register_dataclass
@@ -39,6 +39,13 @@ class TokenScores:
     nll: jax.Array  # negative log likelihood of the target, nats, float32
     log_z: jax.Array  # log-partition, float32
     predicted: jax.Array  # the most likely token, the first of equals, int32
+    loss: jax.Array | None = None  # weighted, if it is more than cross entropy
+    alpha: jax.Array | None = None  # acceptance of a draft by the teacher, `laws`
+    entropy: jax.Array | None = None  # of the law, nats
+    # Of the gradient of a head's weighted loss into the trunk, over all tokens: its
+    # product with head 1's, and with itself; float32, one number a head.
+    with_first: jax.Array | None = None
+    squared: jax.Array | None = None
 
 
 def copy_unembedding(w_VD: jax.Array, dtype: str) -> jax.Array:
@@ -54,7 +61,7 @@ def copy_unembedding(w_VD: jax.Array, dtype: str) -> jax.Array:
         return lax.all_gather(w_vd, axis, axis=1, tiled=True)[None]
 
     by_width = spec("vocab", "embed")
-    return jax.shard_map(local, in_specs=by_width, out_specs=_COPIES)(w_VD)
+    return jax.shard_map(local, in_specs=by_width, out_specs=COPIES)(w_VD)
 
 
 def score_tokens(
@@ -78,14 +85,14 @@ def score_tokens(
         def one_chunk(_, token):
             hidden_CD, target_C = token
             w_vD = w_1vD[0].astype(hidden_CD.dtype)
-            logits_Cv = _logits(hidden_CD, w_vD)
-            return None, _scores(logits_Cv, target_C)
+            logits_Cv = logits_of(hidden_CD, w_vD)
+            return None, scores_of(logits_Cv, target_C)
 
         tokens = (hidden_btD, targets_bt)
-        return _scan_chunks(one_chunk, None, tokens, w_1vD.shape[1], chunk_tokens)[1]
+        return scan_chunks(one_chunk, None, tokens, w_1vD.shape[1], chunk_tokens)[1]
 
-    in_specs = (_HIDDEN, _COPIES, _TOKENS)
-    return jax.shard_map(local, in_specs=in_specs, out_specs=_TOKENS)(
+    in_specs = (HIDDEN, COPIES, TOKENS)
+    return jax.shard_map(local, in_specs=in_specs, out_specs=TOKENS)(
         hidden_BTD, w_RVD, targets_BT
     )
 
@@ -121,54 +128,57 @@ def score_tokens_and_grad(
 
         def one_chunk(d_w_vD, token):
             hidden_CD, target_C, weight_C = token
-            logits_Cv = _logits(hidden_CD, w_vD)
-            scores = _scores(logits_Cv, target_C)
+            logits_Cv = logits_of(hidden_CD, w_vD)
+            scores = scores_of(logits_Cv, target_C)
             log_z_C1 = scores.log_z[:, None]
             pull_C1 = weight_C[:, None] * (1.0 + 2.0 * z_loss * log_z_C1)
-            is_target_Cv = _ids(w_vD.shape[0]) == target_C[:, None]
+            is_target_Cv = is_token(w_vD.shape[0], target_C)
             d_logits_Cv = jnp.exp(logits_Cv - log_z_C1) * pull_C1
             d_logits_Cv -= jnp.where(is_target_Cv, weight_C[:, None], 0.0)
             # Products in the compute dtype, or they would cost many times more.
             d_logits_Cv = d_logits_Cv.astype(hidden_CD.dtype)
-            d_hidden_CD = _dot("cv,vd->cd", d_logits_Cv, w_vD)
-            d_w_vD += _dot("cv,cd->vd", d_logits_Cv, hidden_CD)
+            d_hidden_CD = dot("cv,vd->cd", d_logits_Cv, w_vD)
+            d_w_vD += dot("cv,cd->vd", d_logits_Cv, hidden_CD)
             return d_w_vD, (scores, d_hidden_CD.astype(hidden_CD.dtype))
 
         tokens = (hidden_btD, targets_bt, weight_bt)
         zeros_vD = jnp.zeros_like(w_vD, jnp.float32)
-        d_w_vD, (scores, d_hidden_btD) = _scan_chunks(
+        d_w_vD, (scores, d_hidden_btD) = scan_chunks(
             one_chunk, zeros_vD, tokens, w_vD.shape[0], chunk_tokens
         )
         d_hidden_btD = lax.psum(d_hidden_btD, axes_of("vocab"))
         ends = list(itertools.accumulate(widths))[:-1]
         tables = jnp.split(d_w_vD.astype(w_vD.dtype), ends, axis=1)
-        return scores, d_hidden_btD, tuple(map(_add_copies, tables))
+        return scores, d_hidden_btD, tuple(map(add_copies, tables))
 
     by_width = spec("vocab", "embed")
     scores, d_hidden_BTD, d_tables = jax.shard_map(
         local,
-        in_specs=(_HIDDEN, _COPIES, _TOKENS, _TOKENS),
-        out_specs=(_TOKENS, _HIDDEN, (by_width,) * len(widths)),
+        in_specs=(HIDDEN, COPIES, TOKENS, TOKENS),
+        out_specs=(TOKENS, HIDDEN, (by_width,) * len(widths)),
     )(hidden_BTD, w_RVD, targets_BT, weight_BT)
     return scores, d_hidden_BTD, tuple(x.astype(jnp.float32) for x in d_tables)
 
 
-def _add_copies(d_w_vD: jax.Array) -> jax.Array:
-    """The sum over the groups of devices; each keeps its share of the width."""
+def add_copies(d_w_vD: jax.Array) -> jax.Array:
+    """The sum over the groups of devices; each keeps its share of the width.
+
+    Within a `shard_map`, as whatever is below.
+    """
     width = axes_of("embed")
     others = tuple(axis for axis in axes_of("copies") if axis not in width)
     d_w_vd = lax.psum_scatter(d_w_vD, width, scatter_dimension=1, tiled=True)
     return lax.psum(d_w_vd, others)
 
 
-def _scan_chunks(
+def scan_chunks(
     one_chunk: Callable[[Any, Any], tuple[Any, Any]],
     carry: Any,
     tokens: Any,
     vocab: int,
     chunk_tokens: int,
 ) -> tuple[Any, Any]:
-    """`one_chunk` over the tokens [b, t, ...] of a device, C at a time.
+    """Runs `one_chunk` over the tokens [b, t, ...] of a device, C at a time.
 
     The chunks are of one size, the smallest at which there are no more of them, so that
     few tokens are added to fill the last.
@@ -193,12 +203,12 @@ def _scan_chunks(
 
 
 @jax.custom_jvp
-def _logits(hidden_CD: jax.Array, w_vD: jax.Array) -> jax.Array:
+def logits_of(hidden_CD: jax.Array, w_vD: jax.Array) -> jax.Array:
     """Scores of the device's share of the vocabulary, float32 [C, v]."""
     return unembed(hidden_CD, w_vD)
 
 
-@_logits.defjvp
+@logits_of.defjvp
 def _(primals, tangents):
     # The tangent passes through the compute dtype, so that the transposed products take
     # the logits' cotangent in it instead of in float32.
@@ -206,11 +216,17 @@ def _(primals, tangents):
     moved = jnp.einsum("cd,vd->cv", d_hidden_CD, w_vD) + jnp.einsum(
         "cd,vd->cv", hidden_CD, d_w_vD
     )
-    return _logits(hidden_CD, w_vD), moved.astype(jnp.float32)
+    return logits_of(hidden_CD, w_vD), moved.astype(jnp.float32)
 
 
-def _dot(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+def dot(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """A product that adds up in float32."""
     return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+
+
+def is_token(v: int, target_C: jax.Array) -> jax.Array:
+    """True at the target of each token, in the device's share of the vocabulary."""
+    return _ids(v) == target_C[:, None]
 
 
 def _ids(v: int) -> jax.Array:
@@ -219,7 +235,7 @@ def _ids(v: int) -> jax.Array:
     return (first + jnp.arange(v, dtype=jnp.int32))[None]
 
 
-def _scores(logits_Cv: jax.Array, target_C: jax.Array) -> TokenScores:
+def scores_of(logits_Cv: jax.Array, target_C: jax.Array) -> TokenScores:
     """Scores of a chunk, reduced over the shards of the vocabulary; [C] each.
 
     Comparisons and reductions, no gather and no argmax: they stay on their shards, and
@@ -228,7 +244,7 @@ def _scores(logits_Cv: jax.Array, target_C: jax.Array) -> TokenScores:
     axis, v = axes_of("vocab"), logits_Cv.shape[1]
     fixed_Cv = lax.stop_gradient(logits_Cv)
     top_C1 = lax.pmax(jnp.max(fixed_Cv, axis=1), axis)[:, None]
-    is_target_Cv = _ids(v) == target_C[:, None]
+    is_target_Cv = is_token(v, target_C)
     sum_C, picked_C = lax.psum(
         (
             jnp.sum(jnp.exp(logits_Cv - top_C1), axis=1),

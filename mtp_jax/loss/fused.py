@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mtp_jax.config import ComputeConfig, ModelConfig
+from mtp_jax.config import ComputeConfig, LossConfig, ModelConfig
 from mtp_jax.loss.cross_entropy import TokenScores
+from mtp_jax.loss.memory import Memory, Teacher, start_of_memory
 from mtp_jax.loss.output import Output, make_output
 from mtp_jax.loss.targets import Targets
 from mtp_jax.model.heads.walk import (
@@ -48,8 +49,12 @@ class _Step:
     output: Output
     common: Weights
 
+    @property
+    def loss(self) -> LossConfig:
+        return self.output.loss
+
     def bare(self) -> "_Step":
-        """A head 1 without a body, forward and backward."""
+        """This step for a head 1 without a body."""
         common = dataclasses.replace(self.common, body=None)
         return dataclasses.replace(self, common=common)
 
@@ -61,13 +66,18 @@ class _Step:
         """The stream of a head, as `jax.vjp` wants it."""
         return self.runner.stream(own | common, x_BTD, head.previous_BT)
 
-    def score(self, head: HeadInput, hidden_BTD: jax.Array):
-        """Scores, the gradient of the hidden states, and those of own and common."""
+    def score(self, head: HeadInput, hidden_BTD: jax.Array, memory: Memory):
+        """Scores, the gradient of the hidden states, those of own and common, memory.
+
+        The memory is of the heads before, and then of this one too.
+        """
         weights = head.own | self.common
+        memory = memory.heard(self.loss, head, hidden_BTD)
         scores, d_hidden_BTD, d_tables = self.output.scores_and_grad(
-            weights, head, hidden_BTD
+            weights, head, hidden_BTD, memory.teacher_BTD, memory.keep(head)
         )
-        return scores, d_hidden_BTD, *self._sorted(head, d_tables)
+        memory = memory.measured(self.loss, head, scores, self.runner.rows)
+        return scores, d_hidden_BTD, *self._sorted(head, d_tables), memory
 
     def _sorted(self, head: HeadInput, grads: Weights) -> tuple[Weights, Weights]:
         """Gradients of a head's weights: what is its own, and what is common."""
@@ -86,7 +96,8 @@ def forward_and_backward(
     parts: Parts,
     rows: Any,
     targets: Targets,
-    z_loss: float,
+    teacher: Teacher,
+    loss: LossConfig,
     compute: ComputeConfig,
 ) -> tuple[TokenScores, Parts]:
     """Scores of all heads, [N, B, T], and the gradients of their weighted loss.
@@ -96,10 +107,13 @@ def forward_and_backward(
     dtype = parts.trunk_BTD.dtype.name
     previous_NBT = previous_tokens(targets.token_NBT) if needs_tokens(cfg) else None
     first, rest = in_turn(cfg, parts, previous_NBT, targets)
-    output = make_output(parts.common, dtype, z_loss, compute)
+    output = make_output(
+        parts.own, parts.common, dtype, loss, compute, teacher.unembedding_VD
+    )
     step = _Step(HeadRunner(cfg, rows, compute.attention), output, parts.common)
     loop = _star if cfg.heads.wiring.reads == "trunk" else _chain
-    scores, grads = loop(step, parts, first, rest)
+    memory = start_of_memory(loss, parts.trunk_BTD, teacher)
+    scores, grads = loop(step, parts, first, rest, memory)
     return scores, jax.tree.map(lambda grad, x: grad.astype(x.dtype), grads, parts)
 
 
@@ -116,9 +130,11 @@ def _kept(run):
     return jax.checkpoint(run, policy=keep)
 
 
-def _star(step: _Step, parts: Parts, first, rest) -> tuple[TokenScores, Parts]:
+def _star(
+    step: _Step, parts: Parts, first, rest, memory: Memory
+) -> tuple[TokenScores, Parts]:
     def one_head(step, total, head):
-        d_common, d_trunk_BTD = total
+        d_common, d_trunk_BTD, memory = total
 
         def run(own, common, x_BTD):
             stream_BTD = step.run(own, common, head, x_BTD)
@@ -127,33 +143,65 @@ def _star(step: _Step, parts: Parts, first, rest) -> tuple[TokenScores, Parts]:
         hidden_BTD, backward = jax.vjp(
             _kept(run), _bodies(head.own), _bodies(step.common), parts.trunk_BTD
         )
-        scores, d_hidden_BTD, own_tables, tables = step.score(head, hidden_BTD)
+        scores, d_hidden_BTD, own_tables, tables, memory = step.score(
+            head, hidden_BTD, memory
+        )
         # The head's backward pass waits until the unembedding's whole gradient is gone
         # from the device: they need not be there together.
         d_hidden_BTD, own_tables, tables = lax.optimization_barrier(
             (d_hidden_BTD, own_tables, tables)
         )
         d_own, d_both, d_x_BTD = backward(d_hidden_BTD)
+        scores, d_x_BTD, memory = memory.pulled(step.loss, head, scores, d_x_BTD)
         d_common = _sum(_sum(d_common, d_both), tables)
         d_own = _narrow(_sum(d_own, own_tables), head.own)
-        return (d_common, d_trunk_BTD + d_x_BTD), (scores, d_own)
+        return (d_common, d_trunk_BTD + d_x_BTD, memory), (scores, d_own)
 
-    total = step.zeros(), jnp.zeros_like(parts.trunk_BTD, jnp.float32)
+    total = step.zeros(), jnp.zeros_like(parts.trunk_BTD, jnp.float32), memory
     of_first = None
     if first is not None:
         total, of_first = one_head(step.bare(), total, first)
     found = None
     if rest is not None:
-        total, found = lax.scan(functools.partial(one_head, step), total, rest)
+        visit = _unless_idle(functools.partial(one_head, step))
+        total, found = lax.scan(visit, total, rest)
     scores, d_own = _stacked(of_first, found)
     return scores, Parts(total[1], d_own, total[0])
 
 
-def _chain(step: _Step, parts: Parts, first, rest) -> tuple[TokenScores, Parts]:
+def _unless_idle(one_head: Callable) -> Callable:
+    """Wraps the step for heads of which some may have no work.
+
+    Such a head has zeros for scores and gradients.
+    """
+
+    def visit(total, head):
+        if head.extra.active_N is None:
+            return one_head(total, head)
+        made = jax.eval_shape(one_head, total, head)[1]
+
+        def idle(total, head):
+            d_common, d_trunk_BTD, memory = total
+            found = jax.tree.map(_zeros, made)
+            return (d_common, d_trunk_BTD, memory.passed()), found
+
+        return lax.cond(head.extra.active_N, one_head, idle, total, head)
+
+    return visit
+
+
+def _zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
+    spec = None if x.sharding is None else x.sharding.spec
+    return jnp.zeros(x.shape, x.dtype, out_sharding=spec)
+
+
+def _chain(
+    step: _Step, parts: Parts, first, rest, memory: Memory
+) -> tuple[TokenScores, Parts]:
     backwards = step.runner.cfg.heads.wiring.reads == "after"
 
     def forth(step, carry, head):
-        d_common, x_BTD = carry
+        d_common, x_BTD, memory = carry
         stream_BTD = step.run(head.own, step.common, head, x_BTD)
 
         def finish(own, common, stream_BTD):
@@ -162,11 +210,13 @@ def _chain(step: _Step, parts: Parts, first, rest) -> tuple[TokenScores, Parts]:
         hidden_BTD, backward = jax.vjp(
             finish, _norms(head.own), _norms(step.common), stream_BTD
         )
-        scores, d_hidden_BTD, own_tables, tables = step.score(head, hidden_BTD)
+        scores, d_hidden_BTD, own_tables, tables, memory = step.score(
+            head, hidden_BTD, memory
+        )
         d_own, d_both, d_stream_BTD = backward(d_hidden_BTD)
         d_common = _sum(_sum(d_common, d_both), tables)
         kept = (x_BTD, d_stream_BTD, _narrow(_sum(d_own, own_tables), head.own))
-        return (d_common, stream_BTD), (scores, kept)
+        return (d_common, stream_BTD, memory), (scores, kept)
 
     def back(step, carry, head_and_kept):
         d_common, d_next_BTD = carry
@@ -179,9 +229,11 @@ def _chain(step: _Step, parts: Parts, first, rest) -> tuple[TokenScores, Parts]:
             _kept(run), _bodies(head.own), _bodies(step.common), x_BTD
         )
         d_body, d_both, d_x_BTD = backward(d_stream_BTD + d_next_BTD)
+        if head.extra.pull_N is not None:
+            d_x_BTD = d_x_BTD * head.extra.pull_N.astype(d_x_BTD.dtype)
         return (_sum(d_common, d_both), d_x_BTD), _sum(d_own, d_body)
 
-    carry = step.zeros(), parts.trunk_BTD
+    carry = step.zeros(), parts.trunk_BTD, memory
     of_first = found = None
     if first is not None:
         carry, of_first = forth(step.bare(), carry, first)
@@ -189,18 +241,18 @@ def _chain(step: _Step, parts: Parts, first, rest) -> tuple[TokenScores, Parts]:
         carry, found = lax.scan(
             functools.partial(forth, step), carry, rest, reverse=backwards
         )
-    carry = carry[0], jnp.zeros_like(parts.trunk_BTD)
+    back_carry = carry[0], jnp.zeros_like(parts.trunk_BTD)
     d_first = d_rest = None
     if found is not None:
-        carry, d_rest = lax.scan(
+        back_carry, d_rest = lax.scan(
             functools.partial(back, step),
-            carry,
+            back_carry,
             (rest, found[1]),
             reverse=not backwards,
         )
     if of_first is not None:
-        carry, d_first = back(step.bare(), carry, (first, of_first[1]))
-    d_common, d_trunk_BTD = carry
+        back_carry, d_first = back(step.bare(), back_carry, (first, of_first[1]))
+    d_common, d_trunk_BTD = back_carry
     scores_of = [None if x is None else x[0] for x in (of_first, found)]
     scores, d_own = _stacked(
         None if of_first is None else (scores_of[0], d_first),
@@ -210,7 +262,7 @@ def _chain(step: _Step, parts: Parts, first, rest) -> tuple[TokenScores, Parts]:
 
 
 def _bodies(weights: Weights) -> Weights:
-    """The weights that streams and outputs depend on, without tables of logits."""
+    """Weights of a head's stream and output, without the tables of its logits."""
     return dataclasses.replace(weights, **dict.fromkeys(_TABLES))
 
 
@@ -219,7 +271,7 @@ def _norms(weights: Weights) -> Weights:
 
 
 def _by_field(join: Callable[[Any, Any], Any], a: Weights, b: Weights) -> Weights:
-    """The fields of two weights, joined where both have them."""
+    """Joins the fields that both have; of others, takes the one there is."""
     found = {}
     for field in dataclasses.fields(Weights):
         x, y = getattr(a, field.name), getattr(b, field.name)

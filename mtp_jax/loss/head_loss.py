@@ -17,10 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mtp_jax.config import ComputeConfig, HeadLoss
+from mtp_jax.config import ComputeConfig, LossConfig
 from mtp_jax.loss.cross_entropy import TokenScores
 from mtp_jax.loss.fused import forward_and_backward
+from mtp_jax.loss.memory import Teacher
 from mtp_jax.loss.output import make_output, weighted
+from mtp_jax.loss.scored import reweigh_of, scored, taught_scores
 from mtp_jax.loss.targets import Targets
 from mtp_jax.model.attention import RowContext
 from mtp_jax.model.heads.walk import (
@@ -28,7 +30,6 @@ from mtp_jax.model.heads.walk import (
     all_hidden,
     needs_tokens,
     previous_tokens,
-    visit_heads,
 )
 from mtp_jax.model.language_model import LanguageModel
 
@@ -38,24 +39,44 @@ def head_loss(
     trunk_BTD: jax.Array,
     rows: RowContext,
     targets: Targets,
-    z_loss: float,
+    loss: LossConfig,
     compute: ComputeConfig,
+    teacher: Teacher | None = None,
 ) -> tuple[jax.Array, TokenScores]:
     """The weighted sum of all heads' losses over the targets, and [N, B, T] scores.
 
-    loss = sum(weight (nll + z_loss log_z^2)), float32. `compute.head_loss` is the order
-    of work. The scores carry no gradient.
+    sum(weight (nll + z_loss log_z^2)), float32, or what `loss` asks for beside it
+    (`taught.teach`). `compute.head_loss` is the order of work. The scores carry no
+    gradient.
+
+    Args:
+      model, trunk_BTD: the model, and its trunk's output.
+      rows: of the batch.
+      targets: and their weights, those of this step.
+      loss: what is taught; its weights are in the targets already.
+      compute: how the arithmetic is carried out.
+      teacher: None for the model itself.
 
     Raises:
       TypeError: the fused loss is asked for forward-mode derivatives.
       NotImplementedError: the fused loss is asked for second derivatives.
     """
-    form, parts = _FORMS[compute.head_loss], model.parts(trunk_BTD)
-    loss, scores = form(parts, rows, targets, model.cfg, z_loss, compute)
-    return loss, lax.stop_gradient(scores)
+    parts = model.parts(trunk_BTD)
+    if compute.head_loss == "fused":
+        teacher = teacher or Teacher()
+        total, scores = _fused(parts, rows, targets, teacher, model.cfg, loss, compute)
+    elif loss.needs_teacher:  # of an evaluation
+        scores = taught_scores(
+            parts, rows, targets, teacher or Teacher(), model.cfg, loss, compute
+        )
+        total = weighted(scores, targets, loss)
+    else:
+        form = _FORMS[compute.head_loss]
+        total, scores = form(parts, rows, targets, model.cfg, loss, compute)
+    return total, lax.stop_gradient(scores)
 
 
-def _naive(parts, rows, targets, cfg, z_loss, compute):
+def _naive(parts, rows, targets, cfg, loss, compute):
     runner = HeadRunner(cfg, rows, compute.attention)
     previous_NBT = previous_tokens(targets.token_NBT) if needs_tokens(cfg) else None
     logits_NBTV = all_hidden(runner, parts, previous_NBT)[1]
@@ -68,56 +89,63 @@ def _naive(parts, rows, targets, cfg, z_loss, compute):
         log_z=log_z_NBT,
         predicted=jnp.argmax(logits_NBTV, axis=-1).astype(jnp.int32),
     )
-    return weighted(scores, targets, z_loss), scores
+    return weighted(scores, targets, loss), scores
 
 
-def _remat(parts, rows, targets, cfg, z_loss, compute):
+def _remat(parts, rows, targets, cfg, loss, compute):
     dtype = parts.trunk_BTD.dtype
     # The loop adds the gradients up in the dtype of what it reads, so it reads float32;
     # the products are in the compute dtype all the same.
-    output = make_output(parts.common, dtype.name, z_loss, compute)
+    output = make_output(parts.own, parts.common, dtype.name, loss, compute)
     copied = jax.tree.map(lambda x: x.astype(jnp.float32), output.copied)
     output = dataclasses.replace(output, copied=copied)
     parts = dataclasses.replace(parts, trunk_BTD=parts.trunk_BTD.astype(jnp.float32))
     around = functools.partial(jax.checkpoint, prevent_cse=False)
-    return _scored(parts, rows, targets, cfg, output, around)
+    runner = HeadRunner(cfg, rows, compute.attention)
+    scores = scored(parts, targets, runner, output, around)
+    return weighted(scores, targets, loss), scores
 
 
-def _scored(parts, rows, targets, cfg, output, around=lambda one_head: one_head):
-    """A head at a time: its output, then its scores."""
-    runner = HeadRunner(cfg, rows, output.compute.attention)
-    previous_NBT = previous_tokens(targets.token_NBT) if needs_tokens(cfg) else None
-    scores = visit_heads(runner, parts, previous_NBT, targets, output.scores, around)
-    return weighted(scores, targets, output.z_loss), scores
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _fused(parts, rows, targets, cfg, z_loss, compute):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _fused(parts, rows, targets, teacher, cfg, loss, compute):
     """Primal of the custom VJP; used when no gradient is needed."""
-    dtype = parts.trunk_BTD.dtype.name
-    output = make_output(parts.common, dtype, z_loss, compute)
-    return _scored(parts, rows, targets, cfg, output)
+    if loss.plain and not loss.measures_gradients:
+        dtype = parts.trunk_BTD.dtype.name
+        output = make_output(parts.own, parts.common, dtype, loss, compute)
+        runner = HeadRunner(cfg, rows, compute.attention)
+        scores = scored(parts, targets, runner, output)
+        return weighted(scores, targets, loss), scores
+    scores = taught_scores(parts, rows, targets, teacher, cfg, loss, compute)
+    if loss.measures_gradients:
+        zero_N = jnp.zeros(len(targets.token_NBT))
+        scores = dataclasses.replace(scores, with_first=zero_N, squared=zero_N)
+    return weighted(scores, targets, loss), scores
 
 
-def _forward_and_backward(parts, rows, targets, cfg, z_loss, compute):
+def _forward_and_backward(parts, rows, targets, teacher, cfg, loss, compute):
     """Forward rule of the custom VJP: loss, scores, and gradients for `_scale`."""
     parts = _first_order_only(parts)
-    scores, grads = forward_and_backward(cfg, parts, rows, targets, z_loss, compute)
-    return (weighted(scores, targets, z_loss), scores), grads
+    taught = (teacher, cfg, loss, compute)
+    reweigh = reweigh_of(loss)
+    if reweigh is not None:
+        targets = reweigh(taught_scores(parts, rows, targets, *taught), targets)
+    scores, grads = forward_and_backward(
+        cfg, parts, rows, targets, teacher, loss, compute
+    )
+    return (weighted(scores, targets, loss), scores), grads
 
 
-def _scale(cfg, z_loss, compute, grads, cotangents):
-    del cfg, z_loss, compute
+def _scale(cfg, loss, compute, grads, cotangents):
+    del cfg, loss, compute
     d_loss, _ = cotangents  # the scores' never count: head_loss stops them
-    return jax.tree.map(lambda x: (d_loss * x).astype(x.dtype), grads), None, None
+    return jax.tree.map(lambda x: (d_loss * x).astype(x.dtype), grads), None, None, None
 
 
 _fused.defvjp(_forward_and_backward, _scale)
 
-_FORMS: dict[HeadLoss, Callable[..., tuple[jax.Array, TokenScores]]] = {
+_FORMS: dict[str, Callable[..., tuple[jax.Array, TokenScores]]] = {
     "naive": _naive,
     "remat": _remat,
-    "fused": _fused,
 }
 
 

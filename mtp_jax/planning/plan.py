@@ -112,11 +112,12 @@ def same_size_with_heads(cfg: Config, n: int) -> Config:
 
     Weights of heads decide no size, so the plan does not depend on them.
     """
-    weights = cfg.loss.head_weights if n == cfg.model.n_future_tokens else ()
+    if n == cfg.model.n_future_tokens:
+        return cfg
     return dataclasses.replace(
         cfg,
         model=dataclasses.replace(cfg.model, n_future_tokens=n),
-        loss=dataclasses.replace(cfg.loss, head_weights=weights),
+        loss=cfg.loss.without_lists(n),
     )
 
 

@@ -24,6 +24,7 @@ _EFFECTS = {
     "config.train.accumulation": _ONLY_SPEED,
     "config.loss": "another loss from the next step on",
     "config.optim": "another optimizer from the next step on; its moments stay",
+    "config.optim.frozen": "other parameters learn; moments of those anew begin at 0",
     "config.data.batch_size": "batches go on with the row after the last one consumed",
     "config.data.seq_len": f"rows are cut anew: {_OTHER_TEXT}",
     "config.data.seed": f"another order of documents and rows: {_OTHER_TEXT}",

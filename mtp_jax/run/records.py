@@ -1,11 +1,13 @@
 """A step and an evaluation as records for tools, and as lines for people."""
 
+import math
 from typing import Any
 
 import jax
 import numpy as np
 
 from mtp_jax.config import Config
+from mtp_jax.config.optim import GROUPS
 from mtp_jax.data.packing import format_hash
 from mtp_jax.errors import counted
 from mtp_jax.model.flops import train_flops_per_token
@@ -31,10 +33,12 @@ def step_record(
         "step": step,
         "batch_hash": format_hash(metrics["hash"]),
         "loss": float(metrics["loss"]),
-        **{f"loss/head_{i}": x for i, x in enumerate(losses, 1)},
-        **{f"accuracy/head_{i}": x for i, x in enumerate(accuracies, 1)},
+        **_numbered("loss", losses),
+        **_numbered("accuracy", accuracies),
         "accept/length": float(metrics["accept_length"]),
+        **_of_heads(metrics),
         "grad_norm": float(metrics["grad_norm"]),
+        **_of_groups(cfg, metrics),
         "lr": float(metrics["lr"]),
         "bad_steps": int(metrics["bad_steps"]),
         "tokens": int(metrics["tokens"]),
@@ -44,6 +48,38 @@ def step_record(
     }
     utilization = mfu(cfg, window.step_s)
     return record if utilization is None else {**record, "mfu": utilization}
+
+
+def _numbered(name: str, of_heads: list[float], first: int = 1) -> dict[str, float]:
+    """Figures by head, without those of heads that did no work at the step."""
+    rows = enumerate(of_heads[first - 1 :], first)
+    idle = not all(math.isnan(x) for x in of_heads)
+    return {f"{name}/head_{i}": x for i, x in rows if not (idle and math.isnan(x))}
+
+
+def _of_heads(metrics: dict[str, np.ndarray]) -> dict[str, float]:
+    """Figures of heads 2 to n that some runs have: acceptance, gradients, balance."""
+    found: dict[str, float] = {}
+    if "alpha_N" in metrics:
+        found |= _numbered("accept/sampled", metrics["alpha_N"].tolist(), 2)
+        found["accept/sampled_length"] = float(metrics["sampled_length"])
+    names = {"cosine": "cosine_N", "norm_ratio": "ratio_N", "pull": "pull_N"}
+    for name, field in names.items():
+        if field in metrics:
+            found |= _numbered(f"gradient/{name}", metrics[field].tolist(), 2)
+    return found
+
+
+def _of_groups(cfg: Config, metrics: dict[str, np.ndarray]) -> dict[str, float]:
+    """The norm of each group's gradient, and 1 where the global clip bound."""
+    if "norm_G" not in metrics:
+        return {}
+    groups = [g for g in GROUPS if g not in cfg.optim.frozen]
+    if cfg.model.tie_embeddings and not cfg.heads.markov_rank:
+        groups = [g for g in groups if g != "unembedding"]
+    norms = metrics["norm_G"].tolist()
+    found = {f"grad_norm/{g}": x for g, x in zip(groups, norms, strict=True)}
+    return {**found, "clipped": float(metrics["clipped"])}
 
 
 def mean_of_steps(metrics: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -100,7 +136,19 @@ def heldout_record(step: int, figures: dict[str, Any]) -> dict[str, Any]:
         **{f"accuracy/head_{head['offset']}": head["accuracy"] for head in heads},
         "bits_per_byte": figures["bits_per_byte"],
         "accept/length": figures["accept"]["length"],
+        **_sampled(figures["accept"]),
         "batches": figures["batches"],
+    }
+
+
+def _sampled(accept: dict[str, Any]) -> dict[str, float]:
+    """Sampled acceptance, which a model of one head has none of."""
+    if "sampled_length" not in accept:
+        return {}
+    rows = enumerate(accept["sampled"], 2)
+    return {
+        **{f"accept/sampled/head_{i}": x for i, x in rows},
+        "accept/sampled_length": accept["sampled_length"],
     }
 
 

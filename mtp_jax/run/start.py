@@ -41,6 +41,9 @@ def open_local(
         return None
     devices = [int(device.id) for device in mesh.devices.flat]
     setting = f"{cfg.model} {dict(mesh.shape)} {devices} with rows"
+    taught = cfg.loss.balance, cfg.loss.averages_teacher, cfg.optim.frozen
+    if taught != ("none", False, ()):  # other arrays than those of a plain run
+        setting += f" of {taught}"
     if cfg.heads != HeadsConfig():  # which earlier versions did not know
         setting = f"{cfg.heads} {setting}"
     return LocalCheckpoints(cfg.checkpoint, identity(workdir), setting)

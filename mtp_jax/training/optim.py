@@ -1,5 +1,6 @@
-"""The optimizer: schedule, clipping, AdamW with decay by name."""
+"""The optimizer: schedule, clipping, AdamW with decay by name, rates of groups."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,6 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from mtp_jax.config import OptimConfig
+from mtp_jax.config.optim import GROUPS, by_group
+from mtp_jax.training.groups import by_own_norm, multiplied
 
 
 def learning_rate(cfg: OptimConfig, steps: int) -> optax.Schedule:
@@ -50,15 +53,53 @@ def is_decayed(params: Any) -> Any:
 
 
 def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW (arXiv:1711.05101)."""
-    return optax.chain(
-        optax.clip_by_global_norm(cfg.clip_norm),
-        optax.adamw(
-            learning_rate(cfg, steps),
+    """Clipping by global norm, then AdamW (arXiv:1711.05101), then rates of groups.
+
+    It is of the parameters that are trained. Groups with a `clips` of their own are
+    clipped by their own norms.
+    """
+    clip = optax.clip_by_global_norm(cfg.clip_norm)
+    if cfg.clips:
+        clip = _stateless(by_own_norm(cfg.clip_norm, by_group(cfg.clips)))
+    transforms = [clip, _adamw(cfg, steps)]
+    if cfg.rates:
+        transforms.append(_stateless(lambda x: multiplied(x, by_group(cfg.rates))))
+    return optax.chain(*transforms)
+
+
+def _adamw(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
+    rate = learning_rate(cfg, steps)
+    if not cfg.decays:
+        return optax.adamw(
+            rate,
             b1=cfg.b1,
             b2=cfg.b2,
             eps=cfg.eps,
             weight_decay=cfg.weight_decay,
             mask=is_decayed,
-        ),
+        )
+    decays = dict.fromkeys(GROUPS, cfg.weight_decay) | by_group(cfg.decays)
+
+    def decay(updates: Any, state: Any, params: Any = None):
+        of_params = multiplied(params, decays)
+        added = jax.tree.map(
+            lambda update, p, decayed: update + p if decayed else update,
+            updates,
+            of_params,
+            is_decayed(params),
+        )
+        return added, state
+
+    return optax.chain(
+        optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps),
+        optax.GradientTransformation(lambda _: optax.EmptyState(), decay),
+        optax.scale_by_learning_rate(rate),
     )
+
+
+def _stateless(function: Callable[[Any], Any]) -> optax.GradientTransformation:
+    def update(updates: Any, state: Any, params: Any = None):
+        del params
+        return function(updates), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)

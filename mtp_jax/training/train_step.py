@@ -14,10 +14,12 @@ import optax
 from mtp_jax.config import Config
 from mtp_jax.loss.batch_loss import batch_loss
 from mtp_jax.loss.metrics import HeadSums, no_sums, summarize
-from mtp_jax.loss.targets import target_counts
-from mtp_jax.loss.weights import head_weights
+from mtp_jax.loss.targets import extra_targets, target_counts
+from mtp_jax.loss.weights import StepWeights, at_step, weights_at
 from mtp_jax.model.attention import few_documents
 from mtp_jax.model.language_model import model_builder
+from mtp_jax.training.balance import factors, start_of_balance, updated
+from mtp_jax.training.groups import group_norms, together, trained, unless_waiting
 from mtp_jax.training.optim import learning_rate, make_optimizer
 from mtp_jax.training.wide import join, split
 
@@ -38,6 +40,8 @@ class TrainState:
     opt_state: optax.OptState  # float32
     # Bits of the float32 weights that `params` lack, int16; None if those are float32.
     rounded_off: Any = None
+    balance: Any = None  # means of `training.balance`; None if nothing asks for them
+    teacher: Any = None  # float32, a mean of the parameters over steps; None, likewise
 
 
 def make_init(cfg: Config) -> Callable[[jax.Array], TrainState]:
@@ -59,40 +63,80 @@ def make_init(cfg: Config) -> Callable[[jax.Array], TrainState]:
             bad_steps=zero,
             key=jax.random.key_data(run_key),
             params=params,
-            opt_state=optimizer.init(wide),
+            opt_state=optimizer.init(trained(wide, cfg.optim.frozen)),
             rounded_off=rounded_off,
+            balance=start_of_balance(cfg.loss, cfg.model.n_future_tokens),
+            teacher=wide if cfg.loss.averages_teacher else None,
         )
 
     return init
 
 
+def step_weights(
+    cfg: Config, step: jax.Array | int, balance: Any = None
+) -> StepWeights:
+    """How much each head counts at a step, and what the trunk takes of it.
+
+    A function of the step, and of the means that a balance has made until then. The
+    weights are of heads' mean losses, before they are divided by counts of targets.
+
+    Args:
+      cfg: the run.
+      step: steps done before.
+      balance: `TrainState.balance`.
+    """
+    loss, n, steps = cfg.loss, cfg.model.n_future_tokens, cfg.train.steps
+    step = jnp.asarray(step, jnp.int32)
+    weight_N = weights_at(loss, n, steps, step)
+    pulls, extras = loss.pulls(n, steps), loss.extras(steps)
+    pull_N = None if pulls.constant(1.0) else at_step(pulls, step)
+    if balance is not None:
+        factor_N = factors(loss, balance, weight_N)
+        pull_N = factor_N if pull_N is None else pull_N * factor_N
+    active_N = None
+    if any(loss.weights(n, steps).ever_zero()[1:]):
+        # Head 1 always works: others learn from it, and are compared with it.
+        active_N = (weight_N > 0).at[0].set(True)
+    return StepWeights(
+        weight_N,
+        extra_J=None if extras is None else at_step(extras, step),
+        pull_N=pull_N,
+        active_N=active_N,
+    )
+
+
 def make_gradients(
     cfg: Config,
-) -> Callable[[Any, Batch], tuple[jax.Array, HeadSums, Any]]:
+) -> Callable[..., tuple[jax.Array, HeadSums, Any]]:
     """`gradients(params, batch) -> (loss, sums, grads)` of a global batch, not jitted.
 
     A batch holds tokens, segments and positions, int32 [A, M, S]. The microbatches run
-    one after another, and what they give is added up. Gradients are float32.
+    one after another, and what they give is added up. Gradients are float32, of the
+    parameters that are not frozen. It also takes `weights`, from `step_weights`, those
+    of step 0 otherwise; and `teacher`, parameters, if the config asks for them.
     """
     _, build = model_builder(cfg.model)
-    n = cfg.model.n_future_tokens
+    n, loss, frozen = cfg.model.n_future_tokens, cfg.loss, cfg.optim.frozen
 
     def gradient(few: bool):
         """The gradient of a loss of rows with few documents, or any number of them."""
 
-        def loss_fn(params: Any, microbatch: Batch, weight_N: jax.Array):
-            model, z_loss = build(params), cfg.loss.z_loss
-            return batch_loss(model, microbatch, weight_N, z_loss, cfg.compute, few)
+        def loss_fn(learning, params, microbatch, weights, teacher):
+            model = build(together(learning, params))
+            other = None if teacher is None else build(teacher)
+            how = (loss, cfg.compute, few)
+            return batch_loss(model, microbatch, weights, *how, other)
 
         return jax.value_and_grad(loss_fn, has_aux=True)
 
-    def gradients(params: Any, batch: Batch):
-        count_N = jnp.sum(
-            jax.vmap(target_counts, in_axes=(0, None))(batch["segments"], n), axis=0
-        )
-        # A head's loss is the mean over the targets of the whole global batch, so the
-        # parts of a batch add up to its loss, however it is split.
-        weight_N = head_weights(cfg.loss, n) / jnp.maximum(count_N, 1.0)
+    def gradients(
+        params: Any,
+        batch: Batch,
+        weights: StepWeights | None = None,
+        teacher: Any = None,
+    ):
+        weights = _of_targets(weights or step_weights(cfg, 0), batch["segments"], n)
+        learning = trained(params, frozen)
 
         def add_microbatch(total, microbatch):
             few = few_documents(
@@ -101,21 +145,45 @@ def make_gradients(
                 cfg.model.d_head,
                 cfg.model.compute_dtype,
             )
-            of = (params, microbatch, weight_N)
-            (loss, sums), grads = (
+            of = (learning, params, microbatch, weights, teacher)
+            (value, sums), grads = (
                 gradient(False)(*of)
                 if few is None
                 else jax.lax.cond(few, gradient(True), gradient(False), *of)
             )
-            return jax.tree.map(jnp.add, total, (loss, sums, grads)), None
+            return jax.tree.map(jnp.add, total, (value, sums, grads)), None
 
         # In float32 whatever the parameters are in: small terms are many.
-        wide = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
+        wide = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), learning)
         rows = {k: batch[k] for k in ("tokens", "segments", "positions")}
-        start = (jnp.zeros(()), no_sums(n), wide)
-        return jax.lax.scan(add_microbatch, start, rows)[0]
+        sums = no_sums(n, loss.needs_teacher, loss.measures_gradients)
+        return jax.lax.scan(add_microbatch, (jnp.zeros(()), sums, wide), rows)[0]
 
     return gradients
+
+
+def _of_targets(weights: StepWeights, segments_AMS: jax.Array, n: int) -> StepWeights:
+    """The weights of each target, so that a head's loss is a mean over its targets.
+
+    Over those of the whole global batch, so that the parts of a batch add up to its
+    loss, however it is split.
+    """
+    count_N = jnp.sum(
+        jax.vmap(target_counts, in_axes=(0, None))(segments_AMS, n), axis=0
+    )
+    weight_N = weights.weight_N / jnp.maximum(count_N, 1.0)
+    extra_J = weights.extra_J
+    if extra_J is not None:
+        several = len(extra_J)
+
+        def counts(segments_MS):
+            t = segments_MS.shape[1] - n
+            _, valid_MTJ = extra_targets(segments_MS, segments_MS, t, several)
+            return jnp.sum(valid_MTJ, axis=(0, 1), dtype=jnp.float32)
+
+        count_J = jnp.sum(jax.vmap(counts)(segments_AMS), axis=0)
+        extra_J = extra_J / jnp.maximum(count_J, 1.0)
+    return dataclasses.replace(weights, weight_N=weight_N, extra_J=extra_J)
 
 
 def _updates_made(opt_state: optax.OptState) -> jax.Array:
@@ -137,17 +205,28 @@ def make_step(
 
     @jax.jit(donate_argnames="state")
     def step(state: TrainState, batch: Batch):
-        loss, sums, grads = gradients(state.params, batch)
+        weights = step_weights(cfg, state.step, state.balance)
+        teacher = None
+        if state.teacher is not None:
+            teacher, _ = split(state.teacher, cfg.model.param_dtype)
+        loss, sums, grads = gradients(state.params, batch, weights, teacher)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         before = join(state.params, state.rounded_off)
-        updates, opt_state = optimizer.update(grads, state.opt_state, before)
-        after = optax.apply_updates(before, updates)
+        learning = trained(before, cfg.optim.frozen)
+        updates, opt_state = optimizer.update(grads, state.opt_state, learning)
+        after = optax.apply_updates(learning, updates)
+        if weights.active_N is not None:
+            of_heads = (cfg.model, weights.active_N)
+            after = unless_waiting(*of_heads, after, learning)
+            opt_state = unless_waiting(*of_heads, opt_state, state.opt_state)
+        after = together(after, before)
 
         def unless_bad(new, old):
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
-        params, rounded_off = split(unless_bad(after, before), cfg.model.param_dtype)
+        after = unless_bad(after, before)
+        params, rounded_off = split(after, cfg.model.param_dtype)
         new_state = TrainState(
             step=state.step + 1,
             bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
@@ -155,6 +234,8 @@ def make_step(
             params=params,
             opt_state=unless_bad(opt_state, state.opt_state),
             rounded_off=rounded_off,
+            balance=unless_bad(updated(cfg.loss, state.balance, sums), state.balance),
+            teacher=_averaged(cfg, state.teacher, after),
         )
         metrics = {
             **summarize(sums),
@@ -164,7 +245,37 @@ def make_step(
             "bad_steps": new_state.bad_steps,
             "tokens": sums.count_N[0],
             "hash": jnp.sum(batch["hash"], axis=(0, 1)),
+            **_of_gradients(cfg, grads, grad_norm, weights),
         }
+        if weights.active_N is not None:
+            for name in ("loss_N", "accuracy_N"):
+                metrics[name] = jnp.where(weights.active_N, metrics[name], jnp.nan)
         return new_state, metrics
 
     return step
+
+
+def _averaged(cfg: Config, teacher: Any, after: Any) -> Any:
+    """The mean of the parameters over steps, one step on."""
+    kept = cfg.loss.teacher_decay
+    if teacher is None:
+        return None
+    return jax.tree.map(lambda mean, x: kept * mean + (1.0 - kept) * x, teacher, after)
+
+
+def _of_gradients(
+    cfg: Config, grads: Any, grad_norm: jax.Array, weights: StepWeights
+) -> dict[str, jax.Array]:
+    """Figures of gradients, where they are measured or treated by group.
+
+    `clipped`, 1 if the clip of the global norm bound; `norm_G` of the groups in the
+    order of `GROUPS`, those that have parameters; with a balance `pull_N`.
+    """
+    optim, found = cfg.optim, {}
+    if cfg.loss.measures_gradients or optim.rates or optim.decays or optim.clips:
+        norms = group_norms(grads)
+        found["norm_G"] = jnp.stack(list(norms.values()))
+        found["clipped"] = (grad_norm > optim.clip_norm).astype(jnp.float32)
+    if cfg.loss.balance != "none" and weights.pull_N is not None:
+        found["pull_N"] = weights.pull_N
+    return found

@@ -1,0 +1,137 @@
+"""Losses between the law of a head and a teacher's, and their gradients.
+
+Within `jax.shard_map`, where the vocabulary may lie on several devices: reductions over
+it are sums over the shards. The dtype is that of the logits.
+
+Axes: C tokens of a chunk, v tokens of a device's share of the vocabulary.
+
+With p the teacher's law, q the head's, alpha = sum min(p, q), the gradients in the
+head's logits, the teacher's being constant:
+
+  kl   sum p log(p / q)                     q - p
+  rkl  sum q log(q / p) = r                 q (log(q / p) - r)
+  tv   1 - alpha                            -q ([q <= p] - s), s = sum of q [q <= p]
+  nla  -log alpha                           that of tv / alpha
+  lk   a kl + (1 - a) tv, a = exp(-3 alpha) a that of kl + (1 - a) that of tv
+
+alpha is the probability that rejection sampling accepts a draft (arXiv:2211.17192,
+theorem 3.5); tv (arXiv:2310.08461, section 4), lk (arXiv:2602.23881) with a constant.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mtp_jax.config import LossKind
+from mtp_jax.parallel.sharding import axes_of
+
+_LEAST_ALPHA = 1e-6  # below it, the gradient of -log alpha would be noise
+_LK_RATE = 3.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Law:
+    """The law of some logits: log-partition and probabilities."""
+
+    logits_Cv: jax.Array
+    log_z_C: jax.Array
+    probability_Cv: jax.Array
+
+    @property
+    def log_Cv(self) -> jax.Array:
+        """Log-probabilities, which stay finite where probabilities vanish."""
+        return self.logits_Cv - self.log_z_C[:, None]
+
+
+def law_of(logits_Cv: jax.Array, log_z_C: jax.Array | None = None) -> Law:
+    """The law of logits, of which each device has a share."""
+    if log_z_C is None:
+        top_C = lax.pmax(jnp.max(logits_Cv, axis=1), axes_of("vocab"))
+        log_z_C = top_C + jnp.log(over_vocab(jnp.exp(logits_Cv - top_C[:, None])))
+    return Law(logits_Cv, log_z_C, jnp.exp(logits_Cv - log_z_C[:, None]))
+
+
+def over_vocab(x_Cv: jax.Array) -> jax.Array:
+    """The sum over the vocabulary, [C]."""
+    return lax.psum(jnp.sum(x_Cv, axis=1), axes_of("vocab"))
+
+
+def acceptance(student: Law, teacher: Law) -> jax.Array:
+    """The probability that a draft of the one is accepted by the other, [C]."""
+    return over_vocab(jnp.minimum(student.probability_Cv, teacher.probability_Cv))
+
+
+def entropy(law: Law) -> jax.Array:
+    """The entropy of a law, nats, [C]."""
+    return -over_vocab(law.probability_Cv * law.log_Cv)
+
+
+def soft_loss(
+    kind: LossKind, student: Law, teacher: Law, alpha_C: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The loss of each token, [C], and its gradient in the student's logits, [C, v].
+
+    Args:
+      kind: any but hard. That of e2e is that of tv, for `end_to_end` to weigh.
+      student, teacher: laws over the same vocabulary.
+      alpha_C: from `acceptance`.
+    """
+    q_Cv, p_Cv = student.probability_Cv, teacher.probability_Cv
+    if kind == "rkl":
+        ratio_Cv = student.log_Cv - teacher.log_Cv
+        divergence_C = over_vocab(q_Cv * ratio_Cv)
+        return divergence_C, q_Cv * (ratio_Cv - divergence_C[:, None])
+    if kind == "kl":
+        return _kl(student, teacher)
+    below_Cv = jnp.where(q_Cv <= p_Cv, q_Cv, 0.0)
+    tv_C, d_tv_Cv = 1.0 - alpha_C, q_Cv * over_vocab(below_Cv)[:, None] - below_Cv
+    if kind == "nla":
+        alpha_C = jnp.maximum(alpha_C, _LEAST_ALPHA)
+        return -jnp.log(alpha_C), d_tv_Cv / alpha_C[:, None]
+    if kind == "lk":
+        share_C = jnp.exp(-_LK_RATE * alpha_C)
+        kl_C, d_kl_Cv = _kl(student, teacher)
+        share_C1 = share_C[:, None]
+        return (
+            share_C * kl_C + (1.0 - share_C) * tv_C,
+            share_C1 * d_kl_Cv + (1.0 - share_C1) * d_tv_Cv,
+        )
+    return tv_C, d_tv_Cv
+
+
+def _kl(student: Law, teacher: Law) -> tuple[jax.Array, jax.Array]:
+    p_Cv = teacher.probability_Cv
+    kl_C = over_vocab(p_Cv * (teacher.log_Cv - student.log_Cv))
+    return kl_C, student.probability_Cv - p_Cv
+
+
+def end_to_end(alpha_NBT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The share of drafts that are not accepted, and its slopes in 1 - alpha.
+
+    loss = 1 - (1/(n-1)) sum over j = 2..n of the product of alpha_2 .. alpha_j
+    (arXiv:2606.12370), the share of n - 1 drafts that one pass does not take. Its
+    gradient is that of tv of each head times these slopes, so that a second pass over
+    the heads needs nothing but them.
+
+    Args:
+      alpha_NBT: acceptance of each head's draft; that of head 1 is not read.
+
+    Returns:
+      the loss, [B, T], and the slopes, [N, B, T], 0 for head 1.
+    """
+    n = len(alpha_NBT)
+    length_BT = jnp.zeros_like(alpha_NBT[0])
+    for alpha_BT in alpha_NBT[:0:-1]:
+        length_BT = alpha_BT * (1.0 + length_BT)
+    loss_BT = 1.0 - length_BT / (n - 1)
+    # Slope of i: alpha_2 .. alpha_(i-1) (1 + alpha_(i+1) (1 + alpha_(i+2) (1 + ...))).
+    after = [jnp.ones_like(length_BT)]
+    for alpha_BT in alpha_NBT[:1:-1]:
+        after.append(1.0 + alpha_BT * after[-1])
+    slopes, before_BT = [jnp.zeros_like(length_BT)], jnp.ones_like(length_BT)
+    for alpha_BT, after_BT in zip(alpha_NBT[1:], after[::-1], strict=True):
+        slopes.append(before_BT * after_BT / (n - 1))
+        before_BT = before_BT * alpha_BT
+    return loss_BT, jnp.stack(slopes)

@@ -49,7 +49,7 @@ class _Step:
     common: Weights
 
     def bare(self) -> "_Step":
-        """The same for a head 1 without a body."""
+        """A step for a head 1 without a body."""
         common = dataclasses.replace(self.common, body=None)
         return dataclasses.replace(self, common=common)
 
@@ -163,6 +163,10 @@ def _chain(step: _Step, parts: Parts, first, rest) -> tuple[TokenScores, Parts]:
             finish, _norms(head.own), _norms(step.common), stream_BTD
         )
         scores, d_hidden_BTD, own_tables, tables = step.score(head, hidden_BTD)
+        # As in a star; and without it the compiler for TPUs fails on the sums.
+        d_hidden_BTD, own_tables, tables = lax.optimization_barrier(
+            (d_hidden_BTD, own_tables, tables)
+        )
         d_own, d_both, d_stream_BTD = backward(d_hidden_BTD)
         d_common = _sum(_sum(d_common, d_both), tables)
         kept = (x_BTD, d_stream_BTD, _narrow(_sum(d_own, own_tables), head.own))
@@ -210,7 +214,7 @@ def _chain(step: _Step, parts: Parts, first, rest) -> tuple[TokenScores, Parts]:
 
 
 def _bodies(weights: Weights) -> Weights:
-    """What a head's stream and output depend on, without the tables of its logits."""
+    """The weights of a head's stream and output, without the tables of its logits."""
     return dataclasses.replace(weights, **dict.fromkeys(_TABLES))
 
 
@@ -219,7 +223,7 @@ def _norms(weights: Weights) -> Weights:
 
 
 def _by_field(join: Callable[[Any, Any], Any], a: Weights, b: Weights) -> Weights:
-    """What `join` makes of the fields that both have; of others, the one there is."""
+    """Fields joined where both have them; else the one that there is."""
     found = {}
     for field in dataclasses.fields(Weights):
         x, y = getattr(a, field.name), getattr(b, field.name)

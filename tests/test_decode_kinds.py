@@ -281,3 +281,27 @@ def test_fewer_heads_are_kept_but_of_a_kind_that_needs_all():
     assert cfg.num_trunk_layers == c.cfg.num_trunk_layers
     with pytest.raises(UserError, match="fewer than all 4 cannot be kept"):
         config_of("anticausal").keep_heads(3)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "serial",
+        "linear, own tables, bias",
+        pytest.param("anticausal, shared, bias", marks=pytest.mark.slow),
+        pytest.param("serial, shared, one cache", marks=pytest.mark.slow),
+        pytest.param(
+            "residual, 2 blocks, own tables and norms", marks=pytest.mark.slow
+        ),
+    ],
+)
+@pytest.mark.parametrize("decoder", ["blockwise", "tree"])
+def test_texts_are_the_same_on_any_mesh(name, decoder):
+    c, mesh = case(name), mesh_of(fsdp=2, tensor=2)
+    with jax.set_mesh(mesh):
+        params = placed_params(c.cfg, params_of(c.cfg))
+    generator = Generator(c.cfg, params, Letters(eos_id=VOCAB), mesh)
+
+    results = generator.generate(prompts(), max_new_tokens=NEW, decoder=decoder)
+
+    assert [r.tokens for r in results] == c.texts

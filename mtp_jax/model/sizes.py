@@ -1,4 +1,4 @@
-"""Sizes of a model's parts, and the ordinary models to compare it with.
+"""Sizes of the parts of a model, and the ordinary models to compare it with.
 
 Axes: D model width, V vocabulary, r rank of the Markov bias.
 """

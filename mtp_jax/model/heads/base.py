@@ -25,7 +25,7 @@ Through = Callable[[Block, jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class HeadKind:
-    """Functions of a kind of heads, which training, decoding and counting call.
+    """All that training, decoding and counting ask of a kind of heads.
 
     make(cfg, rngs): the body of one head, a module.
     run(cfg, body, norm, x_BTD, token_BTD, through): the stream of a head, [B, T, D], of

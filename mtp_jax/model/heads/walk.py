@@ -164,7 +164,7 @@ class HeadRunner:
 
 
 def beside(weights: Weights, head: HeadInput, dtype: str) -> jax.Array | None:
-    """Columns that follow hidden states for the Markov bias, [B, T, r], or None."""
+    """Rows that follow the hidden states for the Markov bias, [B, T, r], or None."""
     if head.drafts is None:
         return None
     assert weights.markov_in is not None and head.previous_BT is not None

@@ -16,7 +16,7 @@ from mtp_jax.loss.metrics import summarize
 from mtp_jax.model.language_model import model_builder
 from mtp_jax.training.train_step import make_init, make_step
 
-N, ROWS, T, STEPS = 3, 64, 32, 600
+N, ROWS, T, STEPS = 3, 64, 32, 1500
 P_VV, LAW_V = markov.chain()
 EXACT = {i: markov.acceptance(P_VV, LAW_V, i, best=False) for i in (2, 3)}
 BEST = {i: markov.acceptance(P_VV, LAW_V, i, best=True) for i in (2, 3)}
@@ -91,4 +91,4 @@ def test_heads_of_total_variation_are_accepted_more_than_exact_laws():
 def test_the_end_to_end_loss_takes_at_least_as_many_tokens_a_pass():
     whole, each = trained("e2e"), trained("tv")
 
-    assert whole["sampled_length"] >= each["sampled_length"] - 0.002
+    assert whole["sampled_length"] >= each["sampled_length"]

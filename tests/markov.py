@@ -1,4 +1,6 @@
-"""A source whose every law is known: a Markov chain, and what drafts of it can reach."""
+"""A source of which every law is known: a Markov chain, and drafts of its text."""
+
+import itertools
 
 import numpy as np
 
@@ -49,7 +51,7 @@ def filled(p_VV, weight_V):
     segments = []
     for x in range(len(p_VV)):
         levels = np.sort(np.append(p_VV[:, x], 0.0))
-        for low, high in zip(levels, levels[1:], strict=False):
+        for low, high in itertools.pairwise(levels):
             gain = weight_V[p_VV[:, x] >= high].sum()
             segments.append((gain, high - low, x))
     q, left = np.zeros(len(p_VV)), 1.0

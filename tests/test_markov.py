@@ -63,7 +63,7 @@ def trained(kind):
     with jax.set_mesh(mesh_of(1, 1, 1)):
         state, step = make_init(cfg)(jax.random.key(1)), make_step(cfg)
         for _ in range(STEPS):
-            state, metrics = step(state, placed_batch(rows(rng), 1))
+            state, _ = step(state, placed_batch(rows(rng), 1))
         _, build = model_builder(cfg.model)
         run = jax.jit(lambda p, b: head_sums(build(p), b, ComputeConfig()))
         new = {k: x[0] for k, x in placed_batch(rows(rng, 2048), 1).items()}

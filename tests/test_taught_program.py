@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from test_step_program import CHUNK, D, ROWS, T, V, config, program, temporaries
+from test_step_program import CHUNK, ROWS, D, T, V, config, program, temporaries
 
 from mtp_jax.config import LossConfig
 

@@ -56,7 +56,8 @@ def main(argv: list[str]) -> int:
     with jax.set_mesh(one_device()):
         print(f"\nloss and gradients of the heads alone, n={args.n}")
         parts = {
-            kind: head_part(_config(args, LossConfig(kind=kind)))[0] for kind in KINDS
+            str(kind): head_part(_config(args, LossConfig(kind=kind)))[0]
+            for kind in KINDS
         }
         _report(interleaved(parts, args.rounds))
         del parts

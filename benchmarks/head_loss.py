@@ -27,8 +27,10 @@ from benchmarks.timing import (
     temporaries,
 )
 from mtp_jax.config import Config, HeadLoss
+from mtp_jax.loss.batch_loss import targets_of
 from mtp_jax.loss.head_loss import head_loss
-from mtp_jax.loss.targets import Targets, future_targets
+from mtp_jax.loss.targets import future_targets
+from mtp_jax.loss.weights import StepWeights
 from mtp_jax.model.attention import RowContext
 from mtp_jax.model.language_model import model_builder
 from mtp_jax.parallel.sequence import split_time
@@ -69,13 +71,13 @@ def main(argv: list[str]) -> int:
         del steps
 
         print(f"\nloss and gradients of the heads alone, n={args.n_of_part}")
-        parts = {form: _head_part(config(form, args.n_of_part)) for form in FORMS}
+        parts = {form: head_part(config(form, args.n_of_part)) for form in FORMS}
         seconds = interleaved({k: v[0] for k, v in parts.items()}, args.rounds)
         _report(seconds, {form: parts[form][1] for form in FORMS})
     return 0
 
 
-def _head_part(cfg: Config) -> tuple[Callable[[], object], int]:
+def head_part(cfg: Config) -> tuple[Callable[[], object], int]:
     """A function for the heads' loss and gradients, and its temporaries in bytes."""
     n = cfg.model.n_future_tokens
     init, build = model_builder(cfg.model)
@@ -93,10 +95,10 @@ def _head_part(cfg: Config) -> tuple[Callable[[], object], int]:
             token_NBT, valid_NBT = map(
                 split_time, future_targets(batch["tokens"], batch["segments"], n)
             )
-            weight_NBT = valid_NBT / jnp.sum(valid_NBT)
+            weights = StepWeights(jnp.ones(n) / jnp.sum(valid_NBT))
+            targets = targets_of(token_NBT, valid_NBT, batch, weights, cfg.loss)
             angles_BTk = model.angles(split_time(batch["positions"][:, :-n]))
             rows = RowContext(angles_BTk, batch["segments"][:, :-n])
-            targets = Targets(token_NBT, weight_NBT)
             return head_loss(model, trunk_BTD, rows, targets, cfg.loss, cfg.compute)[0]
 
         return jax.value_and_grad(loss_of, argnums=(0, 1))(params, trunk_BTD)

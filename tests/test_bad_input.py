@@ -97,6 +97,14 @@ def assert_refused(result, *words):
             ["config.compute.attention is cudnn", "runs on NVIDIA GPUs", "'cpu'"],
         ),
         ("train.steps=0", ["config.train.steps is 0"]),
+        ("loss.schedule=sudden", ["config.loss.schedule is 'sudden'", "two_phase"]),
+        ("loss.schedule=((5,1,1),)", ["config.loss.schedule begins at step 5"]),
+        ("loss.schedule=((0,1,1,1),)", ["row of step 0", "has 3 values for 2 heads"]),
+        ("loss.trunk_gradient=(1,-1)", ["config.loss.trunk_gradient", "has -1"]),
+        ("loss.kind=soft", ["config.loss.kind is 'soft'", "e2e"]),
+        ("loss.teacher=oracle", ["config.loss.teacher is 'oracle'"]),
+        ("optim.rates=(('body',2),)", ["config.optim.rates names 'body'", "heads"]),
+        ("optim.frozen=body", ["config.optim.frozen names 'body'"]),
     ],
 )
 def test_a_wrong_config_is_refused(program, corpus_dir, tmp_path, override, words):

@@ -67,6 +67,11 @@ def test_tables_are_aligned(capsys):
             ["serial", "linear"],
         ),
         (
+            "objectives",
+            [*SHAPE, *ROWS, "--vocab_size=32", "--trunk_layers=1", "--n=2"],
+            ["kl", "e2e", "encodec"],
+        ),
+        (
             "heads",
             [*SHAPE, *ROWS, "--vocab_sizes", "32", "--num_layers=2", "--n=2"],
             ["32"],

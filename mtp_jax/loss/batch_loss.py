@@ -63,7 +63,7 @@ def batch_loss(
         )
 
     rows, trunk_BTD = run(model)
-    targets = _targets(token_NBT, valid_NBT, batch, weights, loss)
+    targets = targets_of(token_NBT, valid_NBT, batch, weights, loss)
     of_other = None
     if teacher is not None:
         other_rows, other_BTD = run(teacher)
@@ -72,14 +72,19 @@ def batch_loss(
     return total, sums_over_targets(scores, token_NBT, valid_NBT, weights.active_N)
 
 
-def _targets(
+def targets_of(
     token_NBT: jax.Array,
     valid_NBT: jax.Array,
     batch: dict[str, jax.Array],
     weights: StepWeights,
     loss: LossConfig,
 ) -> Targets:
-    """The targets of a batch, and by what they are weighed at this step."""
+    """The targets of a batch, and by what they are weighed at this step.
+
+    Args:
+      token_NBT, valid_NBT: from `future_targets`, their time split over devices.
+      batch, weights, loss: as for `batch_loss`.
+    """
     n, _, t = token_NBT.shape
     weight_NBT = jnp.where(valid_NBT, weights.weight_N[:, None, None], 0.0)
     soft_NBT = None

@@ -85,26 +85,30 @@ def soft_loss(
         return divergence_C, q_Cv * (ratio_Cv - divergence_C[:, None])
     if kind == "kl":
         return _kl(student, teacher)
-    below_Cv = jnp.where(q_Cv <= p_Cv, q_Cv, 0.0)
-    tv_C, d_tv_Cv = 1.0 - alpha_C, q_Cv * over_vocab(below_Cv)[:, None] - below_Cv
+    share_C = over_vocab(jnp.where(q_Cv <= p_Cv, q_Cv, 0.0))
+    # Not from the terms of that sum, which would stay until then.
+    d_tv_Cv = q_Cv * (share_C[:, None] - (q_Cv <= p_Cv))
+    tv_C = 1.0 - alpha_C
     if kind == "nla":
         alpha_C = jnp.maximum(alpha_C, _LEAST_ALPHA)
         return -jnp.log(alpha_C), d_tv_Cv / alpha_C[:, None]
     if kind == "lk":
-        share_C = jnp.exp(-_LK_RATE * alpha_C)
+        mix_C = jnp.exp(-_LK_RATE * alpha_C)
         kl_C, d_kl_Cv = _kl(student, teacher)
-        share_C1 = share_C[:, None]
+        mix_C1 = mix_C[:, None]
         return (
-            share_C * kl_C + (1.0 - share_C) * tv_C,
-            share_C1 * d_kl_Cv + (1.0 - share_C1) * d_tv_Cv,
+            mix_C * kl_C + (1.0 - mix_C) * tv_C,
+            mix_C1 * d_kl_Cv + (1.0 - mix_C1) * d_tv_Cv,
         )
     return tv_C, d_tv_Cv
 
 
 def _kl(student: Law, teacher: Law) -> tuple[jax.Array, jax.Array]:
     p_Cv = teacher.probability_Cv
-    kl_C = over_vocab(p_Cv * (teacher.log_Cv - student.log_Cv))
-    return kl_C, student.probability_Cv - p_Cv
+    # Of p alone, and not of the teacher's logits, which need not stay beside it.
+    surprise_C = -over_vocab(jax.scipy.special.xlogy(p_Cv, p_Cv))
+    cross_C = student.log_z_C - over_vocab(p_Cv * student.logits_Cv)
+    return cross_C - surprise_C, student.probability_Cv - p_Cv
 
 
 def end_to_end(alpha_NBT: jax.Array) -> tuple[jax.Array, jax.Array]:

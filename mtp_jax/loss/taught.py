@@ -153,6 +153,9 @@ def _chunk(
     if lesson.teacher_BTD is not None:
         assert teacher_vD is not None
         teacher = law_of(logits_of(lesson.teacher_BTD, teacher_vD))
+        # Or a compiler makes it again from the logits, and both of them stay.
+        fixed_Cv = lax.optimization_barrier(teacher.probability_Cv)
+        teacher = dataclasses.replace(teacher, probability_Cv=fixed_Cv)
         alpha_C = acceptance(student, teacher)
         if lesson.soft_BT is not None:
             soft_C, d_soft_Cv = soft_loss(manner.kind, student, teacher, alpha_C)

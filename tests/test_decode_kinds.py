@@ -113,13 +113,14 @@ EXACT = {
     "dynamo_exact": {"decoder": DynamoExact(alpha=0.0)},
     "depths": {"decoder": "blockwise", "adaptive": (1, 4, 1, 1, 2, 3, 4)},
     "three heads": {"decoder": "blockwise", "heads": 3},
+    "adaptive tree": {"decoder": "tree", "adaptive": True},
 }
 
 
 def texts_cases():
     for i, name in enumerate(OPTIONS):
         for j, how in enumerate(EXACT):
-            usual = (name in FEW and j in (2, 4)) or (i + j) % 6 == 0
+            usual = (name in FEW and j in (2, 4)) or (i + j) % 7 == 0
             yield pytest.param(name, how, marks=[] if usual else [pytest.mark.slow])
 
 

@@ -41,10 +41,12 @@ class HeadsConfig:
     norm: Owner = "shared"  # scale of the last norm; or one a head
     markov_rank: int = 0  # of a bias by the token before the predicted one; 0: none
     hidden: Literal["before", "after"] = "before"  # the last norm; of serial heads
-    # In which order a serial head joins what it reads.
-    concat: Literal["hidden_first", "embedding_first"] = "hidden_first"
-    # In decoding: of serial heads with shared weights, one cache for all of them.
-    draft_cache: Literal["per_depth", "shared"] = "per_depth"
+    # A serial head joins its stream and an embedding, one after the other.
+    concat: Literal["hidden_first", "embedding_first"] = (
+        "hidden_first"  # of serial ones
+    )
+    # In decoding serial heads of shared weights can have one cache, not one each.
+    draft_cache: Literal["per_depth", "shared"] = "per_depth"  # of serial heads
 
     def __post_init__(self):
         wiring, kind = self.wiring, self.kind

@@ -93,7 +93,9 @@ class Drafting:
         """Logits of heads that wait for no token, float32 [B, M, V]."""
         assert not self.waits, "ask them one after another"
         hidden_BMD = self.all_hidden()
-        return self._seen(self.model.logits(hidden_BMD, range(1, self.count + 1)))
+        logits_BMV = self.model.logits(hidden_BMD, range(1, self.count + 1))
+        self._see(logits_BMV)
+        return logits_BMV
 
     def next_logits(self, head: int, previous_BP: jax.Array) -> jax.Array:
         """Logits of a head (1 is head 2) after some previous tokens, float32 [B, P, V].
@@ -109,7 +111,8 @@ class Drafting:
         if model.w_markov_in_Vr is not None:
             # Of ids to spare the sum stays -inf.
             logits_BPV = logits_BPV + model.bias(previous_BP)
-        return self._seen(logits_BPV)
+        self._see(logits_BPV[:, :1])
+        return logits_BPV
 
     def confidence(self, done_B: jax.Array) -> jax.Array:
         """The probability of each head's most likely token, a mean, float32 [M]."""
@@ -121,11 +124,10 @@ class Drafting:
         counts_B1 = jnp.where(done_B, 0.0, 1.0)[:, None]
         return jnp.sum(jnp.exp(top_BM) * counts_B1, axis=0) / jnp.sum(counts_B1)
 
-    def _seen(self, logits_BMV):
+    def _see(self, logits_BMV: jax.Array) -> None:
         """Keeps how sure the heads are; never computed if nobody asks."""
         log_p_BMV = jax.nn.log_softmax(logits_BMV, axis=-1)
-        self._tops.append(jnp.max(log_p_BMV, axis=-1)[:, : self.count])
-        return logits_BMV
+        self._tops.append(jnp.max(log_p_BMV, axis=-1))
 
     def _run_all(self) -> list[jax.Array]:
         model, cfg = self.model, self.model.cfg

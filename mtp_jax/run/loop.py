@@ -8,6 +8,7 @@ import jax
 from etils import epath
 
 from mtp_jax.checkpoint.checkpoints import Checkpoints
+from mtp_jax.checkpoint.restore import Restored
 from mtp_jax.config import Config
 from mtp_jax.data.batches import train_batches
 from mtp_jax.data.corpus import Corpus
@@ -32,7 +33,11 @@ _LAST_SAVE_S = 30.0  # for a save that an error finds unfinished
 
 
 def run(
-    cfg: Config, workdir: epath.Path, mesh: jax.sharding.Mesh, corpora: list[Corpus]
+    cfg: Config,
+    workdir: epath.Path,
+    mesh: jax.sharding.Mesh,
+    corpora: list[Corpus],
+    teacher: Restored | None = None,
 ) -> None:
     """Trains from the newest checkpoint, or from the start, to `cfg.train.steps`.
 
@@ -41,6 +46,7 @@ def run(
       workdir: its folder, locked.
       mesh: all devices of all processes, set.
       corpora: opened, in the order of `cfg.data.sources`.
+      teacher: the model of `cfg.loss.other_teacher`, on the mesh.
 
     Raises:
       RunFailed: too many non-finite steps in a row.
@@ -76,6 +82,7 @@ def run(
             cfg,
             start,
             _placed_batches(cfg, mesh, corpora, start),
+            teacher,
             goodput=goodput,
             profiler=Profiler(cfg.log, workdir),
             step_log=StepLog(
@@ -113,6 +120,7 @@ def _train(
     cfg: Config,
     start: Start,
     batches: Iterator[Batch],
+    teacher: Restored | None,
     *,
     goodput: Goodput,
     profiler: Profiler,
@@ -121,7 +129,8 @@ def _train(
     saver: Saver,
 ) -> int:
     """Steps until the end, a SIGTERM or a failure; returns how many are done."""
-    step = make_step(cfg)
+    step = make_step(cfg, None if teacher is None else teacher.config.model)
+    taught = () if teacher is None else (teacher.params,)
     state, done, stopping = start.state, start.step, False
     goodput.now_in("step")
     while done < cfg.train.steps and not stopping:
@@ -130,10 +139,10 @@ def _train(
             batch = next(batches)
         if done == start.step:
             with goodput.spent("compile"):
-                compile_on_all(step, state, batch)
+                compile_on_all(step, state, batch, *taught)
             # Until now a SIGTERM ended it at once: there was nothing to save.
             hosts.told_to_stop(done)
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, *taught)
         done += 1
         step_log.begun(done, metrics)
         stopping = hosts.told_to_stop(done)

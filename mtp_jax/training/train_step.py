@@ -259,7 +259,8 @@ def make_step(
             **_of_gradients(cfg, grads, grad_norm, weights),
         }
         if weights.active_N is not None:
-            for name in ("loss_N", "accuracy_N"):
+            told = {"loss_N", "accuracy_N", "alpha_N", "cosine_N", "ratio_N"}
+            for name in told & metrics.keys():
                 metrics[name] = jnp.where(weights.active_N, metrics[name], jnp.nan)
         return new_state, metrics
 

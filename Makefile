@@ -13,7 +13,7 @@ PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 QUIETLY := --quiet --disable-pip-version-check
 NEEDS_PYTHON = $(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"mtp_jax needs Python 3.11 or newer, this is {v.major}.{v.minor}; try make PYTHON=python3.12 ...")'
 
-.PHONY: quickstart test test-all chromium check lock clean
+.PHONY: quickstart test test-all chromium bubblewrap check lock clean
 
 quickstart: .venv/installed
 	$(RUN) prepare --input=$(STDLIB) --output=data/stdlib --force \
@@ -28,14 +28,19 @@ test: .venv/installed
 	$(BIN)/python $(PYTEST) -m 'not slow'
 
 TESTS ?=
-test-all: .venv-all/installed chromium
+test-all: .venv-all/installed chromium bubblewrap
 	.venv-all/bin/python $(PYTEST) $(TESTS)
 
-# One test opens a page in it, and is skipped without.
+# Programs that a few tests need, and are skipped without: $(1) of the package $(2).
+FROM_DEBIAN = @command -v $(1) >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -q \
+	    && apt-get install -qq --no-install-recommends $(2); } \
+	    || echo 'no $(2): it is not installed, and cannot be from Debian as this user'
+
 chromium:
-	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -q \
-	    && apt-get install -qq --no-install-recommends chromium; } \
-	    || echo 'no Chromium: it is not installed, and cannot be from Debian as this user'
+	$(call FROM_DEBIAN,chromium,chromium)
+
+bubblewrap:
+	$(call FROM_DEBIAN,bwrap,bubblewrap)
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

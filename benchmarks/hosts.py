@@ -67,7 +67,7 @@ def _ordinary(args: argparse.Namespace) -> list[tuple[str, str, str]]:
         seconds = args.beats * beat_s(args.host_timeout_s)
         before = run.cpu_s()
         time.sleep(seconds)
-        rows.append((f"signs of life for {seconds:.0f} s", f"{seconds:.0f}",
+        rows.append((f"signs of life, {args.beats} of each host", f"{seconds:.0f}",
                      f"{run.cpu_s() - before:.2f}"))  # fmt: skip
         rows.append(run.timed("a stranger is turned away", 1, "denied",
                               lambda: run.strangers(1)))  # fmt: skip

@@ -22,7 +22,11 @@ def documents(vocab=V, many=40, seed=0):
     rows = [np.minimum(row, vocab - 1).astype(np.uint8) for row in rows]
     return types.SimpleNamespace(
         rows=rows,
-        lengths=np.array([len(row) for row in rows], np.uint64),
+        # A shard for every seven documents.
+        lengths_by_shard=lambda: (
+            np.array([len(row) for row in rows[i : i + 7]], np.uint64)
+            for i in range(0, many, 7)
+        ),
         tokens=lambda i, start=0, stop=None: rows[i][start:stop],
     )
 

@@ -48,6 +48,14 @@ def assert_refused(result, *words):
     ("override", "words"),
     [
         ("model.d_modle=3", ["d_modle", "d_model"]),
+        ("heads.kind=medusa", ["config.heads.kind is 'medusa'", "serial"]),
+        ("heads.layers=0", ["config.heads.layers is 0", "at least 1"]),
+        ("heads.layers=2", ["3, more than config.model.num_layers (4)", "at most 2"]),
+        ("heads.shared=True", ["all parallel heads say the same", "causal"]),
+        ("heads.concat=embedding_first", ["only serial heads", "kind=serial"]),
+        ("heads.markov_rank=257", ["config.heads.markov_rank is 257", "(256)"]),
+        ("heads.markov_rank=-1", ["config.heads.markov_rank is -1"]),
+        ("heads.rank=3", ["config.heads has no field 'rank'"]),
         ("modle.d_model=3", ["modle"]),
         ("compute.rematt=full", ["'rematt'", "did you mean config.compute.remat?"]),
         ("mesh.data=2", ["config.mesh has no field 'data'"]),
@@ -323,3 +331,25 @@ def test_a_damaged_tree_is_refused_before_the_model_is_read(program, tmp_path):
     result = program("generate", "--workdir=nowhere", *options)
 
     assert_refused(result, "tree.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["kind=linear", "layers=2"], ["a linear head is one matrix", "residual"]),
+        (["kind=serial", "draft_cache=shared"], ["set config.heads.shared=True too"]),
+        (["kind=causal", "hidden=after"], ["only serial heads have it"]),
+    ],
+)
+def test_options_of_heads_that_exclude_each_other_are_refused(program, options, words):
+    given = [f"--config.heads.{option}" for option in options]
+
+    assert_refused(program("train", TINY, "--workdir=runs/x", *given), *words)
+
+
+def test_tied_tables_with_one_a_head_are_refused(program):
+    given = ["--config.heads.unembedding=own", "--config.model.tie_embeddings=True"]
+
+    result = program("train", TINY, "--workdir=runs/x", *given)
+
+    assert_refused(result, "config.heads.unembedding is own", "keep one of them")

@@ -53,6 +53,20 @@ def test_tables_are_aligned(capsys):
             ["fused", "remat", "naive"],
         ),
         (
+            "head_kinds",
+            [
+                *SHAPE,
+                *ROWS,
+                "--vocab_size=32",
+                "--num_layers=2",
+                "--n=2",
+                "--kinds",
+                "serial",
+                "linear",
+            ],
+            ["serial", "linear"],
+        ),
+        (
             "objectives",
             [*SHAPE, *ROWS, "--vocab_size=32", "--trunk_layers=1", "--n=2"],
             ["kl", "e2e", "encodec"],

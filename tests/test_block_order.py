@@ -209,6 +209,25 @@ def test_the_start_reads_no_documents_and_a_row_only_its_own(blocks, monkeypatch
     assert len(pickle.dumps(rows)) < 3000
 
 
+def test_samples_of_a_split_take_its_first_shards_alone(blocks, monkeypatch):
+    documents = Corpus.open(blocks).documents("train")
+    sizes = np.diff(documents.first).tolist()
+
+    def sampled(most):
+        monkeypatch.setattr(corpora, "_SAMPLED", most)
+        return documents.sampled_lengths.tolist()
+
+    whole = documents.lengths.tolist()
+    assert whole == [len(documents.tokens(i)) for i in range(len(documents))]
+    assert sampled(len(whole)) == whole
+    assert sampled(sizes[0] + 1) == whole[: sum(sizes[:2])]
+    assert sampled(sizes[0]) == sampled(1) == whole[: sizes[0]]
+    documents.block = None
+    assert sampled(1) == whole
+    none = Documents(documents.directory, [], np.dtype("u1"), BLOCK)
+    assert none.sampled_lengths.tolist() == none.lengths.tolist() == []
+
+
 def test_few_files_are_open_at_once_and_rows_stay_equal(blocks, monkeypatch):
     def rows():
         documents = Corpus.open(blocks).documents("train")

@@ -10,6 +10,7 @@ import pytest
 from head_cases import OPTIONS, model_of
 from models import all_logits, mesh_of, placed_params, random_params
 from test_decode import Letters, on_mesh
+from test_decode_beam import slow_beams
 
 from mtp_jax.decode.batch import DecodeBatch
 from mtp_jax.decode.decode_model import unstack
@@ -22,7 +23,13 @@ from mtp_jax.decode.fitting import fitting
 from mtp_jax.decode.generator import Generator
 from mtp_jax.decode.programs import Programs
 from mtp_jax.errors import UserError
-from mtp_jax.model.language_model import model_builder
+from mtp_jax.model.language_model import keep_heads, model_builder
+from mtp_jax.verification.exact_distribution import (
+    decoder_distribution,
+    distance,
+    head_one,
+    head_one_distribution,
+)
 
 NEW, N, VOCAB = 20, 4, 16
 PROMPTS = [[1, 5, 9], [], [3, 3, 7, 2, 8, 8, 1]]
@@ -192,18 +199,63 @@ def test_the_first_of_drafts_that_share_a_cache_is_that_of_training():
             batch.advance(1)
 
 
-@pytest.mark.parametrize("name", ["causal", "serial", "linear, own tables, bias"])
-def test_beam_search_is_that_of_one_head(name):
+@pytest.mark.parametrize(
+    ("name", "lookahead"),
+    [
+        ("causal", 0.5),
+        ("serial", 0.0),
+        pytest.param("anticausal", 0.5, marks=pytest.mark.slow),
+        pytest.param("linear, own tables, bias", 0.0, marks=pytest.mark.slow),
+        pytest.param("serial, shared, one cache", 0.0, marks=pytest.mark.slow),
+    ],
+)
+def test_beam_search_is_the_slow_one(name, lookahead):
     c = case(name)
 
-    found, alone = (
-        c.generator.generate(
-            prompts(), max_new_tokens=12, decoder=Beam(beams=2), heads=k
-        )
-        for k in (N, 1)
+    @functools.cache
+    def after(row):
+        with jax.set_mesh(mesh_of()):
+            logits_NBTV = forward(c.cfg)(c.params, on_mesh(padded([row])))
+        logits_NV = np.asarray(logits_NBTV, np.float64)[:, 0, len(row) - 1]
+        return logits_NV - np.log(np.exp(logits_NV).sum(-1, keepdims=True))
+
+    results = c.generator.generate(
+        prompts(), max_new_tokens=10, decoder=Beam(beams=2, lookahead=lookahead)
     )
 
-    assert [r.tokens for r in found] == [r.tokens for r in alone]
+    for result, prompt in zip(results, PROMPTS, strict=True):
+        slow = slow_beams(after, prompt, 2, VOCAB, 10, 1.0, lookahead)
+        assert result.tokens == slow
+
+
+LAWS = [
+    ("serial", "speculative"),
+    ("linear, own tables, bias", "tree"),
+    pytest.param("serial, shared, one cache", "speculative", marks=pytest.mark.slow),
+    pytest.param("serial", "tree", marks=pytest.mark.slow),
+    pytest.param("serial", "blockwise", marks=pytest.mark.slow),
+    pytest.param("causal", "speculative", marks=pytest.mark.slow),
+    pytest.param("anticausal", "speculative", marks=pytest.mark.slow),
+    pytest.param("residual", "speculative", marks=pytest.mark.slow),
+    pytest.param("linear, own tables, bias", "speculative", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("name", "decoder"), LAWS)
+def test_laws_are_those_of_head_1(name, decoder):
+    """Enumerated, against the forward pass of training."""
+    cfg = model_of(name, 3, trunk=1, vocab_size=VOCAB)
+    sampling, prompt, eos = Sampling(temperature=0.8, top_k=2), (0, 3, 1, 1), 4
+    with jax.set_mesh(mesh_of()):
+        params = placed_params(cfg, params_of(cfg))
+        right = head_one_distribution(head_one(cfg, params), prompt, 3, sampling, eos)
+        found = decoder_distribution(
+            Programs(cfg, eos), unstack(cfg, params), DECODERS[decoder](), prompt, 3,
+            sampling,
+        )  # fmt: skip
+
+    assert distance(found, right) < 1e-6
+    assert len(right) > 2
 
 
 @pytest.mark.parametrize("decoder", [Dynamo(alpha=0.0), Beam(lookahead=0.5)])
@@ -215,3 +267,41 @@ def test_what_asks_all_heads_at_once_is_refused_for_heads_that_wait(name, decode
         c.generator.generate(prompts(), max_new_tokens=4, decoder=decoder)
 
     assert isinstance(fitting(c.cfg)["speculative"], DECODERS["speculative"])
+
+
+def test_fewer_heads_are_kept_but_of_a_kind_that_needs_all():
+    c = case("serial, normed, own norms")
+    with jax.set_mesh(mesh_of()):
+        cfg, params = keep_heads(c.cfg, c.params, 2)
+    fewer = Generator(cfg, params, Letters(eos_id=VOCAB), mesh_of())
+
+    results = fewer.generate(prompts(), max_new_tokens=NEW)
+
+    assert [r.tokens for r in results] == c.texts
+    assert cfg.num_trunk_layers == c.cfg.num_trunk_layers
+    with pytest.raises(UserError, match="fewer than all 4 cannot be kept"):
+        config_of("anticausal").keep_heads(3)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "serial",
+        "linear, own tables, bias",
+        pytest.param("anticausal, shared, bias", marks=pytest.mark.slow),
+        pytest.param("serial, shared, one cache", marks=pytest.mark.slow),
+        pytest.param(
+            "residual, 2 blocks, own tables and norms", marks=pytest.mark.slow
+        ),
+    ],
+)
+@pytest.mark.parametrize("decoder", ["blockwise", "tree"])
+def test_texts_are_the_same_on_any_mesh(name, decoder):
+    c, mesh = case(name), mesh_of(fsdp=2, tensor=2)
+    with jax.set_mesh(mesh):
+        params = placed_params(c.cfg, params_of(c.cfg))
+    generator = Generator(c.cfg, params, Letters(eos_id=VOCAB), mesh)
+
+    results = generator.generate(prompts(), max_new_tokens=NEW, decoder=decoder)
+
+    assert [r.tokens for r in results] == c.texts

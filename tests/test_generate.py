@@ -274,10 +274,10 @@ class FakeDocuments:
     """Documents whose tokens count up from 1000 x their number."""
 
     def __init__(self, lengths):
-        self.lengths = np.array(lengths, np.uint64)
+        self.sampled_lengths = np.array(lengths, np.uint64)
 
     def tokens(self, i, start=0, stop=None):
-        return np.arange(self.lengths[i], dtype=np.int64)[start:stop] + 1000 * i
+        return np.arange(self.sampled_lengths[i], dtype=np.int64)[start:stop] + 1000 * i
 
 
 @pytest.fixture

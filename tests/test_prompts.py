@@ -62,13 +62,13 @@ def corpus_of(folder, lengths):
 
 class Counting:
     def __init__(self, lengths):
-        self.lengths = np.array(lengths, np.uint64)
+        self.sampled_lengths = np.array(lengths, np.uint64)
 
     def __len__(self):
-        return len(self.lengths)
+        return len(self.sampled_lengths)
 
     def tokens(self, i, start=0, stop=None):
-        return np.arange(self.lengths[i], dtype=np.int64)[start:stop] + 1000 * i
+        return np.arange(self.sampled_lengths[i], dtype=np.int64)[start:stop] + 1000 * i
 
 
 @pytest.fixture

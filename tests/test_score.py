@@ -4,6 +4,7 @@ import json
 
 import jax
 import naive
+import naive_heads
 import numpy as np
 import pytest
 from head_cases import OPTIONS, model_of
@@ -13,7 +14,6 @@ from models import TINY, mesh_of, placed_params, random_params
 from mtp_jax.data.positions import positions_of
 from mtp_jax.data.tokenizer import ByteTokenizer
 from mtp_jax.errors import UserError
-from mtp_jax.eval.outputs import head_outputs
 from mtp_jax.eval.score import (
     context_and_continuation,
     rolling_windows,
@@ -71,20 +71,27 @@ def test_scores_are_those_of_numpy_on_any_mesh(axes, head):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_scores_of_any_kind_of_head_are_those_of_its_logits(name, one_device):
+def test_heads_of_every_kind_have_scores(name, one_device):
     cfg = model_of(name)
-    params = placed_params(cfg, random_params(cfg))
-    model = restored(cfg, params, one_device, ByteTokenizer(), 64)
-    context, after = [1, 5, 9, 30], [3, 7, 7]
+    params = random_params(cfg)
+    model = restored(cfg, placed_params(cfg, params), one_device, ByteTokenizer(), 64)
+    wide = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    context, after = [1, 5, 9, 12], [3, 7, 30, 2, 2]
+    tokens = np.array([[*context, *after]])
+    segments = np.ones_like(tokens)
+    before = np.stack([np.pad(tokens[:, i:], ((0, 0), (0, i))) for i in range(4)])
+    rows = (tokens, segments, positions_of(segments))
+    logits_NTV = naive_heads.all_logits(cfg, wide, rows, before)[:, 0]
 
     for head in (1, 3, 4):
-        [found] = score_continuations(model, [(context, after)], head=head)
-        # All tokens are there, so that what a head reads before its own is too.
-        outputs = head_outputs(model, [[*context, *after]])
-        logits = np.asarray(outputs.logits_NBTV, np.float64)[head - 1, 0]
-        of_places = log_softmax(logits[len(context) - head :][: len(after)])
-        expected = [row[token] for row, token in zip(of_places, after, strict=True)]
-        np.testing.assert_allclose(found.log_probs, expected, atol=1e-5)
+        [scores] = score_continuations(model, [(context, after)], head=head)
+
+        places = np.arange(len(context), tokens.shape[1])
+        expected = log_softmax(logits_NTV[head - 1, places - head])
+        np.testing.assert_allclose(
+            scores.log_probs, expected[np.arange(len(after)), after], atol=1e-4
+        )
+        np.testing.assert_array_equal(scores.best, expected.argmax(-1))
 
 
 def test_the_greedy_text_is_known_as_such(one_device):

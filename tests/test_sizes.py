@@ -14,7 +14,7 @@ from mtp_jax.model.sizes import (
     drafting_entries,
     equal_models,
     first_entries,
-    part_sizes,
+    sizes_of,
     told,
 )
 
@@ -24,7 +24,7 @@ def test_parts_add_up_to_all_parameters(name, one_device):
     cfg = model_of(name)
     params = random_params(cfg)
 
-    sizes = part_sizes(cfg, params)
+    sizes = sizes_of(cfg)
 
     assert sizes.total == sum(x.size for x in jax.tree.leaves(params))
     layer = layer_entries(cfg) + 2 * cfg.d_model
@@ -43,24 +43,20 @@ def config_of(**heads):
     return dataclasses.replace(cfg, model=model)
 
 
-def equal_to(cfg):
-    return equal_models(cfg, part_sizes(cfg.model, random_params(cfg.model)))
-
-
-def test_parallel_heads_are_as_large_as_the_layers_they_take(one_device):
+def test_parallel_heads_are_as_large_as_the_layers_they_take():
     cfg = config_of()
     one = dataclasses.replace(
         cfg, model=dataclasses.replace(cfg.model, n_future_tokens=1)
     )
 
-    assert equal_to(cfg).params == pytest.approx(6)
-    assert equal_to(one).params == equal_to(one).training == pytest.approx(6)
-    assert equal_to(one).drafting == pytest.approx(6)
+    assert equal_models(cfg).params == pytest.approx(6)
+    assert equal_models(one).params == equal_models(one).training == pytest.approx(6)
+    assert equal_models(one).drafting == pytest.approx(6)
 
 
-def test_a_model_of_equal_training_costs_as_much(one_device):
+def test_a_model_of_equal_training_costs_as_much():
     cfg = config_of(kind="serial", markov_rank=8)
-    layers = equal_to(cfg).training
+    layers = equal_models(cfg).training
 
     below, above = (
         train_flops(
@@ -101,10 +97,10 @@ def test_a_drafting_pass_reads_every_weight_that_it_needs(heads, bodies, tables)
     assert first_entries(cfg) == (trunk + first) * layer + table
 
 
-def test_the_line_for_people_names_all_parts(one_device):
+def test_the_line_for_people_names_all_parts():
     cfg = config_of(kind="residual")
 
-    line = told(cfg, part_sizes(cfg.model, random_params(cfg.model)))
+    line = told(cfg)
 
     assert "trunk" in line and "heads" in line and "tables" in line
     assert "n = 1 is as large with" in line

@@ -8,6 +8,7 @@ Axes: V vocabulary, E entries of a level, R rows, the entries of the level befor
 """
 
 import dataclasses
+import itertools
 import pathlib
 import zipfile
 import zlib
@@ -202,7 +203,8 @@ def _chunks(documents: Documents, order: int) -> Iterator[np.ndarray]:
     gap = np.full(order - 1, _NONE, np.int64)
     parts: list[np.ndarray] = []
     size = 0
-    for i, length in enumerate(documents.lengths):
+    lengths = itertools.chain.from_iterable(documents.lengths_by_shard())
+    for i, length in enumerate(lengths):
         done = 0
         while done < length:
             taken = min(int(length) - done, _CHUNK_TOKENS - size)

@@ -91,7 +91,7 @@ def heldout_prompts(
     splits = _heldout_of(sources)
     # A document begins and ends with an id of its own; a prompt holds neither.
     spare = [(s, i, int(n) - 2 - prompt_tokens) for s in splits
-             for i, n in enumerate(s.lengths)]  # fmt: skip
+             for i, n in enumerate(s.sampled_lengths)]  # fmt: skip
     fitting = [(split, i, room) for split, i, room in spare if room >= 0]
     if not fitting:
         longest = max((room + prompt_tokens for *_, room in spare), default=0)
@@ -134,7 +134,7 @@ def heldout_passages(
     """
     places = []
     for documents in _heldout_of(sources):
-        for i, length in enumerate(documents.lengths):
+        for i, length in enumerate(documents.sampled_lengths):
             end = int(length) - 1  # of the text
             places += [(documents, i, begin, min(begin + most, end))
                        for begin in range(1, end - least + 1, most)]  # fmt: skip
@@ -151,11 +151,12 @@ def drawn_prompt(
 
     It lies inside a document that has so many tokens, or is the longest document.
     """
-    rooms = documents.lengths.astype(np.int64) - 2 - prompt_tokens
+    lengths = documents.sampled_lengths.astype(np.int64)
+    rooms = lengths - 2 - prompt_tokens
     fitting = np.flatnonzero(rooms >= min(0, rooms.max()))
     i = int(fitting[which % len(fitting)])
     begin = 1 + where % (max(int(rooms[i]), 0) + 1)
-    end = min(begin + prompt_tokens, int(documents.lengths[i]) - 1)
+    end = min(begin + prompt_tokens, int(lengths[i]) - 1)
     return documents.tokens(i, begin, end).astype(np.int32)
 
 

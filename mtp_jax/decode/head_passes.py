@@ -161,7 +161,7 @@ def run_drafting_head(
 
 
 def first_stream(model: DecodeModel, trunk_BWD: jax.Array) -> jax.Array:
-    """Stream that head 2 reads in a chain whose head 1 has no body, [B, W, D]."""
+    """The stream that head 2 reads where head 1 has no body, [B, W, D]."""
     cfg = model.cfg
     return kind_of(cfg).run(cfg, None, model.norm(0), trunk_BWD, None, None)
 

@@ -1,7 +1,6 @@
 """Scores of given tokens: how likely, which rank, and what the model would have said.
 
-Axes: B rows, T tokens of a row, C of a chunk, D model width, V vocabulary, E width of a
-head's output with its Markov bias.
+Axes: B rows, T tokens of a row, C of a chunk, D model width, V vocabulary.
 """
 
 import dataclasses
@@ -21,7 +20,13 @@ from mtp_jax.decode.batch import bucket_size, on_host, put
 from mtp_jax.decode.decoders.sampling import most_likely
 from mtp_jax.errors import UserError
 from mtp_jax.model.attention import RowContext, attend_within
-from mtp_jax.model.heads.walk import HeadRunner, one_hidden, tokens_before
+from mtp_jax.model.heads.walk import (
+    HeadRunner,
+    Parts,
+    beside,
+    tokens_before,
+    visit_heads,
+)
 from mtp_jax.model.language_model import model_builder, run_trunk
 from mtp_jax.model.layers import unembed
 from mtp_jax.parallel.sharding import batch_shards, spec
@@ -90,6 +95,8 @@ def score_continuations(
     most = model.config.data.seq_len if max_tokens is None else max_tokens
     if not 1 <= head <= cfg.n_future_tokens:
         raise UserError(f"head is {head}; the model has 1 to {cfg.n_future_tokens}.")
+    # The heads that this one does not read need not run.
+    model = model.keep_heads(max(head, cfg.heads.least_kept(cfg.n_future_tokens)))
     rows = [_row(cfg, context, after, head, most) for context, after in pairs]
     unique = list(
         {(r.tokens.tobytes(), r.start): i for i, r in enumerate(rows)}.values()
@@ -150,7 +157,8 @@ def _score(
     targets_BT = np.zeros((size, width), np.int32)
     segments_BT = np.zeros((size, width), np.int32)
     for b, row in enumerate(rows):
-        n = len(row.tokens) - 1  # some heads read up to the token before their own
+        # Some heads read the token before the predicted one, none the last of all.
+        n = len(row.tokens) - 1
         tokens_BT[b, :n] = row.tokens[:n]
         targets_BT[b, : n + 1 - head] = row.tokens[head:]
         segments_BT[b, :n] = 1
@@ -178,24 +186,53 @@ def _program(cfg: ModelConfig, head: int, ids: int) -> Callable[..., Any]:
         rows = RowContext(model.angles(positions_BT), segments_BT)
         attend = attend_within(rows, "auto")
         trunk_BTD = run_trunk(model, model.embed(tokens_BT), rows.angles_BTk, attend)
-        hidden_BTE, w_VE = one_hidden(
-            HeadRunner(cfg, rows, "auto"),
-            model.parts(trunk_BTD),
-            tokens_before(cfg, tokens_BT),
-            head,
-        )
+        parts = model.parts(trunk_BTD)
+        factors = _factors(cfg, rows, parts, tokens_before(cfg, tokens_BT), head)
 
         def chunk(_, now):
-            hidden_BCE, targets_BC = now
+            inputs, targets_BC = now
             out = spec("batch", None, "vocab")
-            logits_BCV = unembed(hidden_BCE, w_VE, out)
+            products = [
+                unembed(x_BCX, w_VX, out)
+                for x_BCX, (_, w_VX) in zip(inputs, factors, strict=True)
+            ]
+            logits_BCV = functools.reduce(jnp.add, products)
             return None, _of_targets(logits_BCV, targets_BC, ids)
 
-        chunks = (_in_chunks(hidden_BTE), _in_chunks(targets_BT))
-        scores = lax.scan(chunk, None, chunks)[1]
+        inputs = [_in_chunks(x_BTX) for x_BTX, _ in factors]
+        scores = lax.scan(chunk, None, (inputs, _in_chunks(targets_BT)))[1]
         return tuple(_joined(x) for x in scores)
 
     return program
+
+
+def _factors(
+    cfg: ModelConfig,
+    rows: RowContext,
+    parts: Parts,
+    before_NBT: jax.Array | None,
+    head: int,
+) -> list[tuple[jax.Array, jax.Array]]:
+    """Pairs [B, T, X] and [V, X] whose products add up to the logits of a head.
+
+    They are its hidden states and the unembedding, and where there is a bias by the
+    token before the predicted one, the factors of that.
+    """
+
+    def visit(weights, head_input, hidden_BTD):
+        return hidden_BTD, beside(weights, head_input, cfg.compute_dtype)
+
+    runner = HeadRunner(cfg, rows, "auto")
+    inputs_NBTX = visit_heads(runner, parts, before_NBT, None, visit)
+    both = parts.own | parts.common
+    factors = []
+    for x_NBTX, w in zip(inputs_NBTX, (both.unembedding, both.markov_out), strict=True):
+        if x_NBTX is not None and w is not None:
+            w_VX = w[head - 1] if w.ndim == 3 else w
+            w_VX = w_VX.astype(cfg.compute_dtype)
+            w_VX = jax.sharding.reshard(w_VX, spec("vocab", None))
+            factors.append((x_NBTX[head - 1], w_VX))
+    return factors
 
 
 def _in_chunks(x_BT: jax.Array) -> jax.Array:

@@ -213,6 +213,10 @@ def _chain(
         scores, d_hidden_BTD, own_tables, tables, memory = step.score(
             head, hidden_BTD, memory
         )
+        # As in a star; and without it the compiler for TPUs fails on the sums.
+        d_hidden_BTD, own_tables, tables = lax.optimization_barrier(
+            (d_hidden_BTD, own_tables, tables)
+        )
         d_own, d_both, d_stream_BTD = backward(d_hidden_BTD)
         d_common = _sum(_sum(d_common, d_both), tables)
         kept = (x_BTD, d_stream_BTD, _narrow(_sum(d_own, own_tables), head.own))

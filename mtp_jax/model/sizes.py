@@ -1,20 +1,14 @@
-"""Sizes of a model's parts, and the ordinary models to compare it with.
+"""Sizes of the parts of a model, and the ordinary models to compare it with.
 
 Axes: D model width, V vocabulary, r rank of the Markov bias.
 """
 
 import dataclasses
-import math
-from typing import Any
 
-import jax
-from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
-
-from mtp_jax.config import Config, MeshConfig, ModelConfig
+from mtp_jax.config import Config, ModelConfig
 from mtp_jax.model.flops import train_flops
 from mtp_jax.model.heads import kind_of
 from mtp_jax.model.heads.base import layer_entries
-from mtp_jax.model.language_model import model_builder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,24 +37,20 @@ class EqualModels:
     drafting: float  # as many weights read in a drafting pass
 
 
-def part_sizes(cfg: ModelConfig, params: Any) -> Sizes:
-    """The sizes of parameters, or of their shapes, as `model_builder` makes them."""
-    sizes = {"trunk": 0, "heads": 0, "tables": 0}
-    for name, part in params.items():
-        count = sum(math.prod(x.shape) for x in jax.tree.leaves(part))
-        if name == "norm":
-            name = "heads" if cfg.heads.norm == "own" else "trunk"
-        sizes[name if name in sizes else "tables"] += count
-    return Sizes(**sizes)
-
-
 def sizes_of(cfg: ModelConfig) -> Sizes:
-    """The sizes of a model; makes no array, and needs no mesh and no device."""
-    names = tuple(field.name for field in dataclasses.fields(MeshConfig))
-    explicit = (AxisType.Explicit,) * len(names)
-    with use_abstract_mesh(AbstractMesh((1,) * len(names), names, explicit)):
-        init, _ = model_builder(cfg)
-        return part_sizes(cfg, jax.eval_shape(lambda: init(jax.random.key(0))))
+    """The sizes of a model's parts."""
+    d, v, n, heads = cfg.d_model, cfg.vocab_size, cfg.n_future_tokens, cfg.heads
+    kind = kind_of(cfg)
+    trunk = cfg.num_trunk_layers * (layer_entries(cfg) + 2 * d)
+    bodies = heads.bodies(n) * (kind.entries(cfg) + kind.vectors(cfg))
+    own_norms = heads.norm == "own"
+    unembeddings = n if heads.unembedding == "own" else int(not cfg.tie_embeddings)
+    bias = 2 * heads.markov_rank * v if n > 1 else 0
+    return Sizes(
+        trunk=trunk + (0 if own_norms else d),
+        heads=bodies + (n * d if own_norms else 0),
+        tables=(1 + unembeddings) * v * d + bias,
+    )
 
 
 def first_entries(cfg: ModelConfig) -> int:
@@ -89,7 +79,7 @@ def drafting_entries(cfg: ModelConfig) -> int:
     return trunk + bodies + (1 + drafts) * table + bias
 
 
-def equal_models(cfg: Config, sizes: Sizes) -> EqualModels:
+def equal_models(cfg: Config) -> EqualModels:
     """The ordinary models that equal a run's in size, in training and in drafting."""
     model, d = cfg.model, cfg.model.d_model
     of_layer = layer_entries(model)
@@ -100,19 +90,19 @@ def equal_models(cfg: Config, sizes: Sizes) -> EqualModels:
     of_one = train_flops(dataclasses.replace(cfg, model=longer)).trunk - flops.trunk
     unembedding = 6.0 * model.vocab_size * d
     return EqualModels(
-        params=(sizes.total - tables - d) / (of_layer + 2 * d),
+        params=(sizes_of(model).total - tables - d) / (of_layer + 2 * d),
         training=(flops.total - unembedding) / of_one,
         drafting=(drafting_entries(model) - model.vocab_size * d) / of_layer,
     )
 
 
-def told(cfg: Config, sizes: Sizes) -> str:
+def told(cfg: Config) -> str:
     """The sizes and the models to compare with, as a line for people."""
+    sizes, equal = sizes_of(cfg.model), equal_models(cfg)
     parts = ", ".join(
         f"{name} {getattr(sizes, name) / 1e6:.2f} M"
         for name in ("trunk", "heads", "tables")
     )
-    equal = equal_models(cfg, sizes)
     return (
         f"parameters: {parts}; n = 1 is as large with {equal.params:.1f} layers, as "
         f"costly a step with {equal.training:.1f}, a drafting pass with "

@@ -162,6 +162,7 @@ def check_divisible(cfg: Config, mesh: Mesh) -> None:
         ("model.num_kv_heads", model.num_kv_heads, "heads"),
         ("model.d_ff", model.d_ff, "ff"),
         ("model.vocab_size", model.vocab_size, "vocab"),
+        ("heads.markov_rank", model.heads.markov_rank, "embed"),
     ]
     for field, size, logical in splits:
         names = axes_of(logical)

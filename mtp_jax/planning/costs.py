@@ -90,7 +90,7 @@ def _sizes(cfg: Config) -> Row:
     """Parameters by part, and the layers of models of one head that equal this one."""
     sizes = sizes_of(cfg.model)
     parts = {f"params_{k}": v for k, v in dataclasses.asdict(sizes).items()}
-    equal = dataclasses.asdict(equal_models(cfg, sizes))
+    equal = dataclasses.asdict(equal_models(cfg))
     return parts | {f"layers_of_equal_{name}": x for name, x in equal.items()}
 
 

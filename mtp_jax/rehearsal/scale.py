@@ -74,6 +74,9 @@ def scale_down(
         num_kv_heads=kv_heads,
         d_head=d_head,
         d_ff=2 * queries * d_head,
+        heads=dataclasses.replace(
+            model.heads, markov_rank=shards if model.heads.markov_rank else 0
+        ),
     )
     return dataclasses.replace(
         cfg,

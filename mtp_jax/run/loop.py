@@ -14,7 +14,7 @@ from mtp_jax.data.batches import train_batches
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.distributed import hosts
 from mtp_jax.errors import RunFailed, counted
-from mtp_jax.model.sizes import part_sizes, told
+from mtp_jax.model.sizes import sizes_of, told
 from mtp_jax.parallel.to_devices import batch_sharding, place_rows, rows_of_process
 from mtp_jax.run.evaluation import HeldoutEvaluation
 from mtp_jax.run.goodput import Goodput
@@ -72,7 +72,7 @@ def run(
     log = RunLog(workdir, start.step, cfg.log.tensorboard, screen)
     try:
         log.say(_opening(cfg, start, workdir))
-        log.say(told(cfg, part_sizes(cfg.model, start.state.params)))
+        log.say(told(cfg))
         for line in changes(history, cfg, corpora, start.step):
             log.say(f"changed: {line}")
         evaluation = HeldoutEvaluation(cfg, mesh, corpora, log=log, goodput=goodput)
@@ -172,7 +172,7 @@ def _placed_batches(
 def _opening(cfg: Config, start: Start, workdir: epath.Path) -> str:
     """The first line of a run for people."""
     model = cfg.model
-    sizes = part_sizes(model, start.state.params)
+    sizes = sizes_of(model)
     begun = f"continues after step {start.step}" if start.step else "begins"
     return (
         f"{workdir} {begun}: {sizes.total / 1e6:.2f} M parameters, "

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import select
+import shutil
 import signal
 import subprocess
 import time
@@ -79,6 +80,11 @@ class Sandbox:
                 "installed (apt install bubblewrap); --allow_unsafe_execution runs "
                 "them without any, with all rights of this user."
             )
+        if self._as_nobody and shutil.which("setpriv") is None:
+            raise UserError(
+                "the sandbox needs setpriv to leave the rights of root; install "
+                "util-linux, or run as another user."
+            )
         self.python = bubblewrap.find_interpreter(self._as_nobody)
         names = ("wire", "guest", "judge")
         self._modules = {"mtp_jax": "", "mtp_jax.sandbox": ""} | {
@@ -113,7 +119,7 @@ class Sandbox:
                 capture_output=True,
                 text=True,
                 pass_fds=[seccomp],
-                **self._user(),
+                env={},
             )
         return (done.stderr.strip().splitlines() or ["nothing"])[0]
 
@@ -215,7 +221,7 @@ class Sandbox:
                 stderr=subprocess.DEVNULL,
                 pass_fds=[data, *pass_fds, *([] if self.unsafe else [seccomp])],
                 start_new_session=True,
-                **self._user(),
+                env={},
             )
         stack.callback(_end, process)
         return process
@@ -225,13 +231,8 @@ class Sandbox:
         if self.unsafe:
             return [self.python.path, *flags]
         assert self._bwrap is not None
-        return [*bubblewrap.command(self._bwrap, self.python, seccomp), *flags]
-
-    def _user(self) -> dict[str, Any]:
-        if not self._as_nobody:
-            return {"env": {}} if self.unsafe else {}
-        nobody = bubblewrap.NOBODY
-        return {"user": nobody, "group": nobody, "extra_groups": []}
+        line = bubblewrap.command(self._bwrap, self.python, seccomp, self._as_nobody)
+        return [*line, *flags]
 
     @contextlib.contextmanager
     def _filter_fd(self) -> Iterator[int]:

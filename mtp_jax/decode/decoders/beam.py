@@ -109,7 +109,9 @@ class Beam:
         is_first_R = jnp.arange(start_R.shape[0]) % self.beams == 0
         tree = _tree(len(model.heads), model.choices)
         carry = _Carry(
-            drafts_RW=jnp.zeros_like(start_R[:, None] + np.arange(1, len(tree.paths))),
+            drafts_RW=jnp.zeros_like(
+                start_R[:, None] + np.arange(1, len(tree.paths))[None]
+            ),
             start_R=start_R,
             score_R=jnp.where(is_first_R, 0.0, none_R),
             ended_score_R=none_R,

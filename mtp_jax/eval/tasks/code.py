@@ -15,13 +15,20 @@ def _humaneval(row: Row) -> Problem:
     """Chen et al. 2021, arXiv:2107.03374: complete a function from its docstring."""
     prompt, entry = row["prompt"], row["entry_point"]
     # The prompt may define helpers of the tests; the program must not replace them.
-    tests = FunctionTests((row["test"], f"check({entry})"), (entry,), setup=prompt)
+    setup = _helpers(prompt, entry)
+    tests = FunctionTests((row["test"], f"check({entry})"), (entry,), setup=setup)
     return Problem(
         prompt=prompt,
         program=lambda completion: Program(prompt + completion, tests),
         reference=row.get("canonical_solution"),
         shown=row.get("canonical_solution", ""),
     )
+
+
+def _helpers(prompt: str, entry: str) -> str:
+    """The code of a prompt without the function that it begins."""
+    before, found, _ = prompt.rpartition(f"def {entry}(")
+    return before if found else prompt
 
 
 HUMANEVAL = CodeTask(

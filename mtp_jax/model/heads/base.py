@@ -25,7 +25,7 @@ Through = Callable[[Block, jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class HeadKind:
-    """Functions of a kind of heads, which training, decoding and counting call.
+    """All that training, decoding and counting ask of a kind of heads.
 
     make(cfg, rngs): the body of one head, a module.
     run(cfg, body, norm, x_BTD, token_BTD, through): the stream of a head, [B, T, D], of
@@ -33,13 +33,15 @@ class HeadKind:
       the embedding of the token before the one that it predicts, or None. A body of
       None is that of a head 1 that has none.
     finish(cfg, norm, stream_BTD): normed output, ready for the unembedding, [B, T, D].
-    entries(cfg): matrix entries of a body that each token is multiplied with.
+    entries(cfg): matrix entries of a body, each of which a token is multiplied with.
+    vectors(cfg): its other parameters, scales of norms and biases.
     """
 
     make: Callable[[ModelConfig, nnx.Rngs], nnx.Module]
     run: Callable[..., jax.Array]
     finish: Callable[[ModelConfig, Norm, jax.Array], jax.Array]
     entries: Callable[[ModelConfig], int]
+    vectors: Callable[[ModelConfig], int]
 
 
 class Layers(nnx.Module):

@@ -5,6 +5,12 @@ without a norm; every head norms its own for the unembedding.
 """
 
 from mtp_jax.model.heads.base import HeadKind, make_layers, normed
-from mtp_jax.model.heads.parallel import entries, run_layers
+from mtp_jax.model.heads.parallel import entries, run_layers, vectors
 
-KIND = HeadKind(make=make_layers, run=run_layers, finish=normed, entries=entries)
+KIND = HeadKind(
+    make=make_layers,
+    run=run_layers,
+    finish=normed,
+    entries=entries,
+    vectors=vectors,
+)

@@ -33,4 +33,15 @@ def entries(cfg: ModelConfig) -> int:
     return cfg.heads.layers * layer_entries(cfg)
 
 
-KIND = HeadKind(make=make_layers, run=run_layers, finish=normed, entries=entries)
+def vectors(cfg: ModelConfig) -> int:
+    """Scales of the norms in the layers of a head."""
+    return cfg.heads.layers * 2 * cfg.d_model
+
+
+KIND = HeadKind(
+    make=make_layers,
+    run=run_layers,
+    finish=normed,
+    entries=entries,
+    vectors=vectors,
+)

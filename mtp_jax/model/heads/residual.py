@@ -55,4 +55,10 @@ def _entries(cfg: ModelConfig) -> int:
     return cfg.heads.layers * cfg.d_model**2
 
 
-KIND = HeadKind(make=_make, run=_run, finish=_finish, entries=_entries)
+def _vectors(cfg: ModelConfig) -> int:
+    return cfg.heads.layers * cfg.d_model
+
+
+KIND = HeadKind(
+    make=_make, run=_run, finish=_finish, entries=_entries, vectors=_vectors
+)

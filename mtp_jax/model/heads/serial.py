@@ -75,4 +75,10 @@ def _entries(cfg: ModelConfig) -> int:
     return 2 * cfg.d_model**2 + cfg.heads.layers * layer_entries(cfg)
 
 
-KIND = HeadKind(make=_make, run=_run, finish=_finish, entries=_entries)
+def _vectors(cfg: ModelConfig) -> int:
+    return (2 + 2 * cfg.heads.layers) * cfg.d_model
+
+
+KIND = HeadKind(
+    make=_make, run=_run, finish=_finish, entries=_entries, vectors=_vectors
+)

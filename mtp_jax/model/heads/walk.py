@@ -164,7 +164,7 @@ class HeadRunner:
 
 
 def beside(weights: Weights, head: HeadInput, dtype: str) -> jax.Array | None:
-    """Columns that follow hidden states for the Markov bias, [B, T, r], or None."""
+    """Rows that follow the hidden states for the Markov bias, [B, T, r], or None."""
     if head.drafts is None:
         return None
     assert weights.markov_in is not None and head.previous_BT is not None
@@ -235,33 +235,6 @@ def all_hidden(
     if side_NBTr is not None:
         logits_NBTV += _products(side_NBTr, both.markov_out, out)
     return hidden_NBTD, logits_NBTV
-
-
-def one_hidden(
-    runner: HeadRunner, parts: Parts, previous_NBT: jax.Array | None, head: int
-) -> tuple[jax.Array, jax.Array]:
-    """A head's output [B, T, E] and its output matrix [V, E], gathered in width.
-
-    Their product is the head's logits, Markov bias and all. Heads that this one does
-    not read are run all the same.
-    """
-    dtype = runner.cfg.compute_dtype
-
-    def visit(weights, head, hidden_BTD):
-        side_BTr = beside(weights, head, dtype)
-        sides = () if side_BTr is None else (side_BTr,)
-        return jnp.concatenate([hidden_BTD, *sides], axis=-1)
-
-    hidden_NBTE = visit_heads(runner, parts, previous_NBT, None, visit)
-    both = parts.own | parts.common
-    w_VD = both.unembedding
-    assert w_VD is not None
-    tables = [w_VD if w_VD.ndim == 2 else w_VD[head - 1]]
-    if both.markov_out is not None and hidden_NBTE.shape[-1] > w_VD.shape[-1]:
-        tables.append(both.markov_out)
-    whole = spec("vocab", None)
-    w_VE = [jax.sharding.reshard(w.astype(dtype), whole) for w in tables]
-    return hidden_NBTE[head - 1], jnp.concatenate(w_VE, axis=-1)
 
 
 def _products(x_NBTX, w_VX, out):

@@ -1,0 +1,106 @@
+"""The cost of heads of every kind: step time to that of n = 1, beside executed FLOPs.
+
+python -m benchmarks.head_kinds --rounds=10
+
+Head 1 is as deep in all models; the n - 1 further heads of a kind come on top.
+"""
+
+import dataclasses
+import sys
+from typing import Any
+
+import jax
+
+from benchmarks.timing import (
+    Training,
+    config_of,
+    interleaved,
+    one_device,
+    options,
+    print_environment,
+    print_table,
+    ratio,
+    script,
+    show_ms,
+    show_ratio,
+)
+from mtp_jax.config import Config, HeadsConfig
+from mtp_jax.model.flops import executed_flops
+
+_KINDS: dict[str, dict[str, Any]] = {
+    "parallel": {},
+    "parallel, 2 layers": {"layers": 2},
+    "parallel, bias": {"markov_rank": 64},
+    "parallel, own tables": {"unembedding": "own"},
+    "linear": {"kind": "linear"},
+    "residual": {"kind": "residual"},
+    "causal": {"kind": "causal"},
+    "anticausal": {"kind": "anticausal"},
+    "serial": {"kind": "serial"},
+    "repeated": {"kind": "serial", "shared": True},
+}
+
+
+@script
+def main(argv: list[str]) -> int:
+    """Prints a row for each kind."""
+    args = options(
+        argv,
+        "Step time of n heads of a kind to one, beside the ratio of executed FLOPs.",
+        rounds=10,
+        n=4,
+        vocab_size=32_000,
+        d_model=256,
+        num_layers=4,
+        d_ff=704,
+        num_heads=4,
+        seq_len=256,
+        batch_size=8,
+        chunk_tokens=0,
+        remat="none",
+        head_loss="fused",
+        kinds=list(_KINDS),
+    )
+
+    print_environment(args.rounds)
+    rows = []
+    with jax.set_mesh(one_device()):
+        one = config_of(args, n=1)
+        for name in args.kinds:
+            many = with_heads(one, args.n, HeadsConfig(**_KINDS[name]))
+            steps = {"one": Training(one).step, "many": Training(many).step}
+            seconds = interleaved(steps, args.rounds)
+            measured = ratio(seconds["many"], seconds["one"])
+            predicted = executed_flops(many).total / executed_flops(one).total
+            rows.append(
+                (
+                    name,
+                    show_ms(seconds["one"]),
+                    show_ms(seconds["many"]),
+                    show_ratio(measured),
+                    f"{predicted:.3f}",
+                    f"{measured[0] / predicted:.3f}",
+                )
+            )
+    print_table(
+        ("heads", "n=1, ms", f"n={args.n}, ms", "time", "FLOPs", "time / FLOPs"), *rows
+    )
+    return 0
+
+
+def with_heads(one: Config, n: int, heads: HeadsConfig) -> Config:
+    """The model with n heads of a kind, the first at the depth of the model of one."""
+    depth = one.model.num_layers
+    of_first = heads.counted_layers(n if heads.wiring.reads == "after" else 1)
+    trunk = depth - of_first
+    model = dataclasses.replace(
+        one.model,
+        num_layers=trunk + heads.counted_layers(n),
+        n_future_tokens=n,
+        heads=heads,
+    )
+    return dataclasses.replace(one, model=model)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

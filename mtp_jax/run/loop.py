@@ -3,6 +3,7 @@
 import contextlib
 import shlex
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from etils import epath
@@ -70,12 +71,13 @@ def run(
         spent=start.seconds,
     )
     log = RunLog(workdir, start.step, cfg.log.tensorboard, screen)
+    told_of: dict[str, Any] = {"log": log, "goodput": goodput}
     try:
         log.say(_opening(cfg, start, workdir))
         log.say(told(cfg))
         for line in changes(history, cfg, corpora, start.step):
             log.say(f"changed: {line}")
-        evaluation = HeldoutEvaluation(cfg, mesh, corpora, log=log, goodput=goodput)
+        evaluation = HeldoutEvaluation(cfg, mesh, corpora, **told_of)
         make_up(evaluation, durable, start.state, start.step, workdir)
         first, first_step, size = start.rows, start.step, cfg.data.batch_size
         done = _train(
@@ -85,9 +87,7 @@ def run(
             teacher,
             goodput=goodput,
             profiler=Profiler(cfg.log, workdir),
-            step_log=StepLog(
-                cfg, start.step, log=log, run_file=run_file, goodput=goodput
-            ),
+            step_log=StepLog(cfg, start.step, run_file=run_file, **told_of),
             evaluation=evaluation,
             saver=Saver(
                 cfg,
@@ -95,8 +95,7 @@ def run(
                 rows_at=lambda step: first + (step - first_step) * size,
                 durable=durable,
                 local=local,
-                log=log,
-                goodput=goodput,
+                **told_of,
             ),
         )
         run_file.write(finished=done >= cfg.train.steps)

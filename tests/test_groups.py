@@ -266,6 +266,13 @@ def test_other_groups_are_frozen_and_thawed_at_a_checkpoint(one_device, tmp_path
     saved(restored(taught, tmp_path), tmp_path / "taught", 1)
     plain = jax.device_get(restored(whole, tmp_path / "taught"))
 
+    grouped = config_of(
+        rates=(("heads", 2.0),), decays=(("heads", 0.0),), clips=(("heads", 1.0),)
+    )
+    saved(restored(grouped, tmp_path), tmp_path / "grouped", 1)
+    ungrouped = jax.device_get(restored(whole, tmp_path / "grouped"))
+    jax.tree.map(np.testing.assert_array_equal, ungrouped, was)
+
     moments = optax.tree.get(was.opt_state, "mu")
     kept = jax.device_get(optax.tree.get(less.opt_state, "mu"))
     assert "trunk" not in kept

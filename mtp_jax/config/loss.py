@@ -24,7 +24,7 @@ class LossConfig:
     label_smoothing: float = 0.0  # share of a hard target that all tokens have
     kind: LossKind = "hard"  # of heads 2 to n; all but hard follow head 1's law
     soft_mix: float = 1.0  # share of that loss; the rest is of hard targets
-    teacher: Literal["self", "ema"] = "self"  # whose head 1; ema: a mean over steps
+    teacher: str = "self"  # whose head 1: self; ema, a mean over steps; or a workdir
     teacher_decay: float = 0.999  # of that mean, a step
     trunk_gradient: Entries = ()  # over steps, of each head, into what it reads
     unembedding_gradient: Literal["all", "first"] = "all"  # heads that train it
@@ -58,6 +58,10 @@ class LossConfig:
             all(z >= 0 for z in self.head_z_loss),
             "config.loss.head_z_loss must be 0 or more.",
         )
+        require(
+            bool(self.teacher),
+            "config.loss.teacher is empty; give self, ema or the workdir of a run.",
+        )
         for name in ("soft_mix", "label_smoothing", "teacher_decay", "balance_decay"):
             value, ends = getattr(self, name), name != "soft_mix"
             require(
@@ -70,6 +74,12 @@ class LossConfig:
     def needs_teacher(self) -> bool:
         """True if training needs the law of head 1 beside that of another head."""
         return self.kind != "hard" or self.acceptance
+
+    @property
+    def other_teacher(self) -> str:
+        """The workdir of the run that teaches; empty if none does."""
+        named = self.needs_teacher and self.teacher not in ("self", "ema")
+        return self.teacher if named else ""
 
     @property
     def averages_teacher(self) -> bool:

@@ -67,7 +67,7 @@ def batch_loss(
     of_other = None
     if teacher is not None:
         other_rows, other_BTD = run(teacher)
-        of_other = teacher_of(teacher, other_BTD, other_rows, targets, compute)
+        of_other = teacher_of(teacher, other_BTD, other_rows, compute)
     total, scores = head_loss(model, trunk_BTD, rows, targets, loss, compute, of_other)
     return total, sums_over_targets(scores, token_NBT, valid_NBT, weights.active_N)
 

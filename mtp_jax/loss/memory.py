@@ -128,7 +128,9 @@ class Memory:
 def start_of_memory(loss: LossConfig, trunk_BTD: jax.Array, teacher: Teacher) -> Memory:
     """The memory before head 1."""
     hidden_BTD = teacher.hidden_BTD
-    if loss.needs_teacher and hidden_BTD is None:
+    if hidden_BTD is not None:
+        hidden_BTD = hidden_BTD.astype(trunk_BTD.dtype)
+    elif loss.needs_teacher:
         hidden_BTD = jnp.zeros_like(trunk_BTD)
     first_BTD = jnp.zeros_like(trunk_BTD) if loss.measures_gradients else None
     depth_BT = None

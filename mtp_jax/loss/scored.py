@@ -67,8 +67,10 @@ def taught_scores(
     runner = HeadRunner(cfg, rows, compute.attention)
     previous_NBT = previous_tokens(targets.token_NBT) if needs_tokens(cfg) else None
     teacher_BTD = teacher.hidden_BTD
-    if loss.needs_teacher and teacher_BTD is None:
-        teacher_BTD = _first_hidden(runner, parts, previous_NBT, targets)
+    if teacher_BTD is not None:
+        teacher_BTD = teacher_BTD.astype(dtype)
+    elif loss.needs_teacher:
+        teacher_BTD = _first_hidden(runner, parts)
 
     def visit(weights, head, hidden_BTD):
         heard_BTD = teacher_BTD
@@ -81,19 +83,14 @@ def taught_scores(
     return visit_heads(runner, parts, previous_NBT, targets, visit)
 
 
-def _first_hidden(
-    runner: HeadRunner,
-    parts: Parts,
-    previous_NBT: jax.Array | None,
-    targets: Targets,
-) -> jax.Array:
-    """The normed output of head 1, [B, T, D]."""
+def _first_hidden(runner: HeadRunner, parts: Parts) -> jax.Array:
+    """The normed output of head 1, which reads no token after its own, [B, T, D]."""
     if runner.cfg.heads.wiring.reads == "after":  # all others are on its way
         hidden_NBTD = visit_heads(
-            runner, parts, previous_NBT, None, lambda _, __, hidden_BTD: hidden_BTD
+            runner, parts, None, None, lambda _, __, hidden_BTD: hidden_BTD
         )
         return hidden_NBTD[0]
-    first, rest = in_turn(runner.cfg, parts, previous_NBT, targets)
+    first, rest = in_turn(runner.cfg, parts, None, None)
     common = parts.common
     if first is None:
         first = jax.tree.map(lambda x: x[0], rest)
@@ -122,7 +119,6 @@ def teacher_of(
     model: LanguageModel,
     trunk_BTD: jax.Array,
     rows: Any,
-    targets: Targets,
     compute: ComputeConfig,
 ) -> Teacher:
     """Another model's head 1 as a teacher; no gradient comes to it.
@@ -130,12 +126,11 @@ def teacher_of(
     Args:
       model: over the same vocabulary.
       trunk_BTD: its trunk's output.
-      rows, targets: of the batch.
+      rows: of the batch.
       compute: how the arithmetic is carried out.
     """
-    cfg, parts = model.cfg, model.parts(trunk_BTD)
-    previous_NBT = previous_tokens(targets.token_NBT) if needs_tokens(cfg) else None
-    runner = HeadRunner(cfg, rows, compute.attention)
-    hidden_BTD = _first_hidden(runner, parts, previous_NBT, targets)
+    parts = model.parts(trunk_BTD)
+    runner = HeadRunner(model.cfg, rows, compute.attention)
+    hidden_BTD = _first_hidden(runner, parts)
     own, common = parts.own.unembedding, parts.common.unembedding
     return Teacher(hidden_BTD, common if own is None else own[0])

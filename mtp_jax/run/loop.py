@@ -3,11 +3,13 @@
 import contextlib
 import shlex
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from etils import epath
 
 from mtp_jax.checkpoint.checkpoints import Checkpoints
+from mtp_jax.checkpoint.restore import Restored
 from mtp_jax.config import Config
 from mtp_jax.data.batches import train_batches
 from mtp_jax.data.corpus import Corpus
@@ -32,7 +34,11 @@ _LAST_SAVE_S = 30.0  # for a save that an error finds unfinished
 
 
 def run(
-    cfg: Config, workdir: epath.Path, mesh: jax.sharding.Mesh, corpora: list[Corpus]
+    cfg: Config,
+    workdir: epath.Path,
+    mesh: jax.sharding.Mesh,
+    corpora: list[Corpus],
+    teacher: Restored | None = None,
 ) -> None:
     """Trains from the newest checkpoint, or from the start, to `cfg.train.steps`.
 
@@ -41,6 +47,7 @@ def run(
       workdir: its folder, locked.
       mesh: all devices of all processes, set.
       corpora: opened, in the order of `cfg.data.sources`.
+      teacher: the model of `cfg.loss.other_teacher`, on the mesh.
 
     Raises:
       RunFailed: too many non-finite steps in a row.
@@ -64,23 +71,23 @@ def run(
         spent=start.seconds,
     )
     log = RunLog(workdir, start.step, cfg.log.tensorboard, screen)
+    told_of: dict[str, Any] = {"log": log, "goodput": goodput}
     try:
         log.say(_opening(cfg, start, workdir))
         log.say(told(cfg))
         for line in changes(history, cfg, corpora, start.step):
             log.say(f"changed: {line}")
-        evaluation = HeldoutEvaluation(cfg, mesh, corpora, log=log, goodput=goodput)
+        evaluation = HeldoutEvaluation(cfg, mesh, corpora, **told_of)
         make_up(evaluation, durable, start.state, start.step, workdir)
         first, first_step, size = start.rows, start.step, cfg.data.batch_size
         done = _train(
             cfg,
             start,
             _placed_batches(cfg, mesh, corpora, start),
+            teacher,
             goodput=goodput,
             profiler=Profiler(cfg.log, workdir),
-            step_log=StepLog(
-                cfg, start.step, log=log, run_file=run_file, goodput=goodput
-            ),
+            step_log=StepLog(cfg, start.step, run_file=run_file, **told_of),
             evaluation=evaluation,
             saver=Saver(
                 cfg,
@@ -88,8 +95,7 @@ def run(
                 rows_at=lambda step: first + (step - first_step) * size,
                 durable=durable,
                 local=local,
-                log=log,
-                goodput=goodput,
+                **told_of,
             ),
         )
         run_file.write(finished=done >= cfg.train.steps)
@@ -113,6 +119,7 @@ def _train(
     cfg: Config,
     start: Start,
     batches: Iterator[Batch],
+    teacher: Restored | None,
     *,
     goodput: Goodput,
     profiler: Profiler,
@@ -121,7 +128,8 @@ def _train(
     saver: Saver,
 ) -> int:
     """Steps until the end, a SIGTERM or a failure; returns how many are done."""
-    step = make_step(cfg)
+    step = make_step(cfg, None if teacher is None else teacher.config.model)
+    taught = () if teacher is None else (teacher.params,)
     state, done, stopping = start.state, start.step, False
     goodput.now_in("step")
     while done < cfg.train.steps and not stopping:
@@ -130,10 +138,10 @@ def _train(
             batch = next(batches)
         if done == start.step:
             with goodput.spent("compile"):
-                compile_on_all(step, state, batch)
+                compile_on_all(step, state, batch, *taught)
             # Until now a SIGTERM ended it at once: there was nothing to save.
             hosts.told_to_stop(done)
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, *taught)
         done += 1
         step_log.begun(done, metrics)
         stopping = hosts.told_to_stop(done)

@@ -107,7 +107,12 @@ def step_line(
       mean: of `mean_of_steps`.
       goodput: share of the run's wall time so far that was spent in steps.
     """
-    heads = " ".join(f"{loss:.3f}" for loss in mean["loss_N"])
+    losses = mean["loss_N"]
+    idle = np.isnan(losses) & np.isfinite(losses[0])  # heads that did no work
+    heads = " ".join(
+        "-" if waits else f"{loss:.3f}"
+        for loss, waits in zip(losses, idle, strict=True)
+    )
     left_s = (cfg.train.steps - record["step"]) * record["step_s"]
     parts = [
         f"step {record['step']}/{cfg.train.steps}",

@@ -24,6 +24,7 @@ from mtp_jax.model.attention import check_attention
 from mtp_jax.parallel.sharding import check_divisible, make_mesh
 from mtp_jax.run.loop import run
 from mtp_jax.run.run_file import lock
+from mtp_jax.run.teacher import load_teacher
 from mtp_jax.storage import workdir_at
 
 
@@ -74,9 +75,10 @@ def _train(cfg: Config, name: str, cluster: ProcessInfo | None) -> None:
     tokenizer = _tokenizer_of_run(cfg.model, workdir)
     corpora = open_sources(cfg, part=part, tokenizer=tokenizer)
     _refuse_nothing_held_out(cfg, corpora)
+    teacher = load_teacher(cfg, mesh, corpora[0].tokenizer)
     _prepare_workdir(workdir, corpora)
     with _lock_for_all(workdir) or contextlib.nullcontext(), jax.set_mesh(mesh):
-        run(cfg, workdir, mesh, corpora)
+        run(cfg, workdir, mesh, corpora, teacher)
 
 
 def _start_jax(cfg: Config, where: ProcessInfo | None, workdir: epath.Path) -> None:

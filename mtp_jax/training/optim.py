@@ -58,13 +58,13 @@ def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation
     It is of the parameters that are trained. Groups with a `clips` of their own are
     clipped by their own norms.
     """
-    clip = optax.clip_by_global_norm(cfg.clip_norm)
+    clip, adamw = optax.clip_by_global_norm(cfg.clip_norm), _adamw(cfg, steps)
     if cfg.clips:
-        clip = _stateless(by_own_norm(cfg.clip_norm, by_group(cfg.clips)))
-    transforms = [clip, _adamw(cfg, steps)]
+        clipped = by_own_norm(cfg.clip_norm, by_group(cfg.clips))
+        clip = _then(optax.identity(), clipped)
     if cfg.rates:
-        transforms.append(_stateless(lambda x: multiplied(x, by_group(cfg.rates))))
-    return optax.chain(*transforms)
+        adamw = _then(adamw, lambda x: multiplied(x, by_group(cfg.rates)))
+    return optax.chain(clip, adamw)
 
 
 def _adamw(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
@@ -81,25 +81,26 @@ def _adamw(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
     decays = dict.fromkeys(GROUPS, cfg.weight_decay) | by_group(cfg.decays)
 
     def decay(updates: Any, state: Any, params: Any = None):
-        of_params = multiplied(params, decays)
-        added = jax.tree.map(
-            lambda update, p, decayed: update + p if decayed else update,
-            updates,
-            of_params,
-            is_decayed(params),
-        )
-        return added, state
+        return jax.tree.map(jnp.add, updates, multiplied(params, decays)), state
 
+    decayed = optax.GradientTransformation(lambda _: optax.EmptyState(), decay)
     return optax.chain(
         optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps),
-        optax.GradientTransformation(lambda _: optax.EmptyState(), decay),
+        optax.masked(decayed, is_decayed),
         optax.scale_by_learning_rate(rate),
     )
 
 
-def _stateless(function: Callable[[Any], Any]) -> optax.GradientTransformation:
+def _then(
+    inner: optax.GradientTransformation, function: Callable[[Any], Any]
+) -> optax.GradientTransformation:
+    """A function of the updates after a transformation, whose state stays as it is.
+
+    So checkpoints hold the same tree with and without it.
+    """
+
     def update(updates: Any, state: Any, params: Any = None):
-        del params
+        updates, state = inner.update(updates, state, params)
         return function(updates), state
 
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    return optax.GradientTransformation(inner.init, update)

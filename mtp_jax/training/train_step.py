@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtp_jax.config import Config
+from mtp_jax.config import Config, ModelConfig
+from mtp_jax.errors import UserError
 from mtp_jax.loss.batch_loss import batch_loss
 from mtp_jax.loss.metrics import HeadSums, no_sums, summarize
 from mtp_jax.loss.targets import extra_targets, target_counts
@@ -106,16 +107,18 @@ def step_weights(
 
 
 def make_gradients(
-    cfg: Config,
+    cfg: Config, teacher_model: ModelConfig | None = None
 ) -> Callable[..., tuple[jax.Array, HeadSums, Any]]:
     """`gradients(params, batch) -> (loss, sums, grads)` of a global batch, not jitted.
 
     A batch holds tokens, segments and positions, int32 [A, M, S]. The microbatches run
     one after another, and what they give is added up. Gradients are float32, of the
     parameters that are not frozen. It also takes `weights`, from `step_weights`, those
-    of step 0 otherwise; and `teacher`, parameters, if the config asks for them.
+    of step 0 otherwise; and `teacher`, parameters, if the config asks for them, of
+    `teacher_model`, or else of this model.
     """
     _, build = model_builder(cfg.model)
+    _, build_teacher = model_builder(teacher_model or cfg.model)
     n, loss, frozen = cfg.model.n_future_tokens, cfg.loss, cfg.optim.frozen
 
     def gradient(few: bool):
@@ -123,7 +126,7 @@ def make_gradients(
 
         def loss_fn(learning, params, microbatch, weights, teacher):
             model = build(together(learning, params))
-            other = None if teacher is None else build(teacher)
+            other = None if teacher is None else build_teacher(teacher)
             how = (loss, cfg.compute, few)
             return batch_loss(model, microbatch, weights, *how, other)
 
@@ -192,21 +195,29 @@ def _updates_made(opt_state: optax.OptState) -> jax.Array:
 
 
 def make_step(
-    cfg: Config,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    cfg: Config, teacher_model: ModelConfig | None = None
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """`step(state, batch) -> (state, metrics)`, jitted; the state is donated.
 
     A batch holds tokens, segments and positions, int32 [A, M, S], and hash, uint32
-    [A, M, 2]. Metrics are small arrays; reading one waits for the step.
+    [A, M, 2]. Metrics are small arrays; reading one waits for the step. Where another
+    model teaches, of `teacher_model`, the step takes its parameters as well.
+
+    Raises:
+      UserError: another model is to teach, and it is not given.
     """
-    gradients = make_gradients(cfg)
+    if cfg.loss.other_teacher and teacher_model is None:
+        raise UserError(
+            f"config.loss.teacher is {cfg.loss.other_teacher}, a run that only train "
+            "reads; set it to self here."
+        )
+    gradients = make_gradients(cfg, teacher_model)
     optimizer = make_optimizer(cfg.optim, cfg.train.steps)
     schedule = learning_rate(cfg.optim, cfg.train.steps)
 
     @jax.jit(donate_argnames="state")
-    def step(state: TrainState, batch: Batch):
+    def step(state: TrainState, batch: Batch, teacher: Any = None):
         weights = step_weights(cfg, state.step, state.balance)
-        teacher = None
         if state.teacher is not None:
             teacher, _ = split(state.teacher, cfg.model.param_dtype)
         loss, sums, grads = gradients(state.params, batch, weights, teacher)
@@ -248,7 +259,8 @@ def make_step(
             **_of_gradients(cfg, grads, grad_norm, weights),
         }
         if weights.active_N is not None:
-            for name in ("loss_N", "accuracy_N"):
+            told = {"loss_N", "accuracy_N", "alpha_N", "cosine_N", "ratio_N"}
+            for name in told & metrics.keys():
                 metrics[name] = jnp.where(weights.active_N, metrics[name], jnp.nan)
         return new_state, metrics
 

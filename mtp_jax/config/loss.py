@@ -120,10 +120,8 @@ class LossConfig:
         """The factor of each head's gradient into what it reads, over the steps."""
         return table_of("config.loss.trunk_gradient", self.trunk_gradient, n, steps)
 
-    def extras(self, steps: int) -> Table | None:
-        """The weights of extra targets over the steps; None if there are none."""
-        if not self.extra_targets:
-            return None
+    def extras(self, steps: int) -> Table:
+        """The weights of extra targets over the steps, where there are any."""
         first = self.extra_targets[0]
         count = len(first) - 1 if isinstance(first, tuple) else len(self.extra_targets)
         return table_of("config.loss.extra_targets", self.extra_targets, count, steps)
@@ -202,7 +200,8 @@ class LossConfig:
             not self.extra_targets or not isinstance(self.extra_targets[0], str),
             "config.loss.extra_targets has no names; give weights or (step, ...) rows.",
         )
-        self.extras(steps)
+        if self.extra_targets:
+            self.extras(steps)
         require(
             n == 1 or not self.extra_targets,
             f"config.loss.extra_targets are of one head, and there are {n} "

@@ -89,8 +89,11 @@ def step_weights(
     loss, n, steps = cfg.loss, cfg.model.n_future_tokens, cfg.train.steps
     step = jnp.asarray(step, jnp.int32)
     weight_N = weights_at(loss, n, steps, step)
-    pulls, extras = loss.pulls(n, steps), loss.extras(steps)
-    pull_N = None if pulls.constant(1.0) else at_step(pulls, step)
+    pull_N = extra_J = None
+    if loss.trunk_gradient:
+        pull_N = at_step(loss.pulls(n, steps), step)
+    if loss.extra_targets:
+        extra_J = at_step(loss.extras(steps), step)
     if balance is not None:
         factor_N = factors(loss, balance, weight_N)
         pull_N = factor_N if pull_N is None else pull_N * factor_N
@@ -100,7 +103,7 @@ def step_weights(
         active_N = (weight_N > 0).at[0].set(True)
     return StepWeights(
         weight_N,
-        extra_J=None if extras is None else at_step(extras, step),
+        extra_J=extra_J,
         pull_N=pull_N,
         active_N=active_N,
     )
@@ -159,7 +162,9 @@ def make_gradients(
         # In float32 whatever the parameters are in: small terms are many.
         wide = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), learning)
         rows = {k: batch[k] for k in ("tokens", "segments", "positions")}
-        sums = no_sums(n, loss.needs_teacher, loss.measures_gradients)
+        sums = no_sums(
+            n, loss.acceptance or loss.kind != "hard", loss.measures_gradients
+        )
         return jax.lax.scan(add_microbatch, (jnp.zeros(()), sums, wide), rows)[0]
 
     return gradients
@@ -284,7 +289,8 @@ def _of_gradients(
     order of `GROUPS`, those that have parameters; with a balance `pull_N`.
     """
     optim, found = cfg.optim, {}
-    if cfg.loss.measures_gradients or optim.rates or optim.decays or optim.clips:
+    measured = cfg.loss.gradient_meter or cfg.loss.balance != "none"
+    if measured or optim.rates or optim.decays or optim.clips:
         norms = group_norms(grads)
         found["norm_G"] = jnp.stack(list(norms.values()))
         found["clipped"] = (grad_norm > optim.clip_norm).astype(jnp.float32)

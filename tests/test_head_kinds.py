@@ -153,10 +153,14 @@ def test_loss_and_gradients_are_those_of_all_logits_at_once(
             for kind in DOCUMENTS
         }
 
+    # Weights that heads share have a sum of as many gradients, each rounded: naive adds
+    # them up without the order that fused gives them.
+    uses = n - 1 if form == "naive" and cfg.model.heads.shared else 1
+    near = functools.partial(assert_near, tolerance=1e-5 * uses**0.5)
     for kind, (loss, _, grads) in found.items():
         expected_loss, expected_grads = expected(name, n)[kind]
         np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
-        jax.tree.map_with_path(assert_near, grads, expected_grads)
+        jax.tree.map_with_path(near, grads, expected_grads)
 
 
 @pytest.mark.parametrize("name", ["linear, own norms", "causal", "serial"])

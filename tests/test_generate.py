@@ -124,9 +124,17 @@ def test_going_on_beyond_what_was_trained_is_said(restored, capsys):
     assert "trained on rows of 40" in capsys.readouterr().err
 
 
-def test_plain_alone_restores_one_head(restored, capsys):
+def test_plain_alone_keeps_one_head(restored, capsys, monkeypatch):
+    made = []
+    of = Generator.from_restored
+    monkeypatch.setattr(
+        Generator, "from_restored", lambda x: made.append(x.config.model) or of(x)
+    )
+
     generate.main(["--workdir=run", "--prompt=a", "--decoder=plain", FEW])
-    assert restored == [("run", None, 1)]
+    generate.main(["--workdir=run", "--prompt=a", FEW])
+
+    assert [model.n_future_tokens for model in made] == [1, 2]
 
 
 def test_compare_takes_a_decoder_with_its_options(restored, capsys):

@@ -164,8 +164,9 @@ def test_a_run_tells_what_it_waits_for_and_what_comes_next(tmp_path, corpus_dir)
 
     assert lines[0] == f"starting {workdir}: reads the corpora, compiles ..."
     first = next(i for i, line in enumerate(lines) if line.startswith("step 1/1"))
-    assert "1 device," in lines[1] and lines[2] == "compiling ..."
-    assert lines.count("compiling ...") == 1 and first > 2
+    assert "1 device," in lines[1] and lines[2].startswith("parameters: trunk ")
+    assert lines[3] == "compiling ..."
+    assert lines.count("compiling ...") == 1 and first > 3
     assert lines[-3:] == [
         f"done: step 1, in {workdir}",
         f"next: python -m mtp_jax evaluate --workdir='{workdir}'",

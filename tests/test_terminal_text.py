@@ -24,6 +24,7 @@ def speaking(monkeypatch):
     model = type("Model", (), {"n_future_tokens": 1})
     config = type("Config", (), {"data": data, "model": model})
     restored = type("Restored", (), {"config": config, "step": 1})
+    restored.needed_for_one = lambda: restored
     monkeypatch.setattr(
         "mtp_jax.checkpoint.restore.restore_model", lambda *_, **__: restored
     )

@@ -129,7 +129,7 @@ def cases():
                     usual = form == "fused" and n == 4 and (i + j) % 5 == 0
                     usual |= form == "remat" and n == 2 and j == 0 and i % 4 == 0
                     marks = [] if usual else [pytest.mark.slow]
-                    if usual or (i + j + k) % 3 == n // 4:
+                    if usual or (i + j + k) % 6 == n // 4:
                         yield pytest.param(
                             form, name, n, mesh, 1 + (i + j) % 2, marks=marks
                         )

@@ -15,9 +15,6 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-
-# The one way to tell cuDNN where documents begin; `jax.nn` has no argument for it.
-from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental.pallas.ops.tpu import splash_attention as splash_lib
 
 from mtp_jax.config import Attention
@@ -203,6 +200,10 @@ def cudnn_of_few(
     Returns:
       [B, T, H, K], in the dtype of the queries.
     """
+    # The one way to tell cuDNN where documents begin: `jax.nn` has no argument for it.
+    # Read here, so that no other device depends on what is not public.
+    from jax._src.cudnn import fused_attention_stablehlo
+
     length_BM, offset_BM1 = document_lengths(segments_BT)
     return fused_attention_stablehlo.dot_product_attention(
         q_BTHK,
@@ -228,6 +229,12 @@ def takes_lengths(device: jax.Device) -> bool:
     return capability is not None and float(capability) >= 9.0
 
 
+def document_begins(segments_BT: jax.Array) -> jax.Array:
+    """True at the first position of every document, bool [B, T]."""
+    changes_BT = segments_BT[:, 1:] != segments_BT[:, :-1]
+    return jnp.pad(changes_BT, ((0, 0), (1, 0)), constant_values=True)
+
+
 def document_lengths(segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The documents of rows as cuDNN takes them, with M = `most_documents`.
 
@@ -240,14 +247,9 @@ def document_lengths(segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     t = segments_BT.shape[1]
     m = most_documents(t)
-    begins_BT = jnp.pad(
-        segments_BT[:, 1:] != segments_BT[:, :-1],
-        ((0, 0), (1, 0)),
-        constant_values=True,
-    )
     begin_BM1 = jax.vmap(
         lambda begins_T: jnp.nonzero(begins_T, size=m + 1, fill_value=-1)[0]
-    )(begins_BT)
+    )(document_begins(segments_BT))
     end_BM = jnp.where(begin_BM1[:, 1:] < 0, t, begin_BM1[:, 1:])
     length_BM = jnp.where(begin_BM1[:, :-1] < 0, -1, end_BM - begin_BM1[:, :-1])
     return length_BM.astype(jnp.int32), begin_BM1.astype(jnp.int32)

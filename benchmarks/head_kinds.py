@@ -11,23 +11,18 @@ from typing import Any
 
 import jax
 
+from benchmarks.heads import beside_one, columns
 from benchmarks.timing import (
-    Training,
     config_of,
-    interleaved,
     one_device,
     options,
     print_environment,
     print_table,
-    ratio,
     script,
-    show_ms,
-    show_ratio,
 )
 from mtp_jax.config import Config, HeadsConfig
-from mtp_jax.model.flops import executed_flops
 
-_KINDS: dict[str, dict[str, Any]] = {
+KINDS: dict[str, dict[str, Any]] = {
     "parallel": {},
     "parallel, 2 layers": {"layers": 2},
     "parallel, bias": {"markov_rank": 64},
@@ -59,7 +54,7 @@ def main(argv: list[str]) -> int:
         chunk_tokens=0,
         remat="none",
         head_loss="fused",
-        kinds=list(_KINDS),
+        kinds=list(KINDS),
     )
 
     print_environment(args.rounds)
@@ -67,24 +62,9 @@ def main(argv: list[str]) -> int:
     with jax.set_mesh(one_device()):
         one = config_of(args, n=1)
         for name in args.kinds:
-            many = with_heads(one, args.n, HeadsConfig(**_KINDS[name]))
-            steps = {"one": Training(one).step, "many": Training(many).step}
-            seconds = interleaved(steps, args.rounds)
-            measured = ratio(seconds["many"], seconds["one"])
-            predicted = executed_flops(many).total / executed_flops(one).total
-            rows.append(
-                (
-                    name,
-                    show_ms(seconds["one"]),
-                    show_ms(seconds["many"]),
-                    show_ratio(measured),
-                    f"{predicted:.3f}",
-                    f"{measured[0] / predicted:.3f}",
-                )
-            )
-    print_table(
-        ("heads", "n=1, ms", f"n={args.n}, ms", "time", "FLOPs", "time / FLOPs"), *rows
-    )
+            many = with_heads(one, args.n, HeadsConfig(**KINDS[name]))
+            rows.append((name, *beside_one(one, many, args.rounds)))
+    print_table(("heads", *columns(args.n)), *rows)
     return 0
 
 

@@ -20,6 +20,7 @@ from benchmarks.timing import (
     show_ms,
     show_ratio,
 )
+from mtp_jax.config import Config
 from mtp_jax.model.flops import executed_flops
 
 
@@ -50,24 +51,29 @@ def main(argv: list[str]) -> int:
             one, many = (
                 config_of(args, vocab_size=vocab_size, n=n) for n in (1, args.n)
             )
-            steps = {"one": Training(one).step, "many": Training(many).step}
-            seconds = interleaved(steps, args.rounds)
-            measured = ratio(seconds["many"], seconds["one"])
-            predicted = executed_flops(many).total / executed_flops(one).total
-            rows.append(
-                (
-                    vocab_size,
-                    show_ms(seconds["one"]),
-                    show_ms(seconds["many"]),
-                    show_ratio(measured),
-                    f"{predicted:.3f}",
-                    f"{measured[0] / predicted:.3f}",
-                )
-            )
-    print_table(
-        ("V", "n=1, ms", f"n={args.n}, ms", "time", "FLOPs", "time / FLOPs"), *rows
-    )
+            rows.append((vocab_size, *beside_one(one, many, args.rounds)))
+    print_table(("V", *columns(args.n)), *rows)
     return 0
+
+
+def beside_one(one: Config, many: Config, rounds: int) -> tuple[str, ...]:
+    """The cells under `columns`: a step of many heads beside one of one head."""
+    steps = {"one": Training(one).step, "many": Training(many).step}
+    seconds = interleaved(steps, rounds)
+    measured = ratio(seconds["many"], seconds["one"])
+    predicted = executed_flops(many).total / executed_flops(one).total
+    return (
+        show_ms(seconds["one"]),
+        show_ms(seconds["many"]),
+        show_ratio(measured),
+        f"{predicted:.3f}",
+        f"{measured[0] / predicted:.3f}",
+    )
+
+
+def columns(n: int) -> tuple[str, ...]:
+    """Headers of `beside_one`."""
+    return ("n=1, ms", f"n={n}, ms", "time", "FLOPs", "time / FLOPs")
 
 
 if __name__ == "__main__":

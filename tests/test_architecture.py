@@ -211,26 +211,32 @@ def test_the_training_spine_knows_arrays_only():
             assert not [x for x in imports_of(MODULES, name) if x.startswith("decode")]
 
 
-def reads_in(tree):
-    """Attributes that are read, but for those that only a check of a config reads."""
-    nodes = [tree]
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, ast.FunctionDef) and node.name.startswith(
-            ("__post_init__", "_check")
-        ):
-            continue
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-            yield node.attr
-        nodes += ast.iter_child_nodes(node)
+def names_read(tree):
+    """Attributes that are read in some code, and other names."""
+    loads = [x for x in ast.walk(tree) if isinstance(getattr(x, "ctx", None), ast.Load)]
+    attributes = {x.attr for x in loads if isinstance(x, ast.Attribute)}
+    return attributes, {x.id for x in loads if isinstance(x, ast.Name)}
 
 
 def test_every_field_of_the_config_is_read():
-    read = {
-        attribute
-        for path in MODULES.values()
-        for attribute in reads_in(ast.parse(path.read_text()))
-    }
+    """By others than the config, or by a function of the config that they call."""
+    read, called, of_config = set(), set(), []
+    for name, path in MODULES.items():
+        tree = ast.parse(path.read_text())
+        if name.startswith("config"):
+            of_config += [x for x in ast.walk(tree) if isinstance(x, ast.FunctionDef)]
+        else:
+            attributes, names = names_read(tree)
+            read |= attributes
+            called |= attributes | names
+    reached = True
+    while reached:
+        reached = [x for x in of_config if x.name in called]
+        of_config = [x for x in of_config if x.name not in called]
+        for function in reached:
+            attributes, names = names_read(function)
+            read |= attributes
+            called |= attributes | names
 
     for section, fields in as_tree(Config()).items():
         if section != "mesh":  # whose axes are read all at once

@@ -93,8 +93,8 @@ def config_of(model, form="fused", chunk_tokens=5):
 
 
 @functools.cache
-def expected(name, n):
-    """Loss and gradients of all logits at once, in float64, by kind of rows."""
+def expected(name, n, dtype="float64"):
+    """Loss and gradients of all logits at once, in `dtype`, by kind of rows."""
     cfg = config_of(model_of(name, n))
     with jax.set_mesh(mesh_of(1, 1, 1)):
         params = random_params(cfg.model)
@@ -108,15 +108,35 @@ def expected(name, n):
         )  # fmt: skip
 
     found = {}
-    with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
-        params64 = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    with (
+        jax.enable_x64(dtype == "float64"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        params = jax.tree.map(lambda x: np.asarray(x, dtype), params)
         for kind in DOCUMENTS:
             rows = rows_of(kind, n)
             target_and_valid = naive.targets(rows["tokens"], rows["segments"], n)
             inputs = [rows[k][:, :-n] for k in ("tokens", "segments", "positions")]
-            result = value_and_grad(params64, inputs, target_and_valid)
+            result = value_and_grad(params, inputs, target_and_valid)
             found[kind] = jax.device_get(result)
     return found
+
+
+def rounding(name, n, kind):
+    """How far float32 takes the slow definition itself, as a part of each norm.
+
+    A deep chain at random weights multiplies what is rounded first: there the
+    definition is further than 1e-5 from itself.
+    """
+    _, in_float32 = expected(name, n, "float32")[kind]
+    _, in_float64 = expected(name, n)[kind]
+    return jax.tree.map(distance, in_float32, in_float64)
+
+
+def distance(x, y):
+    """Norm of the difference of two arrays, as a part of that of the second."""
+    assert x.shape == y.shape
+    return np.linalg.norm(x - y) / np.linalg.norm(y)
 
 
 def cases():
@@ -138,6 +158,10 @@ def cases():
 CASES = list(cases())
 
 
+def assert_below(path, x, bound):
+    assert x <= bound, path
+
+
 @pytest.mark.parametrize(("form", "name", "n", "mesh", "accumulation"), CASES)
 def test_loss_and_gradients_are_those_of_all_logits_at_once(
     form, name, n, mesh, accumulation
@@ -153,14 +177,15 @@ def test_loss_and_gradients_are_those_of_all_logits_at_once(
             for kind in DOCUMENTS
         }
 
-    # Weights that heads share have a sum of as many gradients, each rounded: naive adds
-    # them up without the order that fused gives them.
-    uses = n - 1 if form == "naive" and cfg.model.heads.shared else 1
-    near = functools.partial(assert_near, tolerance=1e-5 * uses**0.5)
     for kind, (loss, _, grads) in found.items():
         expected_loss, expected_grads = expected(name, n)[kind]
         np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
-        jax.tree.map_with_path(near, grads, expected_grads)
+        distances = jax.tree.map(distance, grads, expected_grads)
+        bounds = jax.tree.map(lambda _: 1e-5, distances)
+        if max(jax.tree.leaves(distances)) > 1e-5:
+            rounded = rounding(name, n, kind)
+            bounds = jax.tree.map(lambda x: max(1e-5, 3 * x), rounded)
+        jax.tree.map_with_path(assert_below, distances, bounds)
 
 
 @pytest.mark.parametrize("name", ["linear, own norms", "causal", "serial"])

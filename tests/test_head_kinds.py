@@ -203,6 +203,24 @@ def test_gradients_in_bfloat16_are_those_in_float64_to_its_rounding(name, one_de
     jax.tree.map_with_path(near, grads, expected_grads)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIONS)
+def test_gradients_of_all_forms_in_bfloat16_are_alike(name, one_device):
+    """To sixteen roundings: each of them goes through all layers."""
+
+    def gradients(form):
+        cfg = config_of(model_of(name, 4, compute_dtype="bfloat16"), form)
+        params = placed_params(cfg.model, random_params(cfg.model))
+        batch = placed_batch(rows_of("packed", 4), 1)
+        return jax.device_get(jax.jit(make_gradients(cfg))(params, batch)[2])
+
+    fused, remat, naive_form = (gradients(form) for form in ("fused", "remat", "naive"))
+
+    near = functools.partial(assert_near, tolerance=2**-8 * 16)
+    jax.tree.map_with_path(near, fused, naive_form)
+    jax.tree.map_with_path(near, remat, naive_form)
+
+
 @pytest.mark.parametrize(
     "kind", ["linear", "residual", "causal", "anticausal", "serial"]
 )

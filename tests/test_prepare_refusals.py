@@ -7,7 +7,7 @@ from corpora import contents, run
 
 from mtp_jax.cli import prepare
 from mtp_jax.data.corpus import Corpus, verify_files
-from mtp_jax.data.tokenizer import train_sentencepiece
+from mtp_jax.data.sentencepiece_tokenizer import train_sentencepiece
 from mtp_jax.errors import UserError
 
 

@@ -12,19 +12,31 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from mtp_jax.data.corpus import SPLITS, read_manifest, token_dtype, write_manifest
+from mtp_jax.data.chat_template import read_template
+from mtp_jax.data.chat_tokenizing import chat_options, check_forms, with_turn_ends
+from mtp_jax.data.corpus import (
+    LEARNED,
+    SPLITS,
+    read_manifest,
+    token_dtype,
+    write_manifest,
+)
 from mtp_jax.data.documents import ReadOptions, split_into_parts
 from mtp_jax.data.input_files import Found, find_files
 from mtp_jax.data.output_folder import whole_folder
-from mtp_jax.data.shard_writer import ShardWriter
-from mtp_jax.data.tokenizer import (
+from mtp_jax.data.sentencepiece_tokenizer import (
     SentencePieceTokenizer,
+    train_sentencepiece,
+)
+from mtp_jax.data.shard_writer import ShardWriter
+from mtp_jax.data.tokenized import TaskResult
+from mtp_jax.data.tokenizer import (
     Tokenizer,
     load_tokenizer,
     save_tokenizer,
-    train_sentencepiece,
+    with_template,
 )
-from mtp_jax.data.tokenizing import TaskResult, tokenized, training_texts
+from mtp_jax.data.tokenizing import tokenized, training_texts
 from mtp_jax.data.workers import check_workers
 from mtp_jax.errors import UserError, counted, disk_errors_told
 
@@ -47,6 +59,9 @@ def prepare(
     *,
     tokenizer: str = "bytes",
     train_tokenizer: int | None = None,
+    format: str = "text",
+    chat_form: str | None = None,
+    chat_template: StrPath | None = None,
     text_field: str = "text",
     skip_bad: bool = False,
     split_at: str | None = None,
@@ -60,17 +75,23 @@ def prepare(
     progress: Progress | None = None,
     report: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Tokenizes text files into a corpus and returns its manifest.
+    """Tokenizes texts or conversations into a corpus and returns its manifest.
 
     The folder appears complete or not at all. With several workers, processes are
     spawned, so a script that calls this needs `if __name__ == "__main__":`.
 
     Args:
       inputs: a file or folder, or several, of .txt, .md, .rst, .py or .jsonl files,
-        also with .gz; a file that is named itself may have any suffix.
+        also with .gz, or .parquet files; a file that is named itself may have any
+        suffix.
       output: folder for the corpus; new, empty, or with `force` an earlier corpus.
-      tokenizer: "bytes" of UTF-8, or the path of a SentencePiece model.
+      tokenizer: "bytes" of UTF-8, the path of a SentencePiece model or of a
+        tokenizer.json, or a folder with one of them.
       train_tokenizer: pieces of a SentencePiece model to be trained on the train split.
+      format: "text", or "chat": lines are conversations, in a form of
+        `conversations`, of which what the assistant says is learned.
+      chat_form: the form of the conversations; None: told by their fields.
+      chat_template: a file with a chat template instead of the tokenizer's.
       text_field: field of the text in .jsonl lines; OUTER.INNER for a field of a field.
       skip_bad: leave out documents that are not UTF-8, and .jsonl lines without a text
         in that field; they are counted in the manifest, as `skipped_bad`.
@@ -100,25 +121,31 @@ def prepare(
     _check_options(output, tokenizer, train_tokenizer, heldout)
     _check_counts(train_tokenizer, shard_tokens, block_documents, workers)
     reading = _read_options(text_field, heldout, skip_bad, split_at, split_bytes)
+    cut = train_tokenizer, split_at, split_bytes, block_documents or None
+    reading = chat_options(reading, format, chat_form, chat_template, cut)
     names = _names(inputs)
     progress = progress or _no_progress
     found = find_files(names, list(exclude))
     folder = pathlib.Path(output)
     with disk_errors_told(f"--output={output}"), whole_folder(folder, force) as partial:
         used = _make_tokenizer(tokenizer, train_tokenizer, found, reading, progress)
+        if chat_template is not None:
+            used = with_template(used, read_template(os.fspath(chat_template)))
         size = sum(file.size for file in found.files)
         with progress("preparing", size) as advance:
             parts = split_into_parts(found.files, reading)
             results = tokenized(parts, used, reading, workers or os.cpu_count() or 1)
             written = _write_shards(partial, results, used, shard_tokens, advance)
         counts = written.counts(skip_bad, block_documents)
+        check_forms(written.forms)
         _check_splits(counts, reading, found)
+        used, ends = with_turn_ends(used, written.turn_ends)
         save_tokenizer(used, partial)
         options = _options(names, exclude, shard_tokens, train_tokenizer, reading)
         described = {"tokenizer": _describe(used), **counts, "options": options}
         write_manifest(partial, described)
     if report is not None:
-        for line in (*found.summary(), *written.warnings(used)):
+        for line in (*found.summary(), *written.warnings(used), *ends):
             report(line)
     return read_manifest(folder)
 
@@ -136,7 +163,9 @@ def summary(manifest: dict[str, Any]) -> list[str]:
             f"{split}: {counted(entry['documents'], 'document')}, "
             f"{counted(entry['tokens'], 'token')}, {counted(entry['bytes'], 'byte')}"
         )
-        if entry["tokens"]:
+        if LEARNED in entry:
+            line += f", {counted(entry[LEARNED], 'token')} to learn"
+        elif entry["tokens"]:
             line += f", {entry['bytes'] / entry['tokens']:.3f} bytes per token"
         lines.append(line)
     if manifest["skipped_empty"]:
@@ -225,12 +254,17 @@ class _Written:
     tried: int = 0
     changed: int = 0
     example: str = ""
+    forms: dict[str, str] = dataclasses.field(default_factory=dict)
+    turn_ends: collections.Counter[int] = dataclasses.field(
+        default_factory=collections.Counter
+    )
 
     def counts(self, skip_bad: bool, block_documents: int | None) -> dict[str, Any]:
         """The entries of the manifest."""
         for entry in self.splits.values():
             size = block_documents
-            if size is None and entry["documents"] > MOST_IN_ONE_ORDER:
+            many = entry["documents"] > MOST_IN_ONE_ORDER
+            if size is None and many and LEARNED not in entry:
                 size = BLOCK_DOCUMENTS
             if size:
                 entry["block_documents"] = size
@@ -273,9 +307,13 @@ def _write_shards(
             written.tried += result.tried
             written.changed += len(result.changed)
             written.example = written.example or next(iter(result.changed), "")
+            written.forms = {**result.forms, **written.forms}
+            written.turn_ends += result.turn_ends
             for document in result.documents:
                 writer = writers[document.split]
-                writer.add(document.tokens, document.name, document.n_bytes)
+                writer.add(
+                    document.tokens, document.name, document.n_bytes, document.learned
+                )
             advance(result.read_bytes)
         written.splits = {split: writer.finish() for split, writer in writers.items()}
     return written
@@ -327,7 +365,7 @@ def _options(
         "train_tokenizer": train_tokenizer,
     }
     # Named only where they are used, so that other manifests stay what they were.
-    later = ("skip_bad", "split_at", "split_bytes")
+    later = ("skip_bad", "split_at", "split_bytes", "chat", "chat_form")
     return options | {k: getattr(reading, k) for k in later if getattr(reading, k)}
 
 

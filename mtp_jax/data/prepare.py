@@ -75,45 +75,38 @@ def prepare(
     progress: Progress | None = None,
     report: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Tokenizes texts or conversations into a corpus and returns its manifest.
+    """Tokenizes texts or conversations into a corpus, whole or not at all.
 
-    The folder appears complete or not at all. With several workers, processes are
-    spawned, so a script that calls this needs `if __name__ == "__main__":`.
+    With several workers, processes are spawned, so a script that calls this needs
+    `if __name__ == "__main__":`.
 
     Args:
-      inputs: a file or folder, or several, of .txt, .md, .rst, .py or .jsonl files,
-        also with .gz, or .parquet files; a file that is named itself may have any
-        suffix.
+      inputs: files or folders of .txt, .md, .rst, .py, .jsonl (also with .gz) or
+        .parquet files; a file that is named itself may have any suffix.
       output: folder for the corpus; new, empty, or with `force` an earlier corpus.
-      tokenizer: "bytes" of UTF-8, the path of a SentencePiece model or of a
-        tokenizer.json, or a folder with one of them.
+      tokenizer: "bytes", or a SentencePiece model, a tokenizer.json, a folder of one.
       train_tokenizer: pieces of a SentencePiece model to be trained on the train split.
-      format: "text", or "chat": lines are conversations, in a form of
-        `conversations`, of which what the assistant says is learned.
+      format: "text", or "chat": conversations, whose answers are learned.
       chat_form: the form of the conversations; None: told by their fields.
       chat_template: a file with a chat template instead of the tokenizer's.
-      text_field: field of the text in .jsonl lines; OUTER.INNER for a field of a field.
-      skip_bad: leave out documents that are not UTF-8, and .jsonl lines without a text
-        in that field; they are counted in the manifest, as `skipped_bad`.
-      split_at: cut text files into documents wherever this text stands, which is left
-        out, with the line ends beside it.
-      split_bytes: cut text files into documents of at most so many bytes, at the ends
-        of lines.
+      text_field: field of the text in lines; OUTER.INNER for a field of a field.
+      skip_bad: leave out and count (`skipped_bad`) what is not UTF-8, and lines without
+        a text in that field or a conversation.
+      split_at: cut text files where this text stands; it is left out, with line ends.
+      split_bytes: cut text files at line ends, into so many bytes at most.
       exclude: names or globs of files and folders to leave out.
       heldout: share of documents held out, in [0, 1); chosen by their content.
       shard_tokens: tokens of a shard, at most; a longer document has its own.
       block_documents: documents of a block, for an order that no host has to hold
-        (`order`); 0: no blocks; None: 256 in a split of more than 4,194,304 documents.
+        (`order`); 0: none; None: 256 in a split of more than 4,194,304 documents.
       workers: processes; by default one a core. They do not change the output.
       force: replace an earlier corpus, when the new one is complete.
       progress: called with a title and the bytes of the input on disk; returns a
         context manager that gives a function to call with bytes that were read.
-      report: called at the end with lines about files that were read and left out, and
-        about a tokenizer that changes texts.
+      report: called at the end with lines about files and a tokenizer's changes.
 
     Returns:
-      The content of the corpus's `manifest.json`: tokenizer, splits with their shards
-      and numbers of documents, tokens and bytes, skipped_empty, options.
+      The manifest: tokenizer, splits with shards and counts, skipped_empty, options.
 
     Raises:
       UserError: a bad option or bad input; the output folder is then untouched.
@@ -121,33 +114,42 @@ def prepare(
     _check_options(output, tokenizer, train_tokenizer, heldout)
     _check_counts(train_tokenizer, shard_tokens, block_documents, workers)
     reading = _read_options(text_field, heldout, skip_bad, split_at, split_bytes)
-    cut = train_tokenizer, split_at, split_bytes, block_documents or None
-    reading = chat_options(reading, format, chat_form, chat_template, cut)
-    names = _names(inputs)
+    of_texts = train_tokenizer, split_at, split_bytes, block_documents or None
+    reading = chat_options(reading, format, chat_form, chat_template, of_texts)
+    names, folder = _names(inputs), pathlib.Path(output)
     progress = progress or _no_progress
     found = find_files(names, list(exclude))
-    folder = pathlib.Path(output)
     with disk_errors_told(f"--output={output}"), whole_folder(folder, force) as partial:
         used = _make_tokenizer(tokenizer, train_tokenizer, found, reading, progress)
-        if chat_template is not None:
-            used = with_template(used, read_template(os.fspath(chat_template)))
-        size = sum(file.size for file in found.files)
-        with progress("preparing", size) as advance:
+        used = _templated(used, chat_template)
+        with progress("preparing", sum(file.size for file in found.files)) as advance:
             parts = split_into_parts(found.files, reading)
             results = tokenized(parts, used, reading, workers or os.cpu_count() or 1)
             written = _write_shards(partial, results, used, shard_tokens, advance)
         counts = written.counts(skip_bad, block_documents)
-        check_forms(written.forms)
         _check_splits(counts, reading, found)
-        used, ends = with_turn_ends(used, written.turn_ends)
-        save_tokenizer(used, partial)
         options = _options(names, exclude, shard_tokens, train_tokenizer, reading)
-        described = {"tokenizer": _describe(used), **counts, "options": options}
-        write_manifest(partial, described)
-    if report is not None:
-        for line in (*found.summary(), *written.warnings(used), *ends):
-            report(line)
+        ends = _complete(partial, used, written, {**counts, "options": options})
+    for line in (*found.summary(), *written.warnings(used), *ends):
+        (report or _no_report)(line)
     return read_manifest(folder)
+
+
+def _templated(tokenizer: Tokenizer, path: StrPath | None) -> Tokenizer:
+    """The tokenizer with the chat template of a file, if there is one."""
+    if path is None:
+        return tokenizer
+    return with_template(tokenizer, read_template(os.fspath(path)))
+
+
+def _complete(
+    partial: pathlib.Path, made: Tokenizer, written: "_Written", counts: dict[str, Any]
+) -> list[str]:
+    """Writes the tokenizer and the manifest; returns lines for people about it."""
+    used, lines = with_turn_ends(made, written.turn_ends)
+    save_tokenizer(used, partial)
+    write_manifest(partial, {"tokenizer": _describe(used), **counts})
+    return lines
 
 
 def _names(inputs: StrPath | Sequence[StrPath]) -> list[str]:
@@ -315,6 +317,7 @@ def _write_shards(
                     document.tokens, document.name, document.n_bytes, document.learned
                 )
             advance(result.read_bytes)
+        check_forms(written.forms)
         written.splits = {split: writer.finish() for split, writer in writers.items()}
     return written
 
@@ -382,6 +385,10 @@ def _without_machine(text: str) -> str:
     """An input as it was given; of an absolute path only the last name."""
     path = pathlib.Path(text)
     return path.name if path.is_absolute() else text
+
+
+def _no_report(line: str) -> None:
+    """Takes a line and does nothing."""
 
 
 @contextlib.contextmanager

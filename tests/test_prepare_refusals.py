@@ -150,7 +150,7 @@ def test_a_directory_that_is_no_corpus_is_refused(tmp_path):
     [
         ("{", "not JSON"),
         ("[]", "format None"),
-        ('{"format": 99}', "format 99; this version reads formats 1 and 2"),
+        ('{"format": 99}', "format 99; this version reads formats 1, 2 and 3"),
         ('{"format": 1}', "damaged"),
         ('{"format": 1, "tokenizer": 3}', "damaged"),
     ],

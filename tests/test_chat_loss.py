@@ -136,7 +136,12 @@ def test_learning_all_is_learning_without_a_mask(one_device):
     whole = {**plain, "learned": np.ones_like(plain["tokens"])}
     gradients = jax.jit(make_gradients(cfg))
     a, b = (gradients(params, placed_batch(x, 2)) for x in (plain, whole))
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+    (loss_a, sums_a, grads_a), (loss_b, sums_b, grads_b) = jax.device_get((a, b))
+    # Other programs, so the last digits differ.
+    np.testing.assert_allclose(loss_a, loss_b, rtol=1e-6)
+    np.testing.assert_array_equal(sums_a.count_N, sums_b.count_N)
+    np.testing.assert_array_equal(sums_a.windows, sums_b.windows)
+    jax.tree.map_with_path(assert_near, grads_a, grads_b)
 
 
 def test_rows_of_ones_own_may_say_what_is_learned(one_device):

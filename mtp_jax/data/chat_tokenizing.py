@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import functools
 
 from mtp_jax.data.chat import encode_conversation
 from mtp_jax.data.chat_template import ChatTemplate, template_of
@@ -27,6 +26,7 @@ def tokenize_conversations(
         chat template where messages need one.
     """
     dtype = token_dtype(tokenizer.vocab_size)
+    template: ChatTemplate | None = None
     found = TaskResult([], 0, sum(part.read_bytes for part in task))
     for part in task:
         if not part.file.holds_lines:
@@ -37,7 +37,8 @@ def tokenize_conversations(
         for name, where, record in records_of(part, options, found.bad):
             try:
                 form, conversation = conversation_of(record, options.chat_form)
-                template = None if conversation.texts else _template(tokenizer)
+                if conversation.texts is None and template is None:
+                    template = template_of(tokenizer)
                 encoded = encode_conversation(conversation, tokenizer, template)
                 if encoded.turn_end is None and conversation.complete:
                     raise NoConversation(
@@ -81,16 +82,6 @@ def check_forms(forms: dict[str, str]) -> None:
         )
 
 
-@functools.lru_cache(maxsize=4)
-def _compiled(tokenizer: Tokenizer) -> ChatTemplate:
-    return template_of(tokenizer)
-
-
-def _template(tokenizer: Tokenizer) -> ChatTemplate:
-    """The template of a tokenizer, compiled once."""
-    return _compiled(tokenizer)
-
-
 def chat_options(
     reading: ReadOptions,
     format: str,
@@ -132,7 +123,7 @@ def with_turn_ends(
     tokenizer: Tokenizer, turn_ends: collections.Counter[int]
 ) -> tuple[Tokenizer, list[str]]:
     """The tokenizer, texts of which end where turns do, and a line for people if so."""
-    lines = []
+    lines: list[str] = []
     new = [i for i, _ in turn_ends.most_common() if i not in tokenizer.end_ids]
     for end_id in new:
         assert isinstance(tokenizer, JsonTokenizer)  # others have one end alone

@@ -55,7 +55,8 @@ class JsonTokenizer:
           UserError: one of them is damaged, pieces whose bytes are not known, or no id
             for end of text.
         """
-        self.files = {key: files[key] for key in FILES if key in files}
+        kept = {key: files[key] for key in FILES if key in files}
+        self.files: Mapping[str, bytes] = kept
         self.name = name
         self._config = _parsed(files, CONFIG)
         self._map = _parsed(files, MAP)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from mtp_jax.data.tokenizer import (
-    ByteTokenizer,
+from mtp_jax.data.sentencepiece_tokenizer import (
     SentencePieceTokenizer,
     train_sentencepiece,
 )
+from mtp_jax.data.tokenizer import ByteTokenizer
 from mtp_jax.decode.batch import Texts
 from mtp_jax.decode.decoders.plain import Plain
 from mtp_jax.decode.decoders.sampling import Sampling

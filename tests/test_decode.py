@@ -30,6 +30,14 @@ class Letters:
     fingerprint: str = "letters"
     vocab_size: int = VOCAB
 
+    @property
+    def end_ids(self):
+        return (self.eos_id,)
+
+    @property
+    def prompt_begin(self):
+        return (self.bos_id,)
+
     def unfinished(self, ids):
         return 0
 

@@ -13,7 +13,8 @@ from corpora import contents, run
 from mtp_jax.cli import prepare
 from mtp_jax.data import prepare as library
 from mtp_jax.data.corpus import Corpus
-from mtp_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+from mtp_jax.data.sentencepiece_tokenizer import train_sentencepiece
+from mtp_jax.data.tokenizer import load_tokenizer
 from mtp_jax.errors import UserError
 
 BOS, EOS = 0xFE, 0xFF

@@ -88,7 +88,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 
 
 def test_what_is_left_out_is_counted_by_kind(tmp_path, capsys):
-    names = "a.py b.js c.JS d.txt e.parquet README f.jsonl.zst g.json .hidden.txt"
+    names = "a.py b.js c.JS d.txt e.arrow README f.jsonl.zst g.json .hidden.txt"
     write(tmp_path / "src", *names.split(), ".git/config", "tests/t.py")
     os.mkfifo(tmp_path / "src" / "pipe.txt")
 
@@ -96,14 +96,14 @@ def test_what_is_left_out_is_counted_by_kind(tmp_path, capsys):
 
     assert lines_of(capsys, ("read:", "left out:")) == [
         "read: 1 .py, 1 .txt",
-        "left out: 3 hidden or excluded, 2 .js, 1 .json, 1 .jsonl.zst, 1 .parquet, "
+        "left out: 3 hidden or excluded, 2 .js, 1 .arrow, 1 .json, 1 .jsonl.zst, "
         "1 no regular file, 1 without a suffix",
     ]
 
 
 def test_the_kinds_that_are_there_are_named_where_none_is_read(tmp_path):
-    write(tmp_path / "src", "a.parquet", "b.parquet", "c.js")
-    with pytest.raises(UserError, match=r"left out: 2 \.parquet, 1 \.js\); known"):
+    write(tmp_path / "src", "a.arrow", "b.arrow", "c.js")
+    with pytest.raises(UserError, match=r"left out: 2 \.arrow, 1 \.js\); known"):
         run(tmp_path / "src", tmp_path / "out")
 
 
@@ -116,7 +116,7 @@ def test_a_refusal_tells_what_was_left_out(tmp_path):
         run(tmp_path / "src", tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.zst", "a.ZIP"])
+@pytest.mark.parametrize("name", ["a.arrow", "a.jsonl.zst", "a.ZIP"])
 def test_files_that_are_never_text_are_refused_by_name(tmp_path, name):
     write(tmp_path, name)
     with pytest.raises(UserError, match=rf"{name}: \.\w+ is not read; (write|unpack)"):

@@ -14,7 +14,7 @@ from test_prepare import all_texts, contents, run
 from mtp_jax.cli import prepare
 from mtp_jax.data import prepare as library
 from mtp_jax.data.corpus import Corpus
-from mtp_jax.data.tokenizer import train_sentencepiece
+from mtp_jax.data.sentencepiece_tokenizer import train_sentencepiece
 from mtp_jax.errors import UserError
 
 STORIES = [f"Story {i}.\nIt was the {i}th, and é.\n" for i in range(80)]

@@ -7,7 +7,7 @@ from corpora import contents, run
 
 from mtp_jax.cli import prepare
 from mtp_jax.data.corpus import Corpus, verify_files
-from mtp_jax.data.tokenizer import train_sentencepiece
+from mtp_jax.data.sentencepiece_tokenizer import train_sentencepiece
 from mtp_jax.errors import UserError
 
 
@@ -150,7 +150,7 @@ def test_a_directory_that_is_no_corpus_is_refused(tmp_path):
     [
         ("{", "not JSON"),
         ("[]", "format None"),
-        ('{"format": 99}', "format 99; this version reads formats 1 and 2"),
+        ('{"format": 99}', "format 99; this version reads formats 1, 2 and 3"),
         ('{"format": 1}', "damaged"),
         ('{"format": 1, "tokenizer": 3}', "damaged"),
     ],

@@ -5,11 +5,11 @@ import random
 import numpy as np
 import pytest
 
-from mtp_jax.data.tokenizer import (
-    ByteTokenizer,
+from mtp_jax.data.sentencepiece_tokenizer import (
     SentencePieceTokenizer,
     train_sentencepiece,
 )
+from mtp_jax.data.tokenizer import ByteTokenizer
 from mtp_jax.decode.text_stream import before_stop, find_stop, settled, token_texts
 
 BYTES = ByteTokenizer()

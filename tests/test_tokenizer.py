@@ -6,11 +6,13 @@ import random
 import subprocess
 import sys
 
+import json_tokenizers
 import numpy as np
 import pytest
 import sentencepiece
 from runs import ROOT
 
+from mtp_jax.data import sentencepiece_tokenizer as sentencepieces
 from mtp_jax.data import tokenizer as tokenizers
 from mtp_jax.errors import UserError
 
@@ -32,12 +34,14 @@ HARD_TEXTS = [
 
 @pytest.fixture(scope="module")
 def pieces():
-    model = tokenizers.train_sentencepiece(iter([CODE]), 310)
-    return tokenizers.SentencePieceTokenizer(model, "code.model")
+    model = sentencepieces.train_sentencepiece(iter([CODE]), 310)
+    return sentencepieces.SentencePieceTokenizer(model, "code.model")
 
 
-@pytest.fixture(params=["bytes", "sentencepiece"])
+@pytest.fixture(params=tokenizers.KINDS)
 def tokenizer(request, pieces):
+    if request.param == "tokenizer.json":
+        return json_tokenizers.loaded(json_tokenizers.byte_level([CODE]))
     return pieces if request.param == "sentencepiece" else tokenizers.ByteTokenizer()
 
 
@@ -76,6 +80,22 @@ def test_begin_and_end_of_text_are_not_encoded_but_dropped_in_decoding(tokenizer
     assert tokenizer.decode(framed) == "some text <s></s>" * 2
 
 
+def test_spans_are_the_characters_of_each_token(tokenizer):
+    """Of every character, the tokens that stand for it hold its bytes."""
+    for text in [*HARD_TEXTS, CODE, *random_texts(100)]:
+        ids, spans = tokenizer.encode_spans(text)
+
+        assert ids.tolist() == tokenizer.encode(text).tolist()
+        assert ids.dtype == spans.dtype == np.int32 and spans.shape == (len(ids), 2)
+        sizes = tokenizer.piece_bytes()[ids]
+        at = 0
+        for (begin, end), size in zip(spans.tolist(), sizes.tolist(), strict=True):
+            before = len(text[:begin].encode())
+            assert before <= at and at + size <= len(text[:end].encode()), text
+            assert at < len(text[: begin + 1].encode())
+            at += size
+
+
 def test_byte_ids_are_the_bytes_of_utf8():
     ids = tokenizers.ByteTokenizer().encode("é😀")
 
@@ -94,7 +114,7 @@ def test_bytes_that_are_not_utf8_decode_to_the_replacement_character():
 
 
 def test_training_twice_gives_the_same_model(pieces):
-    again = tokenizers.train_sentencepiece(iter([CODE]), 310)
+    again = sentencepieces.train_sentencepiece(iter([CODE]), 310)
 
     assert again == pieces.model_bytes
     assert pieces.fingerprint == hashlib.sha256(again).hexdigest()
@@ -108,8 +128,8 @@ def test_digits_and_line_feeds_are_pieces_of_their_own(pieces):
 
 def test_a_line_longer_than_the_trainer_takes_is_learned_from():
     line = "abcdefgh " * 2000
-    model = tokenizers.train_sentencepiece(iter([line]), 275)
-    learned = tokenizers.SentencePieceTokenizer(model, "long")
+    model = sentencepieces.train_sentencepiece(iter([line]), 275)
+    learned = sentencepieces.SentencePieceTokenizer(model, "long")
 
     assert len(learned.encode(line)) < len(line) / 2
     assert learned.decode(learned.encode(line)) == line
@@ -123,16 +143,16 @@ def test_a_vocabulary_that_cannot_be_is_refused_with_one_that_can(asked, word):
     with pytest.raises(
         UserError, match=f"{asked} is too .*; give {word} \\d+"
     ) as found:
-        tokenizers.train_sentencepiece(iter(texts), asked)
+        sentencepieces.train_sentencepiece(iter(texts), asked)
 
     bound = int(str(found.value).rstrip(".").split()[-1])
-    model = tokenizers.train_sentencepiece(iter(texts), bound)
-    assert tokenizers.SentencePieceTokenizer(model, "m").vocab_size == bound
+    model = sentencepieces.train_sentencepiece(iter(texts), bound)
+    assert sentencepieces.SentencePieceTokenizer(model, "m").vocab_size == bound
 
 
 def test_training_without_text_is_refused():
     with pytest.raises(UserError, match="no text"):
-        tokenizers.train_sentencepiece(iter(["", "\n"]), 300)
+        sentencepieces.train_sentencepiece(iter(["", "\n"]), 300)
 
 
 def test_a_model_file_loads_and_saves(pieces, tmp_path):
@@ -181,7 +201,7 @@ def test_a_model_without_begin_and_end_of_text_is_refused():
         minloglevel=3,
     )
     with pytest.raises(UserError, match=r"other\.model has no id for begin or end"):
-        tokenizers.SentencePieceTokenizer(model.getvalue(), "other.model")
+        sentencepieces.SentencePieceTokenizer(model.getvalue(), "other.model")
 
 
 def made_by_default():

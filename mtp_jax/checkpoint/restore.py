@@ -44,7 +44,8 @@ class Restored:
             if Corpus.open(name).tokenizer.fingerprint != self.tokenizer.fingerprint:
                 raise UserError(
                     f"{name} was prepared with another tokenizer than the model's; "
-                    "prepare it with the tokenizer.model of the workdir."
+                    f"prepare it with the {next(iter(self.tokenizer.files), '')} of "
+                    "the workdir."
                     if self.tokenizer.kind != "bytes"
                     else f"{name} was not prepared with the model's tokenizer, bytes."
                 )

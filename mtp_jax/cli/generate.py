@@ -28,6 +28,7 @@ def main(argv: list[str]) -> int:
     from mtp_jax.decode.decoders.sampling import Sampling
     from mtp_jax.decode.fitting import default_decoder
     from mtp_jax.decode.generator import Generator
+    from mtp_jax.decode.questions import questions_of
     from mtp_jax.reports.texts import length_warning, summary
 
     decoder = _decoder_from(args, options)
@@ -35,7 +36,8 @@ def main(argv: list[str]) -> int:
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
         repetition_penalty=args.repetition_penalty, seed=args.seed,
     )  # fmt: skip
-    prompts = _prompts_from(args)
+    prompts = [] if args.chat else _prompts_from(args)
+    asked = _asked_from(args) if args.chat else None
     restored = restore.restore_model(args.workdir, step=args.step, heads=args.heads)
     if args.heads is None and args.decoder == "plain" and not args.compare:
         restored = restored.needed_for_one()  # the others would only take memory
@@ -43,6 +45,11 @@ def main(argv: list[str]) -> int:
     if args.heldout:
         sources = restored.with_data(args.data).config.data.sources
         prompts = heldout_prompts(sources, args.heldout, args.prompt_tokens)
+    questions = None
+    if asked is not None:
+        questions = questions_of(asked, restored.tokenizer, system=args.system,
+                                 template=args.chat_template)  # fmt: skip
+        prompts = [question.prompt for question in questions]
     generator = Generator.from_restored(restored)
     if args.max_prompt_tokens is not None:
         generator.max_prompt_tokens = args.max_prompt_tokens
@@ -64,12 +71,12 @@ def main(argv: list[str]) -> int:
     settings |= {"decoder": decoder, "sampling": sampling}
     if args.output is not None:
         settings |= {"step": restored.step, "batch_size": args.batch_size}
-        return _write(generator, args.output, prompts, settings)
+        return _write(generator, args.output, prompts, settings, questions)
     if args.stream:
         results = [_stream(generator, prompts[0], settings)]
     else:
         results = generator.generate(prompts, batch_size=args.batch_size, **settings)
-        _print(generator, results, args)
+        _print(generator, results, args, questions)
     if args.html is not None:
         _write_page(args.html, generator, results, f"{args.workdir}, {name}")
     if not args.json:
@@ -123,6 +130,27 @@ def _prompts_from(args: argparse.Namespace) -> Sequence[Any]:
     return prompts
 
 
+def _asked_from(args: argparse.Namespace) -> list[Any]:
+    """Messages of the command line or of a file, each list with its tools.
+
+    Raises:
+      UserError: a file that is no list of messages, or a text that is none.
+    """
+    from mtp_jax.data.prompts import is_text, read_questions
+
+    texts = (args.prompt, args.system, *args.stop)
+    for text in texts:
+        if text is not None and not is_text(text):
+            raise UserError(f"{text!r} is not valid Unicode text; give it in UTF-8.")
+    if args.prompts is not None:
+        found = read_questions(args.prompts)
+    else:
+        found = [([{"role": "user", "content": args.prompt}], None)]
+    if args.stream and len(found) != 1:
+        raise UserError("--stream shows one text as it is written; give one prompt.")
+    return found
+
+
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The general options, and those left for the decoder."""
     parser = Parser("mtp-jax generate", "Continues prompts with a trained model.")
@@ -136,6 +164,11 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="a line each, or .jsonl with `prompt`; -: stdin")  # fmt: skip
     source.add_argument("--heldout", type=positive_int, metavar="K",
         help="K held-out beginnings")  # fmt: skip
+    add("--chat", action="store_true",
+        help="prompts are what a user says, or .jsonl with `messages`: rendered by "
+        "the tokenizer's chat template")  # fmt: skip
+    add("--system", metavar="TEXT", help="the system's message, with --chat")
+    add("--chat_template", metavar="FILE", help="another one, with --chat")
     add("--prompt_tokens", type=positive_int, default=64, metavar="N",
         help="tokens of a held-out prompt (64)")  # fmt: skip
     add_data(parser)
@@ -171,6 +204,10 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     args, options = parser.parse_known_args(argv)
     if args.data and not args.heldout:
         raise UserError("--data is for --heldout; give --heldout=K, too.")
+    if args.chat and args.heldout:
+        raise UserError("--chat is not allowed with --heldout; give prompts.")
+    if not args.chat and (args.system is not None or args.chat_template is not None):
+        raise UserError("--system and --chat_template are for --chat; give it, too.")
     if "" in args.stop:
         raise UserError("--stop is empty; give the text that ends a continuation.")
     if args.html is not None:
@@ -224,11 +261,15 @@ def _compare(
 
 
 def _write(
-    generator: Any, path: str, prompts: Sequence[Any], settings: dict[str, Any]
+    generator: Any,
+    path: str,
+    prompts: Sequence[Any],
+    settings: dict[str, Any],
+    questions: Sequence[Any] | None,
 ) -> int:
     from mtp_jax.reports.jsonl_output import generate_to_file
 
-    before = generate_to_file(generator, path, prompts, **settings)
+    before = generate_to_file(generator, path, prompts, questions=questions, **settings)
     print(f"{path}: {counted(len(prompts), 'text')}, {before} of them there already")
     return 0
 
@@ -247,15 +288,23 @@ def _stream(generator: Any, prompt: Any, settings: dict[str, Any]) -> Any:
             return end.value
 
 
-def _print(generator: Any, results: Sequence[Any], args: argparse.Namespace) -> None:
+def _print(
+    generator: Any,
+    results: Sequence[Any],
+    args: argparse.Namespace,
+    questions: Sequence[Any] | None,
+) -> None:
     from mtp_jax.reports.texts import ending
     from mtp_jax.reports.token_view import terminal, terminal_legend
 
     in_terminal = on_terminal(sys.stdout) and "NO_COLOR" not in os.environ
     coloured = args.color == "always" or (args.color == "auto" and in_terminal)
-    for result in results:
+    for number, result in enumerate(results):
         if args.json:
-            print(json.dumps(dataclasses.asdict(result)))
+            row = dataclasses.asdict(result)
+            if questions is not None:
+                row |= questions[number].answered(result.text)
+            print(json.dumps(row))
             continue
         shown = _shown(f"{result.prompt}{result.text}")
         if coloured:

@@ -11,6 +11,7 @@ import rich.console
 import rich.progress
 
 from mtp_jax.cli.args import Parser, positive_int, unescape, whole
+from mtp_jax.data.conversations import FORMS
 from mtp_jax.data.prepare import (
     BLOCK_DOCUMENTS,
     MOST_IN_ONE_ORDER,
@@ -35,6 +36,9 @@ def main(argv: list[str]) -> int:
         args.output,
         tokenizer=args.tokenizer,
         train_tokenizer=args.train_tokenizer,
+        format=args.format,
+        chat_form=args.chat_form,
+        chat_template=args.chat_template,
         text_field=args.text_field,
         skip_bad=args.skip_bad,
         split_at=args.split_at,
@@ -62,12 +66,18 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--input", action="append", required=True, metavar="PATH",
         help="a file or directory of .txt, .md, .rst, .py or .jsonl files, also "
-        "with .gz; may be given several times")  # fmt: skip
+        "with .gz, or .parquet files; may be given several times")  # fmt: skip
     add("--output", required=True, metavar="DIR", help="where the corpus goes")
-    add("--tokenizer", default="bytes", metavar="bytes|FILE.model",
-        help="the bytes of UTF-8 (default), or a SentencePiece model")  # fmt: skip
+    add("--tokenizer", default="bytes", metavar="bytes|PATH",
+        help="the bytes of UTF-8 (default), a SentencePiece .model file, or a "
+        "tokenizer.json or the folder of one")  # fmt: skip
     add("--train_tokenizer", type=positive_int, metavar="V",
         help="train a SentencePiece model of V pieces on the train split")  # fmt: skip
+    add("--format", choices=("text", "chat"), default="text",
+        help="chat: lines are conversations, of which what the assistant says is "
+        "learned")  # fmt: skip
+    add("--chat_form", choices=tuple(FORMS), help="of conversations; as found")
+    add("--chat_template", metavar="FILE", help="instead of the tokenizer's")
     add("--text_field", default="text", metavar="NAME",
         help="field of the text in .jsonl lines (default text); OUTER.INNER for a "
         "field of a field")  # fmt: skip

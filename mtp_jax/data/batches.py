@@ -26,9 +26,11 @@ from mtp_jax.data.packing import (
     RowSequence,
     padding_row,
 )
+from mtp_jax.data.whole_rows import WholeRows, WhollyLearned
 from mtp_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
+CorpusRows = PackedRows | WholeRows | WhollyLearned
 
 # Rows come from memory maps, so more threads only contend for the interpreter.
 _READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
@@ -65,6 +67,22 @@ def open_sources(
     return corpora
 
 
+def cut_conversations(cfg: Config, sources: Sequence[Corpus]) -> list[str]:
+    """Lines about sources with conversations that are longer than a row."""
+    lines = []
+    for source in sources:
+        if not source.has_learned:
+            continue
+        lengths = source.documents("train").lengths
+        most = cfg.data.seq_len + 1
+        if long := int(np.count_nonzero(lengths > most)):
+            lines.append(
+                f"{source.directory}: {long} of {len(lengths)} conversations have more "
+                f"than {most} tokens (config.data.seq_len + 1); their ends are left out"
+            )
+    return lines
+
+
 def train_batches(
     cfg: Config,
     rows_of_this_host: np.ndarray,
@@ -86,8 +104,10 @@ def train_batches(
 
     Returns:
       Batches of tokens, segments and positions, int32 [B, S], and hash, uint32
-      [B, 2], see `packing`. Where there are several sources they take turns by
-      weight, which is met to within 1 %; each is shuffled again in every epoch.
+      [B, 2], see `packing`; if a source is of conversations, also learned, int32
+      [B, S], 1 for tokens that are to be learned. Where there are several sources they
+      take turns by weight, which is met to within 1 %; each is shuffled again in every
+      epoch.
 
     Raises:
       UserError: what `open_sources` raises.
@@ -164,7 +184,11 @@ def heldout_batches(
     n_batches = needed if limit is None else min(limit, needed)
     if rows_of_this_host is None:
         rows_of_this_host = np.arange(size)
-    spread = _SpreadRows(rows, min(len(rows), n_batches * size), cfg.row_len)
+    spread = _SpreadRows(
+        rows,
+        min(len(rows), n_batches * size),
+        padding_row(cfg.row_len, learned=any(c.has_learned for c in corpora)),
+    )
     batches = HostBatches(spread, size, rows_of_this_host, n_batches)
     return (batches[i] for i in range(n_batches))
 
@@ -181,17 +205,17 @@ def _in_own_memory(iterator: Iterator[Batch]) -> Generator[Batch, None, None]:
 class _SpreadRows:
     """A sequence of `n_rows` rows at even distances out of `rows`, then padding."""
 
-    def __init__(self, rows: RowSequence, n_rows: int, row_len: int):
+    def __init__(self, rows: RowSequence, n_rows: int, padding: Row):
         self._rows = rows
         self._n_rows = n_rows
-        self._row_len = row_len
+        self._padding = padding
 
     def __len__(self) -> int:
         return self._n_rows
 
     def __getitem__(self, index: int) -> Row:
         if index >= self._n_rows:
-            return padding_row(self._row_len)
+            return self._padding
         return self._rows[index * len(self._rows) // self._n_rows]
 
 
@@ -220,7 +244,7 @@ def _check_source(cfg: Config, corpus: Corpus, splits: Sequence[str]) -> None:
             f"{vocab_size}."
         )
     n_tokens = corpus.manifest["splits"]["train"]["tokens"]
-    if "train" in splits and n_tokens < cfg.row_len:
+    if "train" in splits and n_tokens < cfg.row_len and not corpus.has_learned:
         raise UserError(
             f"{corpus.directory} has {n_tokens} tokens to train on, less than a row of "
             f"{cfg.row_len} (config.data.seq_len + config.model.n_future_tokens); give "
@@ -231,7 +255,7 @@ def _check_source(cfg: Config, corpus: Corpus, splits: Sequence[str]) -> None:
 class _RowPieces:
     """The rows of a corpus as lists of the pieces of documents in them."""
 
-    def __init__(self, rows: PackedRows, source: int):
+    def __init__(self, rows: CorpusRows, source: int):
         self._rows = rows
         self._source = source
 
@@ -245,12 +269,14 @@ class _RowPieces:
 def _mixture(
     cfg: Config,
     corpora: Sequence[Corpus],
-    view: Callable[[PackedRows, int], Any] = lambda rows, source: rows,
+    view: Callable[[CorpusRows, int], Any] = lambda rows, source: rows,
 ) -> grain.MapDataset:
     """Endless rows of all sources in the order of training, or a view of them."""
     datasets = []
+    learned = any(corpus.has_learned for corpus in corpora)
     for i, corpus in enumerate(corpora):
-        rows = view(_packed(cfg, corpus, "train", seed=(cfg.data.seed, i)), i)
+        seed_of_rows = (cfg.data.seed, i)
+        rows = view(_packed(cfg, corpus, "train", seed_of_rows, learned), i)
         seed = np.random.SeedSequence([cfg.data.seed, i, _ROW_SHUFFLE])
         dataset = grain.MapDataset.source(rows)
         dataset = dataset.shuffle(seed=int(seed.generate_state(1)[0]))
@@ -261,8 +287,9 @@ def _mixture(
 
 def _heldout_rows(cfg: Config, corpora: Sequence[Corpus]) -> RowSequence:
     """The held-out rows of all corpora, one after another."""
+    learned = any(corpus.has_learned for corpus in corpora)
     sources = [
-        _packed(cfg, corpus, "heldout", seed=None)
+        _packed(cfg, corpus, "heldout", None, learned)
         for corpus in corpora
         if len(corpus.documents("heldout"))
     ]
@@ -276,10 +303,15 @@ def _heldout_rows(cfg: Config, corpora: Sequence[Corpus]) -> RowSequence:
 
 
 def _packed(
-    cfg: Config, corpus: Corpus, split: str, seed: tuple[int, int] | None
-) -> PackedRows:
-    """The rows of a split of a corpus."""
+    cfg: Config,
+    corpus: Corpus,
+    split: str,
+    seed: tuple[int, int] | None,
+    learned: bool,
+) -> CorpusRows:
+    """The rows of a split of a corpus; with `learned` they say what is learned."""
     documents = corpus.documents(split)
-    return PackedRows(
-        documents, cfg.row_len, cfg.data.seq_len, cfg.model.vocab_size, seed
-    )
+    of = (documents, cfg.row_len, cfg.data.seq_len, cfg.model.vocab_size, seed)
+    if corpus.has_learned:
+        return WholeRows(*of)
+    return WhollyLearned(PackedRows(*of)) if learned else PackedRows(*of)

@@ -7,7 +7,9 @@ documents begin; `.names`, a UTF-8 line a document, `\\` and line feeds escaped.
 
 Format 2 has in the manifest's entry of a split `block_documents`, by which its
 documents are ordered (`order`), and is else format 1. Older versions, which would take
-them in another order, refuse it.
+them in another order, refuse it. Format 3 is one of conversations, which are not cut
+(`whole_rows`): `learned`, tokens of a split that are learned, is in its entry, and a
+shard has a fourth file, `.learned`, a byte a token: 1 for those.
 """
 
 import dataclasses
@@ -21,13 +23,14 @@ from typing import Any
 
 import numpy as np
 
-from mtp_jax.data.tokenizer import Tokenizer, tokenizer_from_dir
+from mtp_jax.data.tokenizer import Tokenizer, tokenizer_files, tokenizer_from_dir
 from mtp_jax.errors import UserError
 
-FORMATS = (1, 2)
+FORMATS = (1, 2, 3)
 SPLITS = ("train", "heldout")
 MANIFEST = "manifest.json"
 SHARD_FILES = ("tokens", "offsets", "names")
+LEARNED = "learned"  # a fourth file, in corpora of conversations
 
 _SAMPLED = 1 << 20  # documents
 _MOST_OPEN = 1 << 13  # maps of a split; Linux allows a process some 65,000 in all
@@ -50,6 +53,7 @@ class Documents:
         shards: list[dict],
         dtype: np.dtype,
         block: int | None = None,
+        has_learned: bool = False,
     ):
         """Opens nothing yet.
 
@@ -58,7 +62,9 @@ class Documents:
           shards: their entries in the manifest.
           dtype: of ids in the files.
           block: documents of a block, see `order`; None: the split has no blocks.
+          has_learned: True for conversations, of which not every token is learned.
         """
+        self.has_learned = has_learned
         self.directory = directory
         self.block = block
         self.first = np.cumsum([0] + [shard["documents"] for shard in shards])
@@ -114,12 +120,19 @@ class Documents:
 
     def tokens(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Ids of document `i`, or of a slice of it, in the type of the file."""
+        return self._slice("tokens", self._dtype, i, start, stop)
+
+    def learned(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """1 for the tokens of document `i`, or a slice of it, to be learned, uint8."""
+        return self._slice(LEARNED, np.dtype("u1"), i, start, stop)
+
+    def _slice(
+        self, kind: str, dtype: np.dtype, i: int, start: int, stop: int | None
+    ) -> np.ndarray:
         shard, row = self._locate(i)
         begin, end = map(int, self.offsets(shard)[row : row + 2])
         stop = end if stop is None else min(begin + stop, end)
-        return self._map(f"{self._stems[shard]}.tokens", self._dtype)[
-            begin + start : stop
-        ]
+        return self._map(f"{self._stems[shard]}.{kind}", dtype)[begin + start : stop]
 
     def name(self, i: int) -> str:
         """The origin of document `i`: path, or path:line."""
@@ -183,10 +196,10 @@ class Corpus:
         tokenizer = tokenizer_from_dir(path, used["kind"])
         if tokenizer.fingerprint != used["fingerprint"]:
             raise UserError(
-                f"{path}/tokenizer.model is not the tokenizer the corpus was made with "
-                f"(sha256 {tokenizer.fingerprint[:12]}..., manifest.json says "
-                f"{used['fingerprint'][:12]}...); put the right file back or run "
-                "prepare again."
+                f"{path}/{next(iter(tokenizer.files), 'bytes')} is not the tokenizer "
+                f"the corpus was made with (sha256 {tokenizer.fingerprint[:12]}..., "
+                f"manifest.json says {used['fingerprint'][:12]}...); put the right "
+                "file back or run prepare again."
             )
         corpus = cls(path, manifest, tokenizer)
         for split in SPLITS:
@@ -215,7 +228,12 @@ class Corpus:
         shards = self.manifest["splits"][split]["shards"]
         dtype = token_dtype(self.manifest["tokenizer"]["vocab_size"])
         block = self.manifest["splits"][split].get("block_documents")
-        return Documents(self.directory, shards, dtype, block)
+        return Documents(self.directory, shards, dtype, block, self.has_learned)
+
+    @property
+    def has_learned(self) -> bool:
+        """True for conversations, of which not every token is learned."""
+        return LEARNED in self.manifest["splits"]["train"]
 
     def _files(self, splits: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
         """Names of all shard files, each with its recorded bytes and sha256."""
@@ -223,7 +241,7 @@ class Corpus:
             (f"{shard['name']}.{kind}", shard["files"][kind])
             for split in splits
             for shard in self.manifest["splits"][split]["shards"]
-            for kind in SHARD_FILES
+            for kind in shard["files"]
         ]
 
 
@@ -273,7 +291,7 @@ def read_manifest(directory: pathlib.Path) -> dict[str, Any]:
     if version not in FORMATS:
         raise UserError(
             f"{path} is of format {version}; this version reads formats "
-            f"{' and '.join(map(str, FORMATS))}: run prepare again."
+            f"{', '.join(map(str, FORMATS[:-1]))} and {FORMATS[-1]}: run prepare again."
         )
     return manifest
 
@@ -281,7 +299,8 @@ def read_manifest(directory: pathlib.Path) -> dict[str, Any]:
 def write_manifest(directory: pathlib.Path, manifest: dict[str, Any]) -> None:
     """Writes `manifest.json`, with the format's version in front."""
     in_blocks = any("block_documents" in x for x in manifest["splits"].values())
-    numbered = {"format": FORMATS[in_blocks], **manifest}
+    version = 3 if LEARNED in manifest["splits"]["train"] else FORMATS[in_blocks]
+    numbered = {"format": version, **manifest}
     text = json.dumps(numbered, indent=1, ensure_ascii=False)
     # A file's name may be no UTF-8; what Python has for its bytes is escaped in JSON.
     content = (text + "\n").encode("utf-8", "backslashreplace")
@@ -290,13 +309,12 @@ def write_manifest(directory: pathlib.Path, manifest: dict[str, Any]) -> None:
 
 def own_files(directory: pathlib.Path) -> set[str]:
     """Names of all files that prepare wrote into a directory."""
+    manifest = read_manifest(directory)
     shards = [
-        shard["name"]
-        for split in read_manifest(directory)["splits"].values()
-        for shard in split["shards"]
+        shard for split in manifest["splits"].values() for shard in split["shards"]
     ]
-    names = {f"{name}.{kind}" for name in shards for kind in SHARD_FILES}
-    return names | {MANIFEST, "tokenizer.model"}
+    names = {f"{shard['name']}.{k}" for shard in shards for k in shard["files"]}
+    return names | {MANIFEST} | tokenizer_files(manifest["tokenizer"]["kind"])
 
 
 def _unreadable(path: pathlib.Path, error: OSError) -> UserError:

@@ -1,7 +1,8 @@
 """Documents from text files.
 
 A text file is one document, or several if it is cut; a line of a .jsonl file is one.
-All may be gzipped, and may begin with a byte order mark, which is left out.
+Both may be gzipped, and may begin with a byte order mark, which is left out. A row of a
+.parquet file is one, too; rows go to workers as lines of JSON.
 """
 
 import collections
@@ -11,12 +12,14 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any
 
+from mtp_jax.data.conversations import FIELDS
 from mtp_jax.data.input_files import InputFile
 from mtp_jax.errors import UserError
 
 _BLOCK_BYTES = 4_000_000  # of text that is read, and sent to a worker, together
+_BATCH_ROWS = 1000  # of a .parquet file, in a part
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _END = "or leave out what cannot be read with --skip_bad"
 
@@ -30,6 +33,8 @@ class ReadOptions:
     skip_bad: bool = False  # leave out documents that cannot be read, and count them
     split_at: str | None = None  # a text at which text files are cut, and which goes
     split_bytes: int | None = None  # of a piece of a text file, at most; cut at lines
+    chat: bool = False  # documents are conversations
+    chat_form: str | None = None  # in which they are; None: told by their fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +63,9 @@ def split_into_parts(files: list[InputFile], options: ReadOptions) -> Iterator[P
     """
     cut = options.split_at is not None or options.split_bytes is not None
     for file in files:
+        if file.holds_rows:
+            yield from _parts_of_rows(file, options)
+            continue
         if not (file.holds_lines or cut):
             yield Part(file, file.size)
             continue
@@ -94,6 +102,37 @@ def documents_of(
             raise UserError(text.message)
 
 
+def records_of(
+    part: Part, options: ReadOptions, bad: collections.Counter[str]
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yields (name, place for messages, object) of each line of a part.
+
+    Args:
+      part: of a file that holds lines.
+      options: how to read it.
+      bad: counts what cannot be read, by kind, if it is to be skipped.
+
+    Raises:
+      UserError: where nothing is to be skipped, a line that is not a JSON object.
+    """
+    for name, where, line in _lines(part):
+        record = _record_of_line(line, where)
+        if not isinstance(record, Bad):
+            yield name, where, record
+        elif options.skip_bad:
+            bad[record.kind] += 1
+        else:
+            raise UserError(record.message)
+
+
+def _lines(part: Part) -> Iterator[tuple[str, str, bytes]]:
+    """Yields (name, place for messages, content) of the lines that are not empty."""
+    for first_line, lines in part.pieces or ():
+        for number, line in enumerate(lines.split(b"\n"), first_line):
+            if line.strip():
+                yield f"{part.file.name}:{number}", f"{part.file.path}:{number}", line
+
+
 def _texts(part: Part, options: ReadOptions) -> Iterator[tuple[str, bytes | Bad]]:
     file = part.file
     if part.pieces is None:
@@ -103,12 +142,44 @@ def _texts(part: Part, options: ReadOptions) -> Iterator[tuple[str, bytes | Bad]
         for number, text in part.pieces:
             yield f"{file.name}:{number}", _not_utf8(text, f"{file.path}") or text
     else:
-        for first_line, lines in part.pieces:
-            for number, line in enumerate(lines.split(b"\n"), first_line):
-                if line.strip():
-                    where = f"{file.path}:{number}"
-                    text_or_bad = _text_of_line(line, options.text_field, where)
-                    yield f"{file.name}:{number}", text_or_bad
+        for name, where, line in _lines(part):
+            yield name, _text_of_line(line, options.text_field, where)
+
+
+def _parts_of_rows(file: InputFile, options: ReadOptions) -> Iterator[Part]:
+    """The rows of a .parquet file as lines of JSON, in parts.
+
+    Raises:
+      UserError: it cannot be read, or pyarrow is not there.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(
+            f"{file.path} needs pyarrow to be read: pip install 'mtp-jax[parquet]', or "
+            f"leave it out with --exclude={file.path.name}."
+        ) from None
+    wanted = {*FIELDS, *options.text_field.split(".")[:1], options.text_field}
+    try:
+        table = pyarrow.parquet.ParquetFile(file.path)
+        names = [name for name in table.schema_arrow.names if name in wanted]
+        # None of them: then all, for a message about what there is.
+        batches = table.iter_batches(batch_size=_BATCH_ROWS, columns=names or None)
+        first, total, done = 1, max(table.metadata.num_rows, 1), 0
+        for batch in batches:
+            rows = [json.dumps(row, default=str) for row in batch.to_pylist()]
+            lines = "\n".join(rows).encode()
+            before, done = done, done + len(rows)
+            read = file.size * done // total - file.size * before // total
+            yield Part(file, read, ((first, lines),))
+            first += len(rows)
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{file.path} cannot be read ({reason}); mend it, or leave it out with "
+            f"--exclude={file.path.name}."
+        ) from None
 
 
 def _unpacked(file: InputFile, raw: IO[bytes]) -> contextlib.AbstractContextManager:
@@ -236,7 +307,7 @@ def _not_utf8(data: bytes, where: str) -> Bad | None:
     return None
 
 
-def _text_of_line(line: bytes, text_field: str, where: str) -> bytes | Bad:
+def _record_of_line(line: bytes, where: str) -> dict[str, Any] | Bad:
     if bad := _not_utf8(line, where):
         return bad
     try:
@@ -251,6 +322,13 @@ def _text_of_line(line: bytes, text_field: str, where: str) -> bytes | Bad:
             "not an object",
             f"{where} is not a JSON object; give one a line, {_END}.",
         )
+    return record
+
+
+def _text_of_line(line: bytes, text_field: str, where: str) -> bytes | Bad:
+    record = _record_of_line(line, where)
+    if isinstance(record, Bad):
+        return record
     try:
         text = _field(record, text_field)
     except LookupError:

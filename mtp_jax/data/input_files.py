@@ -12,13 +12,12 @@ from mtp_jax.errors import UserError
 
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 _LINES_SUFFIX = ".jsonl"
-_KNOWN = (*_TEXT_SUFFIXES, _LINES_SUFFIX)
+_ROWS_SUFFIX = ".parquet"
+_KNOWN = (*_TEXT_SUFFIXES, _LINES_SUFFIX, _ROWS_SUFFIX)
 _ALWAYS_EXCLUDED = ("__pycache__", ".*")
 _PACKING_SUFFIXES = (".gz", ".zst", ".xz", ".bz2")
 # Never text, so not even read where an input names such a file itself.
 _NO_TEXT = {
-    ".parquet": "write its texts as .jsonl, for example with pandas: "
-    "read_parquet(F).to_json(G, orient='records', lines=True)",
     ".arrow": "write its texts as .jsonl",
     ".zst": "unpack it, or pack it with gzip",
     ".xz": "unpack it, or pack it with gzip",
@@ -37,8 +36,13 @@ class InputFile:
 
     @property
     def holds_lines(self) -> bool:
-        """True for .jsonl, where a line is a document."""
-        return _suffix(self.path) == _LINES_SUFFIX
+        """True where a line is a document: for .jsonl, and rows of .parquet as such."""
+        return _suffix(self.path) in (_LINES_SUFFIX, _ROWS_SUFFIX)
+
+    @property
+    def holds_rows(self) -> bool:
+        """True for .parquet."""
+        return _suffix(self.path) == _ROWS_SUFFIX
 
     @property
     def gzipped(self) -> bool:

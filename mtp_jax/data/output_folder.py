@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from mtp_jax.data.corpus import MANIFEST, own_files
 from mtp_jax.errors import UserError
 
-_SHARD = re.compile(r"(train|heldout)-\d{5,}\.(tokens|offsets|names)")
+_SHARD = re.compile(r"(train|heldout)-\d{5,}\.(tokens|offsets|names|learned)")
 # In the root of a file system, and left behind where prepare was killed.
 _OF_NOBODY = re.compile(r"lost\+found|\.[0-9a-f]{8}\.partial")
 

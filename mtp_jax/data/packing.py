@@ -7,7 +7,7 @@ pair of position and head occurs once an epoch. Axes: B rows, S tokens.
 
 import hashlib
 from collections.abc import Sequence
-from typing import NoReturn, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -55,7 +55,6 @@ class PackedRows:
         self._stride = stride
         self._vocab_size = vocab_size
         self._order = order_of(documents, seed)
-        self._places = np.arange(row_len, dtype=np.int32)
 
     def __len__(self) -> int:
         # The last token is no position to train: nothing follows it.
@@ -71,17 +70,9 @@ class PackedRows:
           UserError: an id of the data is not in the model's vocabulary.
         """
         row = padding_row(self._row_len)
-        filled = 0
         pieces = self.pieces(index)
-        for segment, (document, begin, stop) in enumerate(pieces, 1):
-            slots = slice(filled, filled + stop - begin)
-            row["tokens"][slots] = self._documents.tokens(document, begin, stop)
-            row["segments"][slots] = segment
-            row["positions"][slots] = self._places[: stop - begin]
-            filled = slots.stop
-        # As stored: an id of 32 bits may have become a negative number.
-        if int(row["tokens"].view(np.uint32).max()) >= self._vocab_size:
-            self._refuse(pieces)
+        fill(row, self._documents, pieces)
+        check_ids(row, self._documents, pieces, self._vocab_size)
         return row
 
     def pieces(self, index: int) -> list[Piece]:
@@ -90,20 +81,37 @@ class PackedRows:
         stop = min(start + self._row_len, self._order.n_tokens)
         return self._order.pieces(start, stop)
 
-    def _refuse(self, pieces: list[Piece]) -> NoReturn:
-        """Raises UserError for the first document with an id outside the vocabulary."""
-        largest, document = next(
-            (largest, document)
-            for document, begin, stop in pieces
-            if (largest := int(self._documents.tokens(document, begin, stop).max()))
-            >= self._vocab_size
-        )
-        raise UserError(
-            f"{self._documents.directory}, document {self._documents.name(document)}: "
-            f"id {largest} is outside the model's vocabulary (config.model.vocab_size "
-            f"is {self._vocab_size}); use the tokenizer of the corpus, or a larger "
-            "vocabulary."
-        )
+
+def fill(row: Row, documents: Documents, pieces: list[Piece]) -> None:
+    """Writes pieces of documents into a row of padding, one after another."""
+    filled = 0
+    for segment, (document, begin, stop) in enumerate(pieces, 1):
+        slots = slice(filled, filled + stop - begin)
+        row["tokens"][slots] = documents.tokens(document, begin, stop)
+        row["segments"][slots] = segment
+        row["positions"][slots] = np.arange(stop - begin)
+        if "learned" in row:
+            row["learned"][slots] = documents.learned(document, begin, stop)
+        filled = slots.stop
+
+
+def check_ids(
+    row: Row, documents: Documents, pieces: list[Piece], vocab_size: int
+) -> None:
+    """Raises UserError for the first document with an id outside the vocabulary."""
+    # As stored: an id of 32 bits may have become a negative number.
+    if int(row["tokens"].view(np.uint32).max()) < vocab_size:
+        return
+    largest, document = next(
+        (largest, document)
+        for document, begin, stop in pieces
+        if (largest := int(documents.tokens(document, begin, stop).max())) >= vocab_size
+    )
+    raise UserError(
+        f"{documents.directory}, document {documents.name(document)}: "
+        f"id {largest} is outside the model's vocabulary (config.model.vocab_size "
+        f"is {vocab_size}); use the tokenizer of the corpus, or a larger vocabulary."
+    )
 
 
 class ConcatenatedRows:
@@ -156,7 +164,10 @@ class HostBatches:
         return self._n_batches
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        """Tokens, segments, positions, int32 [B, S], and hash, uint32 [B, 2]."""
+        """Tokens, segments, positions, int32 [B, S], and hash, uint32 [B, 2].
+
+        Where there are conversations among the sources, also learned, int32 [B, S].
+        """
         rows = [self._row(step, r) for r in self._rows_of_this_host]
         batch = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
         batch["hash"] = np.stack(
@@ -171,9 +182,12 @@ class HostBatches:
         return self._rows[self._first_row + step * self._batch_size + r]
 
 
-def padding_row(row_len: int) -> Row:
-    """A row of nothing: token, segment and position 0, each int32 [S]."""
-    keys = ("tokens", "segments", "positions")
+def padding_row(row_len: int, learned: bool = False) -> Row:
+    """A row of nothing: token, segment and position 0, each int32 [S].
+
+    With `learned` another entry of this name, of 0.
+    """
+    keys = ["tokens", "segments", "positions", *["learned"] * learned]
     return {key: np.zeros(row_len, np.int32) for key in keys}
 
 
@@ -184,6 +198,8 @@ def row_hash(row: Row, index: int) -> np.ndarray:
     )
     digest = hashlib.blake2b(tokens, digest_size=8)
     digest.update(segments)
+    if "learned" in row:
+        digest.update(row["learned"].astype("<i4", copy=False).tobytes())
     digest.update(index.to_bytes(8, "little"))
     return np.frombuffer(digest.digest(), "<u4").astype(np.uint32)
 

@@ -12,19 +12,31 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from mtp_jax.data.corpus import SPLITS, read_manifest, token_dtype, write_manifest
+from mtp_jax.data.chat_template import read_template
+from mtp_jax.data.chat_tokenizing import chat_options, check_forms, with_turn_ends
+from mtp_jax.data.corpus import (
+    LEARNED,
+    SPLITS,
+    read_manifest,
+    token_dtype,
+    write_manifest,
+)
 from mtp_jax.data.documents import ReadOptions, split_into_parts
 from mtp_jax.data.input_files import Found, find_files
 from mtp_jax.data.output_folder import whole_folder
-from mtp_jax.data.shard_writer import ShardWriter
-from mtp_jax.data.tokenizer import (
+from mtp_jax.data.sentencepiece_tokenizer import (
     SentencePieceTokenizer,
+    train_sentencepiece,
+)
+from mtp_jax.data.shard_writer import ShardWriter
+from mtp_jax.data.tokenized import TaskResult
+from mtp_jax.data.tokenizer import (
     Tokenizer,
     load_tokenizer,
     save_tokenizer,
-    train_sentencepiece,
+    with_template,
 )
-from mtp_jax.data.tokenizing import TaskResult, tokenized, training_texts
+from mtp_jax.data.tokenizing import tokenized, training_texts
 from mtp_jax.data.workers import check_workers
 from mtp_jax.errors import UserError, counted, disk_errors_told
 
@@ -47,6 +59,9 @@ def prepare(
     *,
     tokenizer: str = "bytes",
     train_tokenizer: int | None = None,
+    format: str = "text",
+    chat_form: str | None = None,
+    chat_template: StrPath | None = None,
     text_field: str = "text",
     skip_bad: bool = False,
     split_at: str | None = None,
@@ -60,39 +75,38 @@ def prepare(
     progress: Progress | None = None,
     report: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Tokenizes text files into a corpus and returns its manifest.
+    """Tokenizes texts or conversations into a corpus, whole or not at all.
 
-    The folder appears complete or not at all. With several workers, processes are
-    spawned, so a script that calls this needs `if __name__ == "__main__":`.
+    With several workers, processes are spawned, so a script that calls this needs
+    `if __name__ == "__main__":`.
 
     Args:
-      inputs: a file or folder, or several, of .txt, .md, .rst, .py or .jsonl files,
-        also with .gz; a file that is named itself may have any suffix.
+      inputs: files or folders of .txt, .md, .rst, .py, .jsonl (also with .gz) or
+        .parquet files; a file that is named itself may have any suffix.
       output: folder for the corpus; new, empty, or with `force` an earlier corpus.
-      tokenizer: "bytes" of UTF-8, or the path of a SentencePiece model.
+      tokenizer: "bytes", or a SentencePiece model, a tokenizer.json, a folder of one.
       train_tokenizer: pieces of a SentencePiece model to be trained on the train split.
-      text_field: field of the text in .jsonl lines; OUTER.INNER for a field of a field.
-      skip_bad: leave out documents that are not UTF-8, and .jsonl lines without a text
-        in that field; they are counted in the manifest, as `skipped_bad`.
-      split_at: cut text files into documents wherever this text stands, which is left
-        out, with the line ends beside it.
-      split_bytes: cut text files into documents of at most so many bytes, at the ends
-        of lines.
+      format: "text", or "chat": conversations, whose answers are learned.
+      chat_form: the form of the conversations; None: told by their fields.
+      chat_template: a file with a chat template instead of the tokenizer's.
+      text_field: field of the text in lines; OUTER.INNER for a field of a field.
+      skip_bad: leave out and count (`skipped_bad`) what is not UTF-8, and lines without
+        a text in that field or a conversation.
+      split_at: cut text files where this text stands; it is left out, with line ends.
+      split_bytes: cut text files at line ends, into so many bytes at most.
       exclude: names or globs of files and folders to leave out.
       heldout: share of documents held out, in [0, 1); chosen by their content.
       shard_tokens: tokens of a shard, at most; a longer document has its own.
       block_documents: documents of a block, for an order that no host has to hold
-        (`order`); 0: no blocks; None: 256 in a split of more than 4,194,304 documents.
+        (`order`); 0: none; None: 256 in a split of more than 4,194,304 documents.
       workers: processes; by default one a core. They do not change the output.
       force: replace an earlier corpus, when the new one is complete.
       progress: called with a title and the bytes of the input on disk; returns a
         context manager that gives a function to call with bytes that were read.
-      report: called at the end with lines about files that were read and left out, and
-        about a tokenizer that changes texts.
+      report: called at the end with lines about files and a tokenizer's changes.
 
     Returns:
-      The content of the corpus's `manifest.json`: tokenizer, splits with their shards
-      and numbers of documents, tokens and bytes, skipped_empty, options.
+      The manifest: tokenizer, splits with shards and counts, skipped_empty, options.
 
     Raises:
       UserError: a bad option or bad input; the output folder is then untouched.
@@ -100,27 +114,42 @@ def prepare(
     _check_options(output, tokenizer, train_tokenizer, heldout)
     _check_counts(train_tokenizer, shard_tokens, block_documents, workers)
     reading = _read_options(text_field, heldout, skip_bad, split_at, split_bytes)
-    names = _names(inputs)
+    of_texts = train_tokenizer, split_at, split_bytes, block_documents or None
+    reading = chat_options(reading, format, chat_form, chat_template, of_texts)
+    names, folder = _names(inputs), pathlib.Path(output)
     progress = progress or _no_progress
     found = find_files(names, list(exclude))
-    folder = pathlib.Path(output)
     with disk_errors_told(f"--output={output}"), whole_folder(folder, force) as partial:
         used = _make_tokenizer(tokenizer, train_tokenizer, found, reading, progress)
-        size = sum(file.size for file in found.files)
-        with progress("preparing", size) as advance:
+        used = _templated(used, chat_template)
+        with progress("preparing", sum(file.size for file in found.files)) as advance:
             parts = split_into_parts(found.files, reading)
             results = tokenized(parts, used, reading, workers or os.cpu_count() or 1)
             written = _write_shards(partial, results, used, shard_tokens, advance)
         counts = written.counts(skip_bad, block_documents)
         _check_splits(counts, reading, found)
-        save_tokenizer(used, partial)
         options = _options(names, exclude, shard_tokens, train_tokenizer, reading)
-        described = {"tokenizer": _describe(used), **counts, "options": options}
-        write_manifest(partial, described)
-    if report is not None:
-        for line in (*found.summary(), *written.warnings(used)):
-            report(line)
+        ends = _complete(partial, used, written, {**counts, "options": options})
+    for line in (*found.summary(), *written.warnings(used), *ends):
+        (report or _no_report)(line)
     return read_manifest(folder)
+
+
+def _templated(tokenizer: Tokenizer, path: StrPath | None) -> Tokenizer:
+    """The tokenizer with the chat template of a file, if there is one."""
+    if path is None:
+        return tokenizer
+    return with_template(tokenizer, read_template(os.fspath(path)))
+
+
+def _complete(
+    partial: pathlib.Path, made: Tokenizer, written: "_Written", counts: dict[str, Any]
+) -> list[str]:
+    """Writes the tokenizer and the manifest; returns lines for people about it."""
+    used, lines = with_turn_ends(made, written.turn_ends)
+    save_tokenizer(used, partial)
+    write_manifest(partial, {"tokenizer": _describe(used), **counts})
+    return lines
 
 
 def _names(inputs: StrPath | Sequence[StrPath]) -> list[str]:
@@ -136,7 +165,9 @@ def summary(manifest: dict[str, Any]) -> list[str]:
             f"{split}: {counted(entry['documents'], 'document')}, "
             f"{counted(entry['tokens'], 'token')}, {counted(entry['bytes'], 'byte')}"
         )
-        if entry["tokens"]:
+        if LEARNED in entry:
+            line += f", {counted(entry[LEARNED], 'token')} to learn"
+        elif entry["tokens"]:
             line += f", {entry['bytes'] / entry['tokens']:.3f} bytes per token"
         lines.append(line)
     if manifest["skipped_empty"]:
@@ -225,12 +256,17 @@ class _Written:
     tried: int = 0
     changed: int = 0
     example: str = ""
+    forms: dict[str, str] = dataclasses.field(default_factory=dict)
+    turn_ends: collections.Counter[int] = dataclasses.field(
+        default_factory=collections.Counter
+    )
 
     def counts(self, skip_bad: bool, block_documents: int | None) -> dict[str, Any]:
         """The entries of the manifest."""
         for entry in self.splits.values():
             size = block_documents
-            if size is None and entry["documents"] > MOST_IN_ONE_ORDER:
+            many = entry["documents"] > MOST_IN_ONE_ORDER
+            if size is None and many and LEARNED not in entry:
                 size = BLOCK_DOCUMENTS
             if size:
                 entry["block_documents"] = size
@@ -273,10 +309,15 @@ def _write_shards(
             written.tried += result.tried
             written.changed += len(result.changed)
             written.example = written.example or next(iter(result.changed), "")
+            written.forms = {**result.forms, **written.forms}
+            written.turn_ends += result.turn_ends
             for document in result.documents:
                 writer = writers[document.split]
-                writer.add(document.tokens, document.name, document.n_bytes)
+                writer.add(
+                    document.tokens, document.name, document.n_bytes, document.learned
+                )
             advance(result.read_bytes)
+        check_forms(written.forms)
         written.splits = {split: writer.finish() for split, writer in writers.items()}
     return written
 
@@ -327,7 +368,7 @@ def _options(
         "train_tokenizer": train_tokenizer,
     }
     # Named only where they are used, so that other manifests stay what they were.
-    later = ("skip_bad", "split_at", "split_bytes")
+    later = ("skip_bad", "split_at", "split_bytes", "chat", "chat_form")
     return options | {k: getattr(reading, k) for k in later if getattr(reading, k)}
 
 
@@ -344,6 +385,10 @@ def _without_machine(text: str) -> str:
     """An input as it was given; of an absolute path only the last name."""
     path = pathlib.Path(text)
     return path.name if path.is_absolute() else text
+
+
+def _no_report(line: str) -> None:
+    """Takes a line and does nothing."""
 
 
 @contextlib.contextmanager

@@ -4,9 +4,11 @@ import json
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from mtp_jax.data.conversations import Message, NoConversation, messages_of
 from mtp_jax.data.corpus import Corpus, Documents
 from mtp_jax.errors import UserError
 
@@ -21,6 +23,55 @@ def read_prompts(source: str) -> list[str]:
     Raises:
       UserError: it cannot be read, is not UTF-8 or not such JSON, or lacks a prompt.
     """
+    name, lines = _lines_of(source)
+    if name.endswith(".jsonl"):
+        lines = [_of_json(s, name, i) for i, s in enumerate(lines, 1) if s.strip()]
+    if not lines:
+        raise UserError(f"--prompts: {name} is empty; give at least one prompt.")
+    if "" in lines:
+        raise UserError(
+            f"--prompts: prompt {lines.index('') + 1} of {name} is empty; give some "
+            "text, or leave it out."
+        )
+    return lines
+
+
+def read_questions(source: str) -> list[tuple[list[Message], list[Any] | None]]:
+    """Reads what a model is to be asked: messages, and the tools that it may call.
+
+    Args:
+      source: as for `read_prompts`; a line is what the user says. Lines of a .jsonl
+        file may be conversations of any form of `conversations`, too; an answer at the
+        end of one is left out.
+
+    Raises:
+      UserError: as `read_prompts`, or a line without a message to answer.
+    """
+    name, lines = _lines_of(source)
+    found: list[tuple[list[Message], list[Any] | None]] = []
+    if not name.endswith(".jsonl"):
+        found = [([{"role": "user", "content": text}], None) for text in lines if text]
+        lines = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict):
+            raise UserError(f"--prompts: line {number} of {name} is not JSON's object.")
+        try:
+            found.append(messages_of(record))
+        except NoConversation as error:
+            raise UserError(f"--prompts: line {number} of {name} {error}.") from None
+    if not found:
+        raise UserError(f"--prompts: {name} is empty; give at least one prompt.")
+    return found
+
+
+def _lines_of(source: str) -> tuple[str, list[str]]:
+    """A name for messages, and the lines of a file or of standard input."""
     name = "standard input" if source == "-" else source
     try:
         if source == "-":
@@ -38,17 +89,7 @@ def read_prompts(source: str) -> list[str]:
         ) from None
     # Not splitlines(): a prompt may hold other characters that end lines.
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    lines = text.removesuffix("\n").split("\n") if text else []
-    if name.endswith(".jsonl"):
-        lines = [_of_json(s, name, i) for i, s in enumerate(lines, 1) if s.strip()]
-    if not lines:
-        raise UserError(f"--prompts: {name} is empty; give at least one prompt.")
-    if "" in lines:
-        raise UserError(
-            f"--prompts: prompt {lines.index('') + 1} of {name} is empty; give some "
-            "text, or leave it out."
-        )
-    return lines
+    return name, text.removesuffix("\n").split("\n") if text else []
 
 
 def is_text(text: str) -> bool:

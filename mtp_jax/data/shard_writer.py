@@ -7,7 +7,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from mtp_jax.data.corpus import SHARD_FILES
+from mtp_jax.data.corpus import LEARNED, SHARD_FILES
 
 
 class ShardWriter:
@@ -30,6 +30,7 @@ class ShardWriter:
         self._shard_tokens = shard_tokens
         self._shards: list[dict[str, Any]] = []
         self._bytes = 0
+        self._learned: int | None = None
         self._start()
 
     def __enter__(self) -> "ShardWriter":
@@ -40,14 +41,27 @@ class ShardWriter:
             for file in self._files.values():
                 stack.callback(file.close)
 
-    def add(self, tokens: np.ndarray, name: str, n_bytes: int) -> None:
-        """Appends a document, begin and end of text included."""
+    def add(
+        self,
+        tokens: np.ndarray,
+        name: str,
+        n_bytes: int,
+        learned: np.ndarray | None = None,
+    ) -> None:
+        """Appends a document, begin and end of text included.
+
+        `learned` tells which tokens are to be learned, bool, where not all are: then it
+        does so for every document.
+        """
         filled = self._offsets[-1]
         if filled and filled + len(tokens) > self._shard_tokens:
             self._close()
             self._start()
         self._write("tokens", tokens.astype(self._dtype, copy=False).tobytes())
         self._write("names", _escape(name).encode(errors="backslashreplace") + b"\n")
+        if learned is not None:
+            self._write(LEARNED, learned.astype(np.uint8).tobytes())
+            self._learned = (self._learned or 0) + int(learned.sum())
         self._offsets.append(self._offsets[-1] + len(tokens))
         self._bytes += n_bytes
 
@@ -55,17 +69,19 @@ class ShardWriter:
         """Closes the last shard; returns the split's entry of the manifest."""
         if len(self._offsets) > 1:
             self._close()
+        learned = {} if self._learned is None else {"learned": self._learned}
         return {
             "documents": sum(shard["documents"] for shard in self._shards),
             "tokens": sum(shard["tokens"] for shard in self._shards),
             "bytes": self._bytes,
+            **learned,
             "shards": self._shards,
         }
 
     def _start(self) -> None:
         self._stem = f"{self._split}-{len(self._shards):05d}"
         self._files: dict[str, IO[bytes]] = {}
-        self._sums = {kind: hashlib.sha256() for kind in SHARD_FILES}
+        self._sums = {kind: hashlib.sha256() for kind in (*SHARD_FILES, LEARNED)}
         self._offsets = [0]
 
     def _write(self, kind: str, data: bytes) -> None:
@@ -88,7 +104,8 @@ class ShardWriter:
                 "tokens": self._offsets[-1],
                 "files": {
                     kind: {"bytes": sizes[kind], "sha256": self._sums[kind].hexdigest()}
-                    for kind in SHARD_FILES
+                    for kind in (*SHARD_FILES, LEARNED)
+                    if kind in sizes
                 },
             }
         )

@@ -2,7 +2,6 @@
 
 import collections
 import concurrent.futures
-import dataclasses
 import hashlib
 import itertools
 import multiprocessing
@@ -13,43 +12,17 @@ from typing import Any
 
 import numpy as np
 
+from mtp_jax.data.chat_tokenizing import tokenize_conversations
 from mtp_jax.data.corpus import token_dtype
 from mtp_jax.data.documents import Part, ReadOptions, documents_of
-from mtp_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from mtp_jax.data.tokenized import TaskResult, Tokenized, split_of
+from mtp_jax.data.tokenizer import Tokenizer, tokenizer_of
 from mtp_jax.distributed.lifetime import end_with_parent
 
 _TASK_BYTES = 4_000_000  # of input a worker takes at once
 _TASK_PARTS = 256
 _TRIED_BYTES = 50_000  # of each task, to see if the tokenizer gives texts back
 _TRAINING_BYTES = 200_000_000  # of text that a tokenizer is trained on, about
-
-
-@dataclasses.dataclass(frozen=True)
-class Tokenized:
-    """A document ready to be written."""
-
-    split: str
-    name: str
-    tokens: np.ndarray  # begin and end of text included, in the type of the shards
-    n_bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskResult:
-    """The documents of a few parts of the input."""
-
-    documents: list[Tokenized]
-    n_empty: int
-    read_bytes: int
-    bad: collections.Counter[str]  # documents that were skipped, by kind
-    tried: int  # documents that were decoded again
-    changed: list[str]  # of those, a line for each that came back as another text
-
-
-def split_of(text: bytes, heldout: float) -> str:
-    """The split of a text, by its hash, so that copies of a document stay together."""
-    digest = hashlib.blake2b(text, digest_size=8).digest()
-    return "heldout" if int.from_bytes(digest, "little") < heldout * 2**64 else "train"
 
 
 def training_texts(
@@ -92,6 +65,8 @@ def _tokenize(
     task: list[Part], tokenizer: Tokenizer, options: ReadOptions
 ) -> TaskResult:
     """Tokenizes the documents of a task, in order."""
+    if options.chat:
+        return tokenize_conversations(task, tokenizer, options)
     dtype = token_dtype(tokenizer.vocab_size)
     documents: list[Tokenized] = []
     bad: collections.Counter[str] = collections.Counter()
@@ -131,15 +106,13 @@ def _difference(text: str, back: str) -> str:
 _worker: dict[str, Any] = {}  # of a worker process: its tokenizer and ReadOptions
 
 
-def _start_worker(model_bytes: bytes | None, options: ReadOptions, parent: int) -> None:
+def _start_worker(
+    kind: str, files: dict[str, bytes], name: str, options: ReadOptions, parent: int
+) -> None:
     end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, and ends this
     _worker["options"] = options
-    _worker["tokenizer"] = (
-        SentencePieceTokenizer(model_bytes, "tokenizer.model")
-        if model_bytes
-        else load_tokenizer("bytes")
-    )
+    _worker["tokenizer"] = tokenizer_of(kind, files, name)
 
 
 def _tokenize_in_worker(task: list[Part]) -> TaskResult:
@@ -165,7 +138,7 @@ def tokenized(
         workers,
         multiprocessing.get_context("spawn"),
         _start_worker,
-        (getattr(tokenizer, "model_bytes", None), options, os.getpid()),
+        (tokenizer.kind, dict(tokenizer.files), tokenizer.name, options, os.getpid()),
     )
     try:
         pending: collections.deque[concurrent.futures.Future] = collections.deque()

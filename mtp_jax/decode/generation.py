@@ -33,6 +33,7 @@ class Generation:
     accepted_by_head: list[float]
     tokens_per_s: float  # of the batch: its new tokens / its time, without compilation
     finish: str  # "length", "eos" or "stop"
+    ended_by: int | None = None  # the id of the end of text; None: of no such token
     deviations: int | None = None  # tokens not the exact choice; None: exact decoder
     # Of the prompt, begin of text first.
     prompt_tokens: list[int] = dataclasses.field(default_factory=list)
@@ -52,13 +53,14 @@ def generation_of(
     """
     start = int(texts.start_B[b])
     tokens = texts.new_tokens(b)
-    made, finish = len(tokens), "length"
-    if tokens[-1] == tokenizer.eos_id:
-        tokens, finish = tokens[:-1], "eos"
+    made, finish, ended_by = len(tokens), "length", None
+    if tokens[-1] in tokenizer.end_ids:
+        *tokens, ended_by = tokens
+        finish = "eos"
     after = Continuation(tokenizer, texts.tokens_BE[b, :start])
     text = after.decode(tokens)
     if (found := find_stop(after, tokens, stop)) is not None:
-        made, finish = found, "stop"
+        made, finish, ended_by = found, "stop", None
         text = before_stop(after.decode(tokens[:found]), stop)
         kept = found
         while len(after.decode(tokens[:kept])) > len(text):
@@ -86,6 +88,7 @@ def generation_of(
         ],
         tokens_per_s=0.0,
         finish=finish,
+        ended_by=ended_by,
         deviations=None
         if texts.deviated_BE is None
         else int(texts.deviated_BE[b, start : start + made].sum()),

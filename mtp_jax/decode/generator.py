@@ -24,13 +24,14 @@ from mtp_jax.decode.decoders.state import Decoder, ReadsTables
 from mtp_jax.decode.fitting import default_decoder, needs_heads, why_not
 from mtp_jax.decode.generation import Generation, generation_of
 from mtp_jax.decode.programs import Programs
-from mtp_jax.decode.prompt_list import as_prompts, check_numbers
+from mtp_jax.decode.prompt_list import WholePrompt, as_prompts, check_numbers
 from mtp_jax.decode.text_stream import Continuation, find_stop, settled
 from mtp_jax.errors import UserError
 
 _LOOK = 16  # forward passes between two looks for stop strings
 _MOST_NEW = 2**20  # tokens of a continuation: there is room for all of them at once
 _GREEDY = Sampling()
+Prompt = str | np.ndarray | WholePrompt
 
 
 class Generator:
@@ -55,7 +56,7 @@ class Generator:
         self.max_prompt_tokens = max_prompt_tokens
         # A model may have ids to spare, which no token has.
         self._ids = min(model_cfg.vocab_size, tokenizer.vocab_size)
-        self._programs = Programs(model_cfg, tokenizer.eos_id, self._ids)
+        self._programs = Programs(model_cfg, tokenizer.end_ids, self._ids)
         self._tables: dict[ReadsTables, Any] = {}
         self.use(params)
 
@@ -106,7 +107,7 @@ class Generator:
 
     def generate(
         self,
-        prompts: str | np.ndarray | Sequence[str] | Sequence[np.ndarray],
+        prompts: Prompt | Sequence[str] | Sequence[np.ndarray] | Sequence[WholePrompt],
         *,
         max_new_tokens: int,
         decoder: str | Decoder | None = None,
@@ -120,9 +121,10 @@ class Generator:
         """Continues every prompt.
 
         Args:
-          prompts: texts, or token ids; begin of text is put in front. No ids at all
-            stand for begin of text alone; an empty text is refused. One text, or the
-            ids of one, is one prompt.
+          prompts: texts, or token ids; what the tokenizer begins a text with,
+            `prompt_begin`, is put in front, unless a text begins with it already. No
+            ids at all stand for begin of text alone; an empty text is refused. A
+            `WholePrompt` stays as it is. One text, or the ids of one, is one prompt.
           max_new_tokens: most tokens a continuation may have, end of text included.
           decoder: a name in DECODERS, or one with options of its own; if None,
             blockwise where there are heads to draft with, else plain.
@@ -185,7 +187,7 @@ class Generator:
 
     def stream(
         self,
-        prompt: str | np.ndarray,
+        prompt: Prompt,
         *,
         max_new_tokens: int,
         decoder: str | Decoder | None = None,
@@ -228,7 +230,7 @@ class Generator:
             yield result.text[shown:]
         return with_speed(result, [result], clock.seconds())
 
-    def prompt_length(self, prompt: str | np.ndarray) -> int:
+    def prompt_length(self, prompt: Prompt) -> int:
         """Tokens of a prompt, begin of text included.
 
         Raises:
@@ -236,7 +238,7 @@ class Generator:
         """
         return len(self._prompt_ids(prompt))
 
-    def prompt_text(self, prompt: str | np.ndarray) -> str:
+    def prompt_text(self, prompt: Prompt) -> str:
         """Returns a prompt as `Generation.prompt` has it."""
         return Continuation(self.tokenizer, self._prompt_ids(prompt)).prompt
 
@@ -346,12 +348,13 @@ class Generator:
             raise UserError("a stop string is empty; give some text, or none at all.")
         return decoder, decoder.heads(heads)
 
-    def _prompt_ids(self, prompt: str | np.ndarray) -> np.ndarray:
+    def _prompt_ids(self, prompt: Prompt) -> np.ndarray:
         """The checked token ids of a prompt, begin of text first, int32."""
         if isinstance(prompt, str) and not prompt:
             raise UserError("a prompt is empty; give some text.")
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        ids = np.concatenate([[self.tokenizer.bos_id], np.asarray(ids, np.int64)])
+        ids = self._with_begin(prompt)
+        if not len(ids):
+            ids = np.array([self.tokenizer.bos_id])
         most = self.max_prompt_tokens
         if most is not None and len(ids) > most:
             raise UserError(
@@ -364,3 +367,15 @@ class Generator:
                 f"knows 0 to {self._ids - 1}."
             )
         return ids.astype(np.int32)
+
+    def _with_begin(self, prompt: Prompt) -> np.ndarray:
+        """The ids of a prompt with those that begin one, int64."""
+        if isinstance(prompt, WholePrompt):
+            return np.asarray(prompt.ids, np.int64)
+        begin = np.array(self.tokenizer.prompt_begin, np.int64)
+        if not isinstance(prompt, str):
+            return np.concatenate([begin, np.asarray(prompt, np.int64)])
+        ids = self.tokenizer.encode(prompt).astype(np.int64)
+        if len(begin) and begin.tolist() == ids[: len(begin)].tolist():
+            return ids  # written out in the text
+        return np.concatenate([begin, ids])

@@ -80,10 +80,12 @@ class Prompts:
 class Programs:
     """The programs compiled for a model, kept so that equal shapes share them."""
 
-    def __init__(self, cfg: ModelConfig, eos_id: int, ids: int | None = None):
-        """Compiles nothing yet; `ids` as for `build`."""
+    def __init__(
+        self, cfg: ModelConfig, eos_id: int | tuple[int, ...], ids: int | None = None
+    ):
+        """Compiles nothing yet; any of `eos_id` ends a text, `ids` as for `build`."""
         self.cfg = cfg
-        self._eos_id = eos_id
+        self._end_ids = (eos_id,) if isinstance(eos_id, int) else eos_id
         self._ids = ids
         self._compiled: dict[Any, Any] = {}
         self.compile_s = 0.0  # seconds that it took so far
@@ -110,7 +112,7 @@ class Programs:
 
         def compiled():
             begin = _begin(
-                self.cfg, decoder, self._eos_id, room, slots, alone, self._ids
+                self.cfg, decoder, self._end_ids, room, slots, alone, self._ids
             )
             lowered = begin.lower(params, prompts)
             return lowered.compile(), jax.tree.map(_abstract, lowered.out_info)
@@ -226,7 +228,7 @@ def _abstract(x: Any) -> jax.ShapeDtypeStruct:
 def _begin(
     cfg: ModelConfig,
     decoder: Decoder,
-    eos_id: int,
+    end_ids: tuple[int, ...],
     room: int,
     slots: int,
     alone: bool,
@@ -260,7 +262,7 @@ def _begin(
             sampling=prompts.sampling,
             keys=prompts.keys,
             alone=None,
-            eos_id=eos_id,
+            end_ids=end_ids,
         )
         if source_BPX is not None:
             source_BEX = jnp.pad(source_BPX, ((0, 0), (0, room - p), (0, 0)))

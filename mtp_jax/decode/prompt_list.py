@@ -1,5 +1,6 @@
 """Prompts as a list, in whatever form they are given, and their numbers."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,13 +11,20 @@ from mtp_jax.errors import UserError
 _SEEDS = 2**32  # numbers of prompts
 
 
+@dataclasses.dataclass(frozen=True)
+class WholePrompt:
+    """Ids of a prompt as they are: nothing is put in front of them."""
+
+    ids: np.ndarray  # integers [tokens]
+
+
 def as_prompts(prompts: Any) -> list[Any]:
     """Returns a list of prompts, given as texts or as ids; one of them is a list, too.
 
     Raises:
       UserError: neither texts nor ids.
     """
-    if isinstance(prompts, str):
+    if isinstance(prompts, str | WholePrompt):
         return [prompts]
     if isinstance(prompts, bytes):
         raise UserError("a prompt is given as bytes; give a text, or token ids.")

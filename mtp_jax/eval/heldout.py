@@ -42,7 +42,9 @@ def make_evaluator(
     def evaluate_batch(params: Any, batch: dict[str, jax.Array]):
         n = cfg.n_future_tokens
         batch = {name: x_1BS[0] for name, x_1BS in batch.items()}
-        targets_NBT, valid_NBT = future_targets(batch["tokens"], batch["segments"], n)
+        targets_NBT, valid_NBT = future_targets(
+            batch["tokens"], batch["segments"], n, batch.get("learned")
+        )
         table_V = jnp.asarray(piece_bytes)
         bytes_BT = table_V.at[targets_NBT[0]].get(out_sharding=spec("batch", None))
         text_bytes = jnp.sum(jnp.where(valid_NBT[0], bytes_BT, 0))

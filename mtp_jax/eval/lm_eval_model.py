@@ -91,9 +91,10 @@ class MtpJaxLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **unused: Any
     ) -> list[int]:
-        """Token ids, begin of text first unless `add_special_tokens` is False."""
-        ids = self._model.tokenizer.encode(string).tolist()
-        return ids if add_special_tokens is False else [self.prefix_token_id, *ids]
+        """Token ids, as of a prompt unless `add_special_tokens` is False."""
+        tokenizer = self._model.tokenizer
+        ids = tokenizer.encode(string).tolist()
+        return ids if add_special_tokens is False else [*tokenizer.prompt_begin, *ids]
 
     def _loglikelihood_tokens(
         self,

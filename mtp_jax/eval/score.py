@@ -320,9 +320,15 @@ def score_text(
 
 
 def context_and_continuation(
-    encode: Callable[[str], Ids], bos_id: int, context: str, continuation: str
+    encode: Callable[[str], Ids],
+    bos_id: int,
+    context: str,
+    continuation: str,
+    prompt_begin: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token ids of a context, begin of text first, and of its continuation.
+
+    Where there is a context, `prompt_begin`, if given, is in front of it instead.
 
     Spaces at the end of the context go to the continuation, and the continuation is
     what the tokens of both together have beyond those of the context: so a token is
@@ -332,5 +338,6 @@ def context_and_continuation(
     continuation, context = context[len(bare) :] + continuation, bare
     before = np.asarray(encode(context), np.int32) if context else np.zeros(0, np.int32)
     both = np.asarray(encode(context + continuation), np.int32)
-    begin = np.array([bos_id], np.int32)
+    asked = len(before) > 0 and prompt_begin is not None
+    begin = np.array(prompt_begin if asked else [bos_id], np.int32)
     return np.concatenate([begin, before]), both[len(before) :]

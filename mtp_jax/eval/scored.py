@@ -27,7 +27,11 @@ def score_choices(model: Restored, data: TaskData, start: int, end: int) -> list
             example.contexts, example.continuations, strict=True
         ):
             ids = context_and_continuation(
-                tokenizer.encode, tokenizer.bos_id, context, continuation
+                tokenizer.encode,
+                tokenizer.bos_id,
+                context,
+                continuation,
+                tokenizer.prompt_begin,
             )
             pairs.append((ids[0], ids[1][-most:]))
     scores = score_continuations(model, pairs, batch_size=data.settings.batch_size)

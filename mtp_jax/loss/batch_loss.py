@@ -34,7 +34,8 @@ def batch_loss(
     Args:
       model: with n heads.
       batch: tokens, segments and positions, int32 [B, S]: token ids, document numbers
-        with 0 for padding, and positions within the documents.
+        with 0 for padding, and positions within the documents; learned, if there, is 1
+        for the tokens that count as targets, 0 for those that are only read.
       weights: of this step, of each target of a head.
       loss: what the heads are taught, in the terms of `head_loss`.
       compute: how the arithmetic is carried out.
@@ -44,7 +45,8 @@ def batch_loss(
     n = model.cfg.n_future_tokens
     # Every device has its rows whole, and so whatever its positions must predict.
     token_NBT, valid_NBT = map(
-        split_time, future_targets(batch["tokens"], batch["segments"], n)
+        split_time,
+        future_targets(batch["tokens"], batch["segments"], n, batch.get("learned")),
     )
     tokens_BT = split_time(batch["tokens"][:, :-n])
     positions_BT = split_time(batch["positions"][:, :-n])
@@ -97,7 +99,8 @@ def targets_of(
     if weights.extra_J is not None:
         tokens_BS, segments_BS = batch["tokens"], batch["segments"]
         count = len(weights.extra_J)
-        extra, valid = extra_targets(tokens_BS, segments_BS, t, count)
+        learned_BS = batch.get("learned")
+        extra, valid = extra_targets(tokens_BS, segments_BS, t, count, learned_BS)
         extra, valid = (_split_each(x_BTJ)[None] for x_BTJ in (extra, valid))
         extra_weight = jnp.where(valid, weights.extra_J[None, None, None], 0.0)
     return Targets(
@@ -142,7 +145,9 @@ def _heard(valid_NBT: jax.Array, together: bool) -> jax.Array:
     last_N1 = t - 1 - jnp.arange(n)[:, None]
     if together:
         last_N1 = jnp.full_like(last_N1, t - n)
-        valid_NBT = jnp.broadcast_to(valid_NBT[-1:], valid_NBT.shape)
+        # Where the last target is valid, not all are: some may not be learned.
+        whole_1BT = jnp.all(valid_NBT, axis=0, keepdims=True)
+        valid_NBT = jnp.broadcast_to(whole_1BT, valid_NBT.shape)
     inside_N1T = (place_T[None] <= last_N1)[:, None]
     return jnp.where(valid_NBT & inside_N1T, 1.0, 0.0)
 

@@ -22,7 +22,7 @@ class HeadSums:
     count_N: jax.Array  # targets
     nll_N: jax.Array  # negative log likelihood, nats
     correct_N: jax.Array  # targets that were the most likely token
-    windows: jax.Array  # positions from which all n tokens lie in one document
+    windows: jax.Array  # positions from which all n tokens are targets
     accepted_N: jax.Array  # windows in which head 1 would accept drafts up to head i
     # Over the windows, where there was a teacher: the probability that it accepts a
     # draft that is drawn from head i, and those up to head i. 1 each for head 1.
@@ -90,10 +90,10 @@ def sums_over_targets(
 
 
 def _window(valid_NBT: jax.Array) -> jax.Array:
-    """True where all n tokens, and head 1's predictions of them, lie in the row."""
+    """True where all n tokens count, and head 1's predictions of them are there."""
     n, _, t = valid_NBT.shape
     inside_T = zigzag.positions(t, time_parts(valid_NBT[0])) <= t - n
-    return valid_NBT[-1] & inside_T[None]
+    return jnp.all(valid_NBT, axis=0) & inside_T[None]
 
 
 def _sampled_acceptance(

@@ -31,7 +31,10 @@ class Targets:
 
 
 def future_targets(
-    tokens_BS: jax.Array, segments_BS: jax.Array, n: int
+    tokens_BS: jax.Array,
+    segments_BS: jax.Array,
+    n: int,
+    learned_BS: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The targets of every head: for head i at position t token t + i of its document.
 
@@ -39,10 +42,12 @@ def future_targets(
       tokens_BS: token ids; S = T + n, so that each head has a target everywhere.
       segments_BS: document number of each token; 0 is padding.
       n: how many tokens ahead are predicted.
+      learned_BS: 1 for tokens that are to be learned, as targets of every head,
+        wherever they are predicted from; None: all.
 
     Returns:
       targets_NBT, int32, and valid_NBT, False where the target lies in another document
-      or in padding.
+      or in padding, or is not to be learned.
 
     Raises:
       ValueError: rows are too short to hold one position.
@@ -57,11 +62,18 @@ def future_targets(
     targets_NBT = jnp.stack([tokens_BS[:, i : i + t] for i in offsets])
     segments_NBT = jnp.stack([segments_BS[:, i : i + t] for i in offsets])
     here_BT = segments_BS[:, :t]
-    return targets_NBT, (segments_NBT == here_BT[None]) & (here_BT[None] != 0)
+    valid_NBT = (segments_NBT == here_BT[None]) & (here_BT[None] != 0)
+    if learned_BS is not None:
+        valid_NBT &= jnp.stack([learned_BS[:, i : i + t] for i in offsets]) != 0
+    return targets_NBT, valid_NBT
 
 
 def extra_targets(
-    tokens_BS: jax.Array, segments_BS: jax.Array, t: int, count: int
+    tokens_BS: jax.Array,
+    segments_BS: jax.Array,
+    t: int,
+    count: int,
+    learned_BS: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The tokens after the next one, as far as rows go: those at t + 2, t + 3 ...
 
@@ -69,10 +81,11 @@ def extra_targets(
       tokens_BS, segments_BS: as for `future_targets`.
       t: positions of a row.
       count: J, of these tokens.
+      learned_BS: as for `future_targets`.
 
     Returns:
       targets_BTJ, int32, and valid_BTJ, False where the target lies in another
-      document, in padding or after the end of the row.
+      document, in padding or after the end of the row, or is not to be learned.
     """
 
     def later(x_BS, j):
@@ -84,10 +97,14 @@ def extra_targets(
     valid_BTJ = jnp.stack(
         [(later(segments_BS, j) == here_BT) & (here_BT != 0) for j in after], axis=-1
     )
+    if learned_BS is not None:
+        valid_BTJ &= jnp.stack([later(learned_BS, j) for j in after], axis=-1) != 0
     return tokens_BTJ, valid_BTJ
 
 
-def target_counts(segments_BS: jax.Array, n: int) -> jax.Array:
+def target_counts(
+    segments_BS: jax.Array, n: int, learned_BS: jax.Array | None = None
+) -> jax.Array:
     """Number of targets of each head, float32 [N]."""
-    _, valid_NBT = future_targets(segments_BS, segments_BS, n)
+    _, valid_NBT = future_targets(segments_BS, segments_BS, n, learned_BS)
     return jnp.sum(valid_NBT, axis=(1, 2), dtype=jnp.float32)

@@ -12,6 +12,7 @@ from mtp_jax.decode.fitting import settings_of
 from mtp_jax.decode.generation import Generation
 from mtp_jax.decode.generator import Generator
 from mtp_jax.decode.prompt_list import as_prompts
+from mtp_jax.decode.questions import Question
 from mtp_jax.errors import UserError
 
 _HALF = "\ufffd"
@@ -27,6 +28,7 @@ def generate_to_file(
     decoder: Decoder,
     sampling: Sampling,
     batch_size: int | None = None,
+    questions: Sequence[Question] | None = None,
     **settings: Any,
 ) -> int:
     """Appends the continuations that are not in a JSONL file yet, batch by batch.
@@ -39,6 +41,7 @@ def generate_to_file(
       decoder: how to decode.
       sampling: the distribution of the next token.
       batch_size: prompts at a time; 16 if None.
+      questions: of the prompts; each line then has the answered conversation, too.
       settings: other arguments of `Generator.generate`, in JSON's types.
 
     Returns:
@@ -65,7 +68,11 @@ def generate_to_file(
             sampling=sampling,
             **settings,
         )
-        output.append(results)
+        answered = [
+            questions[i].answered(result.text) if questions is not None else {}
+            for i, result in enumerate(results, output.done)
+        ]
+        output.append(results, answered)
     return before
 
 
@@ -100,11 +107,14 @@ class JsonlOutput:
             self._check(line, number, prompts)
         self.done = len(lines)  # prompts that need no more work
 
-    def append(self, results: Sequence[Generation]) -> None:
-        """Appends a line a result."""
+    def append(
+        self, results: Sequence[Generation], also: Sequence[dict[str, Any]]
+    ) -> None:
+        """Appends a line a result, each with what else is to be in it."""
         with open(self._path, "a", encoding="utf-8") as file:
-            for result in results:
-                row = {**dataclasses.asdict(result), "settings": self._settings}
+            for result, more in zip(results, also, strict=True):
+                row = dataclasses.asdict(result)
+                row = {**row, **more, "settings": self._settings}
                 file.write(json.dumps(row) + "\n")
         self.done += len(results)
 

@@ -13,13 +13,13 @@ from etils import epath
 
 from mtp_jax import __version__
 from mtp_jax.config import Config, ModelConfig, as_tree, config_from_json
-from mtp_jax.data.batches import open_sources
+from mtp_jax.data.batches import cut_conversations, open_sources
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.tokenizer import save_tokenizer
 from mtp_jax.data.workers import check_workers
 from mtp_jax.distributed import hosts
 from mtp_jax.distributed.cluster import ProcessInfo
-from mtp_jax.errors import UserError, disk_errors_told
+from mtp_jax.errors import UserError, disk_errors_told, say
 from mtp_jax.model.attention import check_attention
 from mtp_jax.parallel.sharding import check_divisible, make_mesh
 from mtp_jax.run.loop import run
@@ -75,6 +75,9 @@ def _train(cfg: Config, name: str, cluster: ProcessInfo | None) -> None:
     tokenizer = _tokenizer_of_run(cfg.model, workdir)
     corpora = open_sources(cfg, part=part, tokenizer=tokenizer)
     _refuse_nothing_held_out(cfg, corpora)
+    if jax.process_index() == 0:
+        for line in cut_conversations(cfg, corpora):
+            say(f"mtp-jax: {line}")
     teacher = load_teacher(cfg, mesh, corpora[0].tokenizer)
     _prepare_workdir(workdir, corpora)
     with _lock_for_all(workdir) or contextlib.nullcontext(), jax.set_mesh(mesh):

@@ -18,6 +18,7 @@ def batch_of(
     tokens_RS: ArrayLike,
     segments_RS: ArrayLike | None = None,
     *,
+    learned_RS: ArrayLike | None = None,
     accumulation: int = 1,
 ) -> dict[str, jax.Array]:
     """A global batch for `make_step`, on the devices of the mesh that is set.
@@ -28,11 +29,14 @@ def batch_of(
       tokens_RS: token ids, integers; rows of `Config.row_len` tokens.
       segments_RS: document number of each token, 0 in padding; None: every row is one
         document. Positions count from 0 in each document.
+      learned_RS: 1 for tokens that count as targets, 0 for those that are only read;
+        None: all count.
       accumulation: A, microbatches that the step runs one after another; as in
         `config.train.accumulation`.
 
     Returns:
-      tokens, segments and positions, int32 [A, M, S], and hash, uint32 [A, M, 2].
+      tokens, segments and positions, int32 [A, M, S], and hash, uint32 [A, M, 2]; with
+      `learned_RS` also learned, int32 [A, M, S].
 
     Raises:
       UserError: no rows of integers, other segments than tokens, or rows that do not
@@ -50,6 +54,12 @@ def batch_of(
             f"segments have shape {segments.shape}, tokens {tokens.shape}; give a "
             "number a token."
         )
+    learned = None if learned_RS is None else np.asarray(learned_RS)
+    if learned is not None and learned.shape != tokens.shape:
+        raise UserError(
+            f"learned has shape {learned.shape}, tokens {tokens.shape}; give a number "
+            "a token."
+        )
     size = len(tokens)
     if accumulation < 1 or size % accumulation:
         raise UserError(f"{size} rows do not split into {accumulation} microbatches.")
@@ -58,6 +68,8 @@ def batch_of(
         "segments": segments.astype(np.int32),
         "positions": positions_of(segments),
     }
+    if learned is not None:
+        arrays["learned"] = (learned != 0).astype(np.int32)
     sharding = batch_sharding(jax.sharding.get_mesh())
     rows = rows_of_process(sharding, size, accumulation)
     batch = {name: x_RS[rows] for name, x_RS in arrays.items()}

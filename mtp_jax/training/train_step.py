@@ -114,8 +114,9 @@ def make_gradients(
 ) -> Callable[..., tuple[jax.Array, HeadSums, Any]]:
     """`gradients(params, batch) -> (loss, sums, grads)` of a global batch, not jitted.
 
-    A batch holds tokens, segments and positions, int32 [A, M, S]. The microbatches run
-    one after another, and what they give is added up. Gradients are float32, of the
+    A batch holds tokens, segments and positions, int32 [A, M, S], and learned, if not
+    every token counts as a target. The microbatches run one after another, and what
+    they give is added up. Gradients are float32, of the
     parameters that are not frozen. It also takes `weights`, from `step_weights`, those
     of step 0 otherwise; and `teacher`, parameters, if the config asks for them, of
     `teacher_model`, or else of this model.
@@ -141,7 +142,7 @@ def make_gradients(
         weights: StepWeights | None = None,
         teacher: Any = None,
     ):
-        weights = _of_targets(weights or step_weights(cfg, 0), batch["segments"], n)
+        weights = _of_targets(weights or step_weights(cfg, 0), batch, n)
         learning = trained(params, frozen)
 
         def add_microbatch(total, microbatch):
@@ -161,7 +162,8 @@ def make_gradients(
 
         # In float32 whatever the parameters are in: small terms are many.
         wide = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), learning)
-        rows = {k: batch[k] for k in ("tokens", "segments", "positions")}
+        names = ("tokens", "segments", "positions", "learned")
+        rows = {k: batch[k] for k in names if k in batch}
         sums = no_sums(
             n, loss.acceptance or loss.kind != "hard", loss.measures_gradients
         )
@@ -170,26 +172,27 @@ def make_gradients(
     return gradients
 
 
-def _of_targets(weights: StepWeights, segments_AMS: jax.Array, n: int) -> StepWeights:
+def _of_targets(weights: StepWeights, batch: Batch, n: int) -> StepWeights:
     """The weights of each target, so that a head's loss is a mean over its targets.
 
     Over those of the whole global batch, so that the parts of a batch add up to its
     loss, however it is split.
     """
-    count_N = jnp.sum(
-        jax.vmap(target_counts, in_axes=(0, None))(segments_AMS, n), axis=0
-    )
+    segments_AMS, learned_AMS = batch["segments"], batch.get("learned")
+    counts_of = jax.vmap(target_counts, in_axes=(0, None, 0))
+    count_N = jnp.sum(counts_of(segments_AMS, n, learned_AMS), axis=0)
     weight_N = weights.weight_N / jnp.maximum(count_N, 1.0)
     extra_J = weights.extra_J
     if extra_J is not None:
         several = len(extra_J)
 
-        def counts(segments_MS):
+        def counts(segments_MS, learned_MS):
             t = segments_MS.shape[1] - n
-            _, valid_MTJ = extra_targets(segments_MS, segments_MS, t, several)
+            rows = (segments_MS, segments_MS)
+            _, valid_MTJ = extra_targets(*rows, t, several, learned_MS)
             return jnp.sum(valid_MTJ, axis=(0, 1), dtype=jnp.float32)
 
-        count_J = jnp.sum(jax.vmap(counts)(segments_AMS), axis=0)
+        count_J = jnp.sum(jax.vmap(counts)(segments_AMS, learned_AMS), axis=0)
         extra_J = extra_J / jnp.maximum(count_J, 1.0)
     return dataclasses.replace(weights, weight_N=weight_N, extra_J=extra_J)
 
@@ -204,9 +207,10 @@ def make_step(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """`step(state, batch) -> (state, metrics)`, jitted; the state is donated.
 
-    A batch holds tokens, segments and positions, int32 [A, M, S], and hash, uint32
-    [A, M, 2]. Metrics are small arrays; reading one waits for the step. Where another
-    model teaches, of `teacher_model`, the step takes its parameters as well.
+    A batch holds tokens, segments and positions, int32 [A, M, S], learned, likewise, if
+    not every token counts as a target, and hash, uint32 [A, M, 2]. Metrics are small
+    arrays; reading one waits for the step. Where another model teaches, of
+    `teacher_model`, the step takes its parameters as well.
 
     Raises:
       UserError: another model is to teach, and it is not given.

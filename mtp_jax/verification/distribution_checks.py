@@ -48,7 +48,7 @@ def _furthest(subject: Subject) -> Furthest:
     cfg, settings = subject.exact_cfg, subject.settings
     with jax.set_mesh(subject.mesh):
         tokenizer = subject.tokenizer
-        programs = Programs(cfg, tokenizer.eos_id, tokenizer.vocab_size)
+        programs = Programs(cfg, tokenizer.end_ids, tokenizer.vocab_size)
         params = unstack(cfg, subject.params)
 
     def furthest(decoder: Decoder, heads: int, numbers: Sequence[int]) -> float:

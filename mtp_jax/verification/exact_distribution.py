@@ -118,7 +118,7 @@ def head_one_distribution(
     prompt: Sequence[int],
     tokens: int,
     sampling: Sampling,
-    eos_id: int,
+    eos_id: int | tuple[int, ...],
 ) -> Distribution:
     """The distribution of the first `tokens` new tokens by head 1, token by token.
 
@@ -127,11 +127,12 @@ def head_one_distribution(
       prompt: token ids, begin of text first.
       tokens: how many; a text may end before.
       sampling: its top_k, or the vocabulary, should be small.
-      eos_id: end of text.
+      eos_id: end of text, or several of them.
     """
+    ends = (eos_id,) if isinstance(eos_id, int) else eos_id
     distribution: Distribution = {(): 1.0}
     for _ in range(tokens):
-        ended = {text: p for text, p in distribution.items() if text[-1:] == (eos_id,)}
+        ended = {x: p for x, p in distribution.items() if x and x[-1] in ends}
         going = [text for text in distribution if text not in ended]
         if not going:
             break

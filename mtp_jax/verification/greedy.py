@@ -42,7 +42,7 @@ def first_difference(
       prompt: its token ids, begin of text first.
       plain: the continuation by plain decoding.
       other: the one to compare with it.
-      eos_id: end of text.
+      eos_id: end of text, where a continuation does not say by which it ended.
       next_logits: from `exact_distribution.head_one`.
       tie: two logits that are no further apart are a near-tie.
     """
@@ -63,4 +63,5 @@ def first_difference(
 
 def written(result: Generation, eos_id: int) -> list[int]:
     """The new tokens of a continuation, end of text included."""
-    return [*result.tokens, *[eos_id] * (result.finish == "eos")]
+    ended_by = eos_id if result.ended_by is None else result.ended_by
+    return [*result.tokens, *[ended_by] * (result.finish == "eos")]

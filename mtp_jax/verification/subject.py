@@ -81,7 +81,7 @@ class Subject:
 
     def ids(self, number: int) -> list[int]:
         """A prompt's token ids, begin of text first."""
-        return [self.tokenizer.bos_id, *map(int, self.prompts[number])]
+        return [*self.tokenizer.prompt_begin, *map(int, self.prompts[number])]
 
     def right_distribution(self, number: int) -> Distribution:
         """Head 1's distribution of the first new tokens after a prompt."""
@@ -109,5 +109,5 @@ class Subject:
                 self.ids(number),
                 self.settings.distribution_tokens,
                 sampling,
-                self.tokenizer.eos_id,
+                self.tokenizer.end_ids,
             )

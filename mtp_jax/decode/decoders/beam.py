@@ -246,7 +246,7 @@ class Beam:
                 done=done_K[0],
                 active=~done_K[0],
             )
-            bounds = (carry.start_R[0], limit_K[0], state.eos_id)
+            bounds = (carry.start_R[0], limit_K[0], state.end_ids)
             penalty = self.length_penalty
             search = advance_beams(search, tree, penalty, nodes, bounds, forward_K[0])
             ended = search.ended_score_K, search.ended_length_K, search.ended_KFE

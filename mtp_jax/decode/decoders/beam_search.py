@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from mtp_jax.decode.decoders.state import ends_text
 from mtp_jax.decode.decoders.token_tree import TokenTree
 
 # Arrays of a `DecodeState` that follow a beam when rows are reordered.
@@ -53,7 +54,7 @@ def advance_beams(
       length_penalty: power of the length that scores are over.
       nodes: of each node the log probabilities of its best continuations [K, W, C],
         these tokens, the look-ahead bonus [K, W], and its token [K, W].
-      bounds: length of the prompt, the length that ends a text, the token that does.
+      bounds: length of the prompt, the length that ends a text, the tokens that do.
       forward: number of the forward pass.
     """
     first = search.length
@@ -68,7 +69,7 @@ def advance_beams(
 def _level(old, tree, length_penalty, nodes, bounds, marks):
     """Makes every beam one token longer."""
     top_KWC, ids_KWC, bonus_KW, tokens_KW = nodes
-    start, limit, eos_id = bounds
+    start, limit, end_ids = bounds
     forward, level, first = marks
     k, c, e = old.score_K.size, top_KWC.shape[-1], old.text_KFE.shape[-1]
     length = old.length + 1
@@ -96,7 +97,7 @@ def _level(old, tree, length_penalty, nodes, bounds, marks):
         old.text_KFE[from_X],
     )
 
-    ends_X = (token_X == eos_id) | (length >= limit)
+    ends_X = ends_text(token_X, end_ids) | (length >= limit)
     may_X = ends_X & (jnp.arange(ends_X.size) < k)
     final_X = jnp.where(may_X, score_X / norm, -jnp.inf)
     ended_K, best_K = lax.top_k(jnp.concatenate([old.ended_score_K, final_X]), k)

@@ -5,6 +5,8 @@ width, V vocabulary.
 """
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
@@ -62,7 +64,12 @@ class DecodeState:
     sampling: SamplingArrays
     keys: RandomKeys
     alone: Alone | None  # None: the drafting heads have read what head 1 has
-    eos_id: int = dataclasses.field(metadata={"static": True})
+    end_ids: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+
+def ends_text(tokens: jax.Array, end_ids: Sequence[int]) -> jax.Array:
+    """True for the tokens that end a text, bool in the shape of the tokens."""
+    return functools.reduce(jnp.logical_or, [tokens == i for i in end_ids])
 
 
 class PromptEnd:
@@ -180,7 +187,7 @@ def commit(
       deviated_BW: which candidates are not the exact choice, bool; None: all are.
     """
     room_B = jnp.where(state.done_B, 0, state.limit_B - state.length_B)
-    ends_BW = tokens_BW == state.eos_id
+    ends_BW = ends_text(tokens_BW, state.end_ids)
     ended_before_BW = jnp.cumsum(ends_BW, axis=1) > ends_BW
     order_1W = jnp.arange(tokens_BW.shape[1])[None]
     kept_BW = (order_1W < jnp.minimum(count_B, room_B)[:, None]) & ~ended_before_BW

@@ -181,7 +181,7 @@ def test_stories260k_tells_its_known_story(form, tmp_path):
         [np.array([], np.int32)], max_new_tokens=256, decoder="plain"
     )
     greedy = known()["greedy_from_bos_ids"]
-    assert [1, *result.ids] == greedy and len(greedy) == 257
+    assert [1, *result.tokens] == greedy and len(greedy) == 257
 
 
 def test_a_run_goes_on_from_the_model(tmp_path):

@@ -139,7 +139,7 @@ def test_greedy_texts_are_those_of_the_loops_drafted_or_not(name, kernels, monke
     passes = []
     for decoder in ("plain", "blockwise", "tree"):
         found = generator.generate(prompts, max_new_tokens=NEW, decoder=decoder)
-        assert [result.ids for result in found] == texts, decoder
+        assert [result.tokens for result in found] == texts, decoder
         passes.append(sum(result.forwards for result in found))
     assert passes[1] < passes[0]
 

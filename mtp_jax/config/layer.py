@@ -15,15 +15,12 @@ class LayerConfig:
     qkv_bias: bool = False  # added to queries, keys and values, as Qwen 2 does
     out_bias: bool = False  # added to what attention gives
     mlp_bias: bool = False  # added to all three products of the feed-forward layer
-    # A norm of queries and keys before they turn: of each attention head, as Qwen 3
-    # does, or of all of them together, as OLMo 2 does.
-    qk_norm: QkNorm = "none"
-    # The norms of a layer: before attention and feed-forward layer, or of what they
-    # give, as OLMo 2 does.
-    norms: Literal["before", "after"] = "before"
-    # Positions that a query reads at most, itself the last; 0: all before it. Empty:
-    # 0; one value: of all layers; or one a trunk layer, and a last one of the heads.
-    windows: tuple[int, ...] = ()
+    qk_norm: QkNorm = "none"  # of each attention head (Qwen 3), or of all (OLMo 2)
+    # Before attention and feed-forward layer, or of what they give, as OLMo 2 has them.
+    norms: Literal["before", "after"] = "before"  # where the norms of a layer stand
+    # A query is the last position of its window. One value is that of all layers; else
+    # there is one a trunk layer, and a last one of the heads.
+    windows: tuple[int, ...] = ()  # positions that a query reads at most; 0: all
 
     def __post_init__(self):
         require(

@@ -70,7 +70,7 @@ class RopeConfig:
 
     @property
     def on_queries_and_keys(self) -> float:
-        """What queries and keys are multiplied with beside turning, 1 but for yarn."""
+        """The factor of queries and keys beside their turn, 1 but for yarn."""
         if self.scaling != "yarn":
             return 1.0
         return self.attention_factor or 0.1 * math.log(self.factor) + 1.0

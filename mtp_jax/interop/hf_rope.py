@@ -79,7 +79,7 @@ def rope_from_hf(
 
 
 def _attention_factor(found: Mapping[str, Any]) -> float:
-    """What yarn multiplies queries and keys with; 0: by the usual formula."""
+    """The factor of yarn on queries and keys; 0: by the usual formula."""
     if found.get("attention_factor") is not None:
         return float(found["attention_factor"])
     scale, of_all = found.get("mscale"), found.get("mscale_all_dim")

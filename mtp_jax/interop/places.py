@@ -192,7 +192,7 @@ def from_file(place: Place, rows: np.ndarray) -> np.ndarray:
 
 
 def to_file(place: Place, entry: np.ndarray) -> np.ndarray:
-    """What the file has for an entry of our parameter: `place.file_shape`."""
+    """The tensor, or its rows, of an entry of our parameter: `place.file_shape`."""
     if place.form == "table":
         return entry
     own = entry

@@ -19,7 +19,7 @@ _Read = Callable[[str], np.ndarray | None]
 
 
 def reference_logits(foreign: Foreign, ids_T: np.ndarray) -> np.ndarray:
-    """What each head says at every position of a text, float32 [N, T, V].
+    """Logits of each head at every position of a text, float32 [N, T, V].
 
     Layers are read one after another, so that memory holds one of them, and tables.
     """

@@ -8,7 +8,6 @@ the smaller part by far.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax
@@ -85,20 +84,21 @@ def causal_attention(
         "cudnn": kernels.cudnn,
         "xla": _masked,
     }[kernel]
-    run = functools.partial(run, window=window)
+    further: tuple[int, ...] = (window,)
     if kernel == "cudnn" and few and not window:
-        run = kernels.cudnn_of_few
+        run, further = kernels.cudnn_of_few, ()
     by_head, time = spec_like(q_BTHK, "heads", None), axes_of("time")
     parts = time_parts(q_BTHK)
 
     def local(q_bthk, k_btgk, v_btgk, segments_bS):
         if parts == 1:
-            return run(q_bthk, k_btgk, v_btgk, segments_bS, 0)
+            return run(q_bthk, k_btgk, v_btgk, segments_bS, 0, *further)
         k_bSgk, v_bSgk = (
             zigzag.restore(lax.all_gather(x, time, axis=1, tiled=True), parts, axis=1)
             for x in (k_btgk, v_btgk)
         )
-        return run(q_bthk, k_bSgk, v_bSgk, segments_bS, lax.axis_index(time))
+        part = lax.axis_index(time)
+        return run(q_bthk, k_bSgk, v_bSgk, segments_bS, part, *further)
 
     return jax.shard_map(
         local,
@@ -176,6 +176,6 @@ def _best(q_BTHK: jax.Array) -> Attention:
     return "xla"
 
 
-def _masked(q_BTHK, k_BSGK, v_BSGK, segments_BS, part, window):
+def _masked(q_BTHK, k_BSGK, v_BSGK, segments_BS, part, window=0):
     mask_BTS = kernels.causal_mask(segments_BS, q_BTHK.shape[1], part, window)
     return kernels.xla(q_BTHK, k_BSGK, v_BSGK, mask_BTS)

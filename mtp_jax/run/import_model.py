@@ -58,7 +58,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 @dataclasses.dataclass(frozen=True)
 class ImportReport:
-    """What an import did with the tensors of a model."""
+    """The tensors of a model, and what an import did with them."""
 
     source: str  # the folder or file, from the root
     format: str  # "hf", "fastllm", "meta", "llama2c" or "gguf"

@@ -119,7 +119,9 @@ def _add_tokenizer(gguf: Any, writer: Any, tokenizer: Tokenizer, size: int) -> N
     if isinstance(tokenizer, SentencePieceTokenizer):
         from sentencepiece import sentencepiece_model_pb2
 
-        proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model_bytes)
+        messages: Any = sentencepiece_model_pb2
+
+        proto = messages.ModelProto.FromString(tokenizer.model_bytes)
         if proto.trainer_spec.model_type != 2:
             raise UserError(
                 "--format=gguf knows SentencePiece models of byte pairs, and this one "

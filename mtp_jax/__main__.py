@@ -36,6 +36,8 @@ Multi-token prediction: train a model with n heads, and let it draft for itself.
   count     how often tokens of a corpus follow each other, for dynamo
   import    a model of other people as a workdir
   train     train a model; the same command again continues the run
+  grow      more, fewer or other heads for a model that is there
+  export    a model in a format of other programs
   runs      list the runs under a folder: step, loss, how their configs differ
   evaluate  measure a trained model on held-out text, or on benchmarks
   generate  decode from a trained model
@@ -54,6 +56,8 @@ _MODULES = {
     "count": "mtp_jax.cli.count",
     "import": "mtp_jax.cli.import_model",
     "train": "mtp_jax.cli.train",
+    "grow": "mtp_jax.cli.grow",
+    "export": "mtp_jax.cli.export",
     "runs": "mtp_jax.cli.runs",
     "evaluate": "mtp_jax.cli.evaluate",
     "generate": "mtp_jax.cli.generate",

@@ -17,6 +17,8 @@ FOLDERS = [
     "reports",
     "studies",
     "run",
+    "growth",
+    "exporting",
     "verification",
     "eval",
     "decode",

@@ -15,8 +15,11 @@ from mtp_jax.checkpoint.checkpoints import (
 )
 from mtp_jax.checkpoint.local import LocalCheckpoints
 from mtp_jax.config import PARTS_OF_MODEL, Config, config_from_json
+from mtp_jax.data.corpus import Corpus
 from mtp_jax.distributed import hosts
 from mtp_jax.errors import RunFailed, UserError, say
+from mtp_jax.growth.grow import initial_params
+from mtp_jax.growth.states import new_state
 from mtp_jax.parallel.sharding import abstract_tree
 from mtp_jax.run.goodput import Goodput
 from mtp_jax.run.run_file import identity
@@ -44,6 +47,8 @@ def open_local(
     taught = cfg.loss.balance, cfg.loss.averages_teacher, cfg.optim.frozen
     if taught != ("none", False, ()):  # other arrays than those of a plain run
         setting += f" of {taught}"
+    if cfg.optim.lora_rank:
+        setting += f" with updates of rank {cfg.optim.lora_rank}"
     for part in PARTS_OF_MODEL:  # which earlier versions did not know
         values = getattr(cfg.model, part)
         if values != type(values)():
@@ -56,8 +61,11 @@ def restore_or_init(
     durable: Checkpoints,
     local: LocalCheckpoints | None,
     goodput: Goodput,
+    corpora: list[Corpus],
 ) -> Start:
     """The newest state that was saved, locally or durably, else a new one.
+
+    A new one begins with the model of another run if `config.init` names one.
 
     Raises:
       RunFailed: this process alone, of several, found its checkpoint damaged.
@@ -81,6 +89,10 @@ def restore_or_init(
         raise UserError(
             f"config.train.seed is {cfg.train.seed}; it must be 0 to 2^32 - 1."
         )
+    if cfg.init.workdir:
+        with goodput.spent("start"):
+            params = initial_params(cfg, jax.sharding.get_mesh(), corpora)
+            return Start(new_state(cfg, params), 0, 0, {})
     with goodput.spent("compile"):
         compile_on_all(init, key)
     with goodput.spent("start"):

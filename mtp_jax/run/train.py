@@ -12,7 +12,6 @@ import jax
 from etils import epath
 
 from mtp_jax import __version__
-from mtp_jax.data.batches import cut_conversations, open_sources
 from mtp_jax.config import (
     PARTS_OF_MODEL,
     Config,
@@ -20,12 +19,14 @@ from mtp_jax.config import (
     as_tree,
     config_from_json,
 )
+from mtp_jax.data.batches import cut_conversations, open_sources
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.tokenizer import save_tokenizer
 from mtp_jax.data.workers import check_workers
 from mtp_jax.distributed import hosts
 from mtp_jax.distributed.cluster import ProcessInfo
 from mtp_jax.errors import UserError, disk_errors_told, say
+from mtp_jax.growth.grow import check_init
 from mtp_jax.model.attention import check_attention
 from mtp_jax.parallel.sharding import check_divisible, make_mesh
 from mtp_jax.run.loop import run
@@ -79,6 +80,8 @@ def _train(cfg: Config, name: str, cluster: ProcessInfo | None) -> None:
     check_attention(cfg, mesh)
     part = (jax.process_index(), jax.process_count())
     tokenizer = _tokenizer_of_run(cfg.model, workdir)
+    if tokenizer is None:
+        check_init(cfg)
     corpora = open_sources(cfg, part=part, tokenizer=tokenizer)
     _refuse_nothing_held_out(cfg, corpora)
     if jax.process_index() == 0:

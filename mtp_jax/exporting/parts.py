@@ -110,6 +110,18 @@ def _refuse_other_architecture(cfg: ModelConfig) -> None:
             f"a model with {cfg.num_query_heads} heads of {cfg.d_head} in a width of "
             f"{cfg.d_model} is no Llama of Hugging Face."
         )
+    for part in ("layer", "rope"):
+        plain, own = vars(type(getattr(cfg, part))()), vars(getattr(cfg, part))
+        others = [
+            f"config.{part}.{k}={v}"
+            for k, v in own.items()
+            if (v != plain[k] and k != "context")
+        ]
+        if others:
+            raise UserError(
+                f"a model with {', '.join(others)} is not exported: layers must be "
+                "those of a plain Llama."
+            )
 
 
 def _head_weights(cfg: ModelConfig, params: Any) -> Arrays:

@@ -65,6 +65,11 @@ def fit_maps(cfg: ModelConfig, params: Tree, text: FitText, first: int) -> Tree:
             "a start by ridge fits each head by itself, and config.heads.shared gives "
             "all one set of weights; choose another start."
         )
+    if cfg.layer.norms == "after" and heads.kind in ("parallel", "causal"):
+        raise UserError(
+            "a start by ridge fits what a layer adds, which config.layer.norms='after' "
+            "norms; choose another start."
+        )
     params = _silenced(cfg, params, first)
     numbers = range(first, cfg.n_future_tokens)
     # Heads of a chain read what those before them have become.
@@ -163,8 +168,10 @@ def _silenced(cfg: ModelConfig, params: Tree, first: int) -> Tree:
         return params
     at = first if cfg.heads.wiring.first else first - 1
 
+    outputs = "w_o", "w_down", "bias_o", "bias_down"
+
     def silent(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        return with_last(x, at, 0 * x[0]) if path[-1].key in ("w_o", "w_down") else x
+        return with_last(x, at, 0 * x[0]) if path[-1].key in outputs else x
 
     heads = jax.tree.map_with_path(silent, params["heads"])
     layout = jax.tree.map(lambda x: x.sharding, params["heads"])

@@ -246,6 +246,17 @@ def test_templates_that_do_not_fit_are_refused(made, template, message):
         encoded(loaded(made, template), {"messages": [USER, ANSWER]})
 
 
+def test_an_end_of_the_whole_conversation_is_no_end_of_a_turn(made):
+    """As Phi-3's template has it: one more token after the last turn alone."""
+    closed = PLAIN + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    tokenizer = loaded(made, closed)
+    for messages in chats.drawn(50):
+        found = encoded(tokenizer, {"messages": messages})
+        ids, learned = chats.expected(messages, made, tokenizer)
+        assert found.ids.tolist() == [*ids, tokenizer.eos_id]
+        assert found.learned.tolist() == [*learned, True]
+
+
 def test_marks_of_places_in_a_message_are_refused(made):
     bad = {"role": "user", "content": "\ufdd0"}
     with pytest.raises(NoConversation, match="U\\+FDD0"):

@@ -15,6 +15,10 @@ from mtp_jax.data.chat_template import (
 from mtp_jax.data.conversations import Conversation, NoConversation
 from mtp_jax.data.tokenizer import Tokenizer
 
+_OTHERWISE = (
+    "it writes a part of the conversation otherwise than the whole, so nobody can tell "
+    "what the assistant says; give a template with {% generation %} marks"
+)
 Span = tuple[int, int]  # characters from the first number up to the second
 
 
@@ -51,7 +55,7 @@ def encode_conversation(
     if template is None:
         raise TypeError("messages need a template")
     try:
-        text, spans = _rendered(conversation, template)
+        text, spans = _rendered(conversation, template, tokenizer)
     except TemplateProblem as error:
         raise NoConversation(
             "refused by the template", f"is refused by the chat template: {error}"
@@ -118,7 +122,7 @@ def _of_texts(conversation: Conversation, tokenizer: Tokenizer) -> Encoded:
 
 
 def _rendered(
-    conversation: Conversation, template: ChatTemplate
+    conversation: Conversation, template: ChatTemplate, tokenizer: Tokenizer
 ) -> tuple[str, list[Span]]:
     """The whole text, and the spans of it that the assistant says."""
     messages, tools = list(conversation.messages), conversation.tools
@@ -134,9 +138,29 @@ def _rendered(
         if message["role"] == "assistant" and i >= conversation.first:
             before = _length_of(messages[:i], tools, whole.text, template)
             after = template.render(messages[: i + 1], tools).text
-            _check_prefix(after, whole.text)
-            spans.append((before, len(after)))
+            end = _end_of_answer(after, whole.text, tokenizer)
+            said = message.get("content")
+            if isinstance(said, str) and said.strip() not in whole.text[before:end]:
+                raise TemplateProblem(_OTHERWISE)
+            spans.append((before, end))
     return whole.text, spans
+
+
+def _end_of_answer(after: str, whole: str, tokenizer: Tokenizer) -> int:
+    """Characters up to the end of the answer with which `after` ends.
+
+    Some templates end every conversation with a token of its own, which stands there
+    where the next turn begins in the whole: what they have in common is told by tokens,
+    since both may begin with the same letters.
+    """
+    if whole.startswith(after):
+        return len(after)
+    ids, _ = _encoded(after, tokenizer)
+    of_whole, places = _encoded(whole, tokenizer)
+    n = min(len(ids), len(of_whole))
+    same = np.append(ids[:n] == of_whole[:n], False)
+    common = int(np.argmin(same))
+    return int(places[common - 1, 1]) if common else 0
 
 
 def _length_of(
@@ -150,11 +174,7 @@ def _length_of(
 
 def _check_prefix(part: str, whole: str) -> None:
     if not whole.startswith(part):
-        raise TemplateProblem(
-            "it writes a part of the conversation otherwise than the whole, so nobody "
-            "can tell what the assistant says; give a template with {% generation %} "
-            "marks"
-        )
+        raise TemplateProblem(_OTHERWISE)
 
 
 def _cut_off(

@@ -38,7 +38,8 @@ def export(
       format: hf, for Hugging Face's transformers and all that load its Llama; gguf,
         for llama.cpp; meta, that of the models of arXiv:2404.19737; fastllm, Fast-LLM's
         mtp_llama; eagle3, head 2 as a drafter for vLLM.
-      positions: the longest text that a reader is told of; None: that of training.
+      positions: the longest text that a reader is told of; None: that of the model,
+        or else of training.
       shard_bytes: the most in one file, of hf.
 
     Returns:
@@ -54,7 +55,8 @@ def export(
         raise UserError(f"--output={output} is not empty; give a new folder.")
     restored = as_restored(model)
     parts = parts_of(restored)
-    length = positions or restored.config.data.seq_len
+    trained = restored.config.model.rope.context or restored.config.data.seq_len
+    length = positions or trained
     with disk_errors_told(target), _whole_folder(target) as folder:
         if format == "hf":
             figures = _figures(restored)

@@ -156,8 +156,8 @@ class MTPLlamaForCausalLM(LlamaForCausalLM):
         kind = self.config.mtp_heads["kind"]
         if kind != "residual":
             states = self._norm_of(head)(states)
-        own = getattr(head, "unembedding", self.lm_head)
-        scores = own(states).float()
+        own = hasattr(head, "unembedding")
+        scores = (head.unembedding if own else self.lm_head)(states).float()
         if self.config.mtp_heads["markov_rank"]:
             scores = scores + self.mtp.markov_out(self.mtp.markov_in(token)).float()
         return scores

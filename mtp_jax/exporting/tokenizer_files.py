@@ -8,7 +8,12 @@ import json
 import pathlib
 from typing import Any
 
-from mtp_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer
+from mtp_jax.data.tokenizer import (
+    TEMPLATE_FILE,
+    SentencePieceTokenizer,
+    Tokenizer,
+    save_tokenizer,
+)
 from mtp_jax.errors import UserError
 
 _SPACE = "\u2581"
@@ -25,11 +30,18 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, positions: int) 
     """Writes tokenizer.json and tokenizer_config.json, and checks what they say.
 
     A SentencePiece model is written beside them; one that is not of byte pairs has no
-    tokenizer.json, and loads as LlamaTokenizer.
+    tokenizer.json, and loads as LlamaTokenizer. A tokenizer that came as such files
+    goes as it came.
 
     Raises:
       UserError: ids differ from those of the tokenizer.
     """
+    if tokenizer.kind == "tokenizer.json":
+        save_tokenizer(tokenizer, folder)
+        _compare_ids(folder / "tokenizer.json", tokenizer)
+        return
+    if TEMPLATE_FILE in tokenizer.files:
+        (folder / TEMPLATE_FILE).write_bytes(tokenizer.files[TEMPLATE_FILE])
     about = {
         "bos_token": _BYTE_NAMES[0],
         "eos_token": _BYTE_NAMES[1],
@@ -225,7 +237,7 @@ def _compare_ids(path: pathlib.Path, tokenizer: Tokenizer) -> None:
         return
     library = Library.from_file(str(path))
     for text in _SAMPLES:
-        ids = [tokenizer.bos_id, *tokenizer.encode(text).tolist()]
+        ids = [*tokenizer.prompt_begin, *tokenizer.encode(text).tolist()]
         found = library.encode(text).ids
         if found != ids:
             raise UserError(

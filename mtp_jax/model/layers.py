@@ -145,14 +145,17 @@ class MLP(nnx.Module):
         self.bias_down = zeros((d,), (None,), dtype) if has_bias else None
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        outer = spec_like(x_BTD, None)
+        out_BTD = project("btf,fd->btd", self.inner(x_BTD), self.w_down, outer)
+        return biased(out_BTD, self.bias_down)
+
+    def inner(self, x_BTD: jax.Array) -> jax.Array:
+        """The hidden layer, which `w_down` multiplies, [B, T, F]."""
         inner = spec_like(x_BTD, "ff")
         gate_BTF = project("btd,df->btf", x_BTD, self.w_gate, inner)
         up_BTF = project("btd,df->btf", x_BTD, self.w_up, inner)
         gate_BTF = jax.nn.silu(biased(gate_BTF, self.bias_gate))
-        inner_BTF = gate_BTF * biased(up_BTF, self.bias_up)
-        outer = spec_like(x_BTD, None)
-        out_BTD = project("btf,fd->btd", inner_BTF, self.w_down, outer)
-        return biased(out_BTD, self.bias_down)
+        return gate_BTF * biased(up_BTF, self.bias_up)
 
 
 def unstack(stacked: M) -> list[M]:

@@ -88,6 +88,7 @@ def test_json_is_an_object_a_prompt_and_nothing_else(restored, capsys, tmp_path)
         "finish",
         "deviations",
         "prompt_tokens",
+        "ended_by",
     }
 
 

@@ -33,10 +33,10 @@ class Generation:
     accepted_by_head: list[float]
     tokens_per_s: float  # of the batch: its new tokens / its time, without compilation
     finish: str  # "length", "eos" or "stop"
-    ended_by: int | None = None  # the id of the end of text; None: of no such token
     deviations: int | None = None  # tokens not the exact choice; None: exact decoder
     # Of the prompt, begin of text first.
     prompt_tokens: list[int] = dataclasses.field(default_factory=list)
+    ended_by: int | None = None  # the id that ended the text; None: it was none
 
 
 def generation_of(

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from mtp_jax.eval.heldout import evaluate
     from mtp_jax.eval.outputs import head_outputs
     from mtp_jax.eval.task_run import evaluate_tasks
+    from mtp_jax.exporting.export import export
+    from mtp_jax.growth.grow import grow
     from mtp_jax.planning.plan import plan
     from mtp_jax.rehearsal.rehearsal import rehearse
     from mtp_jax.run.audit import audit
@@ -35,6 +37,8 @@ __all__ = [
     "count_corpus",
     "evaluate",
     "evaluate_tasks",
+    "export",
+    "grow",
     "head_outputs",
     "list_runs",
     "plan",
@@ -54,6 +58,8 @@ _MODULES = {
     "count_corpus": "mtp_jax.data.ngram_counts",
     "evaluate": "mtp_jax.eval.heldout",
     "evaluate_tasks": "mtp_jax.eval.task_run",
+    "export": "mtp_jax.exporting.export",
+    "grow": "mtp_jax.growth.grow",
     "head_outputs": "mtp_jax.eval.outputs",
     "list_runs": "mtp_jax.run.workdirs",
     "plan": "mtp_jax.planning.plan",

@@ -35,6 +35,8 @@ Multi-token prediction: train a model with n heads, and let it draft for itself.
   prepare   text, JSONL or code into a tokenized corpus
   count     how often tokens of a corpus follow each other, for dynamo
   train     train a model; the same command again continues the run
+  grow      more, fewer or other heads for a model that is there
+  export    a model in a format of other programs
   runs      list the runs under a folder: step, loss, how their configs differ
   evaluate  measure a trained model on held-out text, or on benchmarks
   generate  decode from a trained model
@@ -51,6 +53,8 @@ _MODULES = {
     "prepare": "mtp_jax.cli.prepare",
     "count": "mtp_jax.cli.count",
     "train": "mtp_jax.cli.train",
+    "grow": "mtp_jax.cli.grow",
+    "export": "mtp_jax.cli.export",
     "runs": "mtp_jax.cli.runs",
     "evaluate": "mtp_jax.cli.evaluate",
     "generate": "mtp_jax.cli.generate",

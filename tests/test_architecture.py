@@ -16,6 +16,8 @@ FOLDERS = [
     "cli",
     "reports",
     "run",
+    "growth",
+    "exporting",
     "verification",
     "eval",
     "decode",

@@ -42,7 +42,11 @@ def parameters(cfg):
     return sum(x.size for x in jax.tree.leaves(shapes))
 
 
-@pytest.mark.parametrize("name", [p.stem for p in (ROOT / "configs").glob("*.py")])
+@pytest.mark.parametrize(
+    "name",
+    # finetune.py needs the workdir of a run.
+    sorted({p.stem for p in (ROOT / "configs").glob("*.py")} - {"finetune"}),
+)
 def test_a_config_freezes_and_makes_a_model(one_device, name):
     cfg = load(name)
 

@@ -4,6 +4,7 @@ No config file is needed: it lies in the checkpoint. Only parameters are read.
 """
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from mtp_jax.errors import UserError
 from mtp_jax.model.language_model import keep_heads, model_builder
 from mtp_jax.parallel.sharding import abstract_tree, make_mesh, slice_count
 from mtp_jax.storage import run_at, where_runs_are
+from mtp_jax.training.lora import merged, with_lora
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,14 +124,26 @@ def restore_model(
         raise UserError(f"the tokenizer in {workdir} is not the one of the checkpoint.")
     mesh = make_mesh(_evaluation_mesh(config)) if mesh is None else mesh
     with jax.set_mesh(mesh):
-        init_params, _ = model_builder(config.model)
-        abstract = abstract_tree(jax.eval_shape(init_params, jax.random.key(0)), mesh)
+        abstract = abstract_tree(_shapes(config), mesh)
         step, items, _ = restore_newest(checkpoints, {"params": abstract}, step)
-        restored = Restored(config, items["params"], mesh, step, tokenizer)
+        params = items["params"]
+        if config.optim.lora_rank:
+            params = jax.jit(functools.partial(merged, config.optim))(params)
+            optim = dataclasses.replace(config.optim, lora_rank=0)
+            config = dataclasses.replace(config, optim=optim)
+        restored = Restored(config, params, mesh, step, tokenizer)
         if heads is not None:
             restored = restored.keep_heads(heads)
     checkpoints.close()
     return restored
+
+
+def _shapes(config: Config) -> Any:
+    """Parameters that a checkpoint of a run holds, abstract."""
+    init, _ = model_builder(config.model)
+    return jax.eval_shape(
+        lambda key: with_lora(config.optim, init(key), key), jax.random.key(0)
+    )
 
 
 def _evaluation_mesh(config: Config) -> MeshConfig:

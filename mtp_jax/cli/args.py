@@ -7,7 +7,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import absl.flags
 from ml_collections import ConfigDict, config_flags
@@ -112,7 +112,7 @@ def config_from(path: str, overrides: list[str]) -> Config:
     def define(flags: absl.flags.FlagValues) -> None:
         config_flags.DEFINE_config_file("config", flag_values=flags, sys_argv=argv)
 
-    return _parsed(define, argv, path, overrides)
+    return freeze(_parsed(define, argv, path, overrides))
 
 
 def config_of_run(workdir: str, overrides: list[str]) -> Config:
@@ -132,15 +132,31 @@ def config_of_run(workdir: str, overrides: list[str]) -> Config:
         raise UserError(
             f"{workdir} holds no run to go on with; give --config=FILE to begin one."
         ) from None
-    tree = ConfigDict(as_tree(config_from_json(written, str(path))))
+    tree = as_tree(config_from_json(written, str(path)))
+    return freeze(edited(tree, str(path), overrides))
+
+
+def edited(
+    tree: dict[str, dict[str, Any]], where: str, overrides: list[str]
+) -> dict[str, dict[str, Any]]:
+    """Returns the sections of a config, with the fields of a command line.
+
+    Args:
+      tree: the sections.
+      where: they are from, for errors.
+      overrides: as for `config_from`.
+
+    Raises:
+      UserError: what `config_from` raises.
+    """
     argv = ["mtp-jax", *plain_overrides(overrides)]
 
     def define(flags: absl.flags.FlagValues) -> None:
         config_flags.DEFINE_config_dict(
-            "config", tree.lock(), flag_values=flags, sys_argv=argv
+            "config", ConfigDict(tree).lock(), flag_values=flags, sys_argv=argv
         )
 
-    return _parsed(define, argv, str(path), overrides)
+    return _parsed(define, argv, where, overrides).to_dict()
 
 
 def _parsed(
@@ -148,8 +164,8 @@ def _parsed(
     argv: list[str],
     path: str,
     overrides: list[str],
-) -> Config:
-    """Returns the config that the flag `config` holds after the command line."""
+) -> ConfigDict:
+    """Returns what the flag `config` holds after the command line."""
     flags = absl.flags.FlagValues()
     try:
         define(flags)
@@ -166,7 +182,7 @@ def _parsed(
         raise UserError(_what_is_wrong(path, overrides, error)) from error
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; see --help.")
-    return freeze(flags["config"].value)
+    return flags["config"].value
 
 
 def _what_is_wrong(path: str, overrides: list[str], error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from mtp_jax.config.formats import config_from_json, config_to_json
 from mtp_jax.config.heads import HeadsConfig
+from mtp_jax.config.init import HeadStart, InitConfig
 from mtp_jax.config.listing import config_to_python
 from mtp_jax.config.loss import Balance, LossConfig, LossKind
 from mtp_jax.config.optim import OptimConfig, Schedule
@@ -35,7 +36,9 @@ __all__ = [
     "Dtype",
     "EvalConfig",
     "HeadLoss",
+    "HeadStart",
     "HeadsConfig",
+    "InitConfig",
     "LogConfig",
     "LossConfig",
     "LossKind",

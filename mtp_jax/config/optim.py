@@ -8,7 +8,7 @@ from mtp_jax.config.checks import require, require_at_least
 Schedule = Literal["cosine", "wsd"]
 # A group of parameters and its number.
 ByGroup = tuple[tuple[str | float, ...], ...]
-GROUPS = ("trunk", "heads", "unembedding", "embedding", "norms")
+GROUPS = ("trunk", "heads", "unembedding", "embedding", "norms", "lora")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,8 @@ class OptimConfig:
 
     Groups of parameters: trunk and heads, each with the norms of its layers; embedding;
     unembedding, of heads too, and a Markov bias with it (a tied one is the embedding);
-    norms, the last norms of the heads.
+    norms, the last norms of the heads; lora, low-rank updates of a frozen trunk's
+    matrices, if lora_rank is above 0 (arXiv:2106.09685).
     """
 
     peak_lr: float = 3e-4  # the learning rate at the end of the warm-up
@@ -39,6 +40,8 @@ class OptimConfig:
     decays: ByGroup = ()  # a group's own weight_decay, likewise
     clips: ByGroup = ()  # a group's own clip_norm; it leaves the global norm
     frozen: tuple[str, ...] = ()  # groups that are not trained, and have no moments
+    lora_rank: int = 0  # of updates of a frozen trunk; 0: none
+    lora_alpha: float = 16.0  # they count lora_alpha / lora_rank
 
     def __post_init__(self):
         require_at_least(
@@ -68,9 +71,23 @@ class OptimConfig:
         )
         for group in self.frozen:
             _check_group("frozen", group)
+        self._check_lora()
         require(
-            set(self.frozen) < set(GROUPS),
+            not set(GROUPS) - {"lora"} <= set(self.frozen) or self.lora_rank > 0,
             "config.optim.frozen has every group; leave one to train.",
+        )
+
+    def _check_lora(self) -> None:
+        require_at_least("optim", 0, lora_rank=self.lora_rank)
+        require(self.lora_alpha > 0, "config.optim.lora_alpha must be above 0.")
+        require(
+            not self.lora_rank or "trunk" in self.frozen,
+            "config.optim.lora_rank is above 0, which trains updates of a frozen "
+            'trunk; put "trunk" into config.optim.frozen.',
+        )
+        require(
+            "lora" not in self.frozen,
+            "config.optim.frozen has lora; set config.optim.lora_rank=0 instead.",
         )
 
 

@@ -5,6 +5,7 @@ from typing import Literal
 
 from mtp_jax.config.checks import require, require_at_least, require_sizes
 from mtp_jax.config.heads import HeadsConfig
+from mtp_jax.config.init import InitConfig
 from mtp_jax.config.loss import LossConfig
 from mtp_jax.config.optim import OptimConfig
 from mtp_jax.errors import UserError
@@ -278,6 +279,7 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+    init: InitConfig = dataclasses.field(default=InitConfig())
 
     def __post_init__(self):
         model, steps = self.model, self.train.steps

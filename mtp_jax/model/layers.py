@@ -149,13 +149,15 @@ class MLP(nnx.Module):
         self.w_down = weight(rngs, (f, d), ("ff", "embed"), fan_in=f, dtype=dtype)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        outer = spec_like(x_BTD, None)
+        return project("btf,fd->btd", self.inner(x_BTD), self.w_down, outer)
+
+    def inner(self, x_BTD: jax.Array) -> jax.Array:
+        """The hidden layer, which `w_down` multiplies, [B, T, F]."""
         inner = spec_like(x_BTD, "ff")
         gate_BTF = project("btd,df->btf", x_BTD, self.w_gate, inner)
         up_BTF = project("btd,df->btf", x_BTD, self.w_up, inner)
-        outer = spec_like(x_BTD, None)
-        return project(
-            "btf,fd->btd", jax.nn.silu(gate_BTF) * up_BTF, self.w_down, outer
-        )
+        return jax.nn.silu(gate_BTF) * up_BTF
 
 
 def unstack(stacked: M) -> list[M]:

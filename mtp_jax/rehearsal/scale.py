@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from mtp_jax.config import Config, MeshConfig, as_tree
+from mtp_jax.config import Config, InitConfig, MeshConfig, as_tree
 from mtp_jax.errors import UserError
 
 _TRUNK_LAYERS = 1
@@ -95,6 +95,7 @@ def scale_down(
             cfg.checkpoint, every=_SAVE_EVERY, keep_every=0, keep_best=0, local_dir=""
         ),
         eval=dataclasses.replace(cfg.eval, every=0),
+        init=InitConfig(),
         log=dataclasses.replace(cfg.log, every=1, tensorboard=False, profile_step=0),
     )
 

@@ -1,5 +1,7 @@
 """Evaluation during a run: held-out figures and a sample text, on schedule."""
 
+import functools
+
 import jax
 
 from mtp_jax.config import Config
@@ -10,6 +12,7 @@ from mtp_jax.eval.heldout import make_evaluator, measure, placed_heldout
 from mtp_jax.run.goodput import Goodput
 from mtp_jax.run.records import heldout_line, heldout_record
 from mtp_jax.run.run_log import RunLog
+from mtp_jax.training.lora import merged
 from mtp_jax.training.train_step import TrainState
 
 
@@ -32,6 +35,8 @@ class HeldoutEvaluation:
         self._goodput = goodput
         self._tokenizer = corpora[0].tokenizer
         self._evaluator = make_evaluator(cfg.model, cfg.compute, self._tokenizer)
+        merge = functools.partial(merged, cfg.optim)
+        self._merge = jax.jit(merge) if cfg.optim.lora_rank else merge
         self._generator = Generator(cfg.model, None, self._tokenizer, mesh)
 
     def due(self, step: int) -> bool:
@@ -46,7 +51,7 @@ class HeldoutEvaluation:
             batches = placed_heldout(
                 self._cfg, self._corpora, self._mesh, limit=cfg.batches
             )
-            figures = measure(self._evaluator, state.params, batches)
+            figures = measure(self._evaluator, self._merge(state.params), batches)
             record = heldout_record(step, figures)
             self._log.say(heldout_line(figures, step))
             if cfg.sample_tokens:
@@ -64,7 +69,7 @@ class HeldoutEvaluation:
         which, where = (int(x) for x in jax.device_get(numbers))
         length = self._cfg.eval.sample_prompt_tokens
         prompt = drawn_prompt(documents, length, which, where)
-        self._generator.use(state.params)
+        self._generator.use(self._merge(state.params))
         made = self._generator.generate(
             [prompt], max_new_tokens=self._cfg.eval.sample_tokens
         )

@@ -58,7 +58,7 @@ def run(
     durable = Checkpoints(workdir, cfg.checkpoint)
     with goodput.spent("restore"):
         local = open_local(cfg, workdir, mesh)
-        start = restore_or_init(cfg, durable, local, goodput)
+        start = restore_or_init(cfg, durable, local, goodput, corpora)
     history = read_history(workdir)
     run_file = RunFile.begin(
         cfg,

@@ -75,6 +75,8 @@ def _of_groups(cfg: Config, metrics: dict[str, np.ndarray]) -> dict[str, float]:
     if "norm_G" not in metrics:
         return {}
     groups = [g for g in GROUPS if g not in cfg.optim.frozen]
+    if not cfg.optim.lora_rank:
+        groups.remove("lora")
     if cfg.model.tie_embeddings and not cfg.heads.markov_rank:
         groups = [g for g in groups if g != "unembedding"]
     norms = metrics["norm_G"].tolist()

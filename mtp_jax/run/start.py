@@ -15,8 +15,11 @@ from mtp_jax.checkpoint.checkpoints import (
 )
 from mtp_jax.checkpoint.local import LocalCheckpoints
 from mtp_jax.config import Config, HeadsConfig, config_from_json
+from mtp_jax.data.corpus import Corpus
 from mtp_jax.distributed import hosts
 from mtp_jax.errors import RunFailed, UserError, say
+from mtp_jax.growth.grow import initial_params
+from mtp_jax.growth.states import new_state
 from mtp_jax.parallel.sharding import abstract_tree
 from mtp_jax.run.goodput import Goodput
 from mtp_jax.run.run_file import identity
@@ -54,8 +57,11 @@ def restore_or_init(
     durable: Checkpoints,
     local: LocalCheckpoints | None,
     goodput: Goodput,
+    corpora: list[Corpus],
 ) -> Start:
     """The newest state that was saved, locally or durably, else a new one.
+
+    A new one begins with the model of another run if `config.init` names one.
 
     Raises:
       RunFailed: this process alone, of several, found its checkpoint damaged.
@@ -64,21 +70,25 @@ def restore_or_init(
     init = make_init(cfg)
     # Runs of before, whose larger seeds were cut to 32 bits, go on as they were.
     key = jax.random.key(cfg.train.seed % 2**32)
-    newest = max(durable.steps(), default=0)
+    newest = max(durable.steps(), default=-1)
     if local is not None:
         shapes = jax.eval_shape(init, key)
         abstract = abstract_tree(shapes, jax.sharding.get_mesh())
-        step = local.newest(newest, abstract)
-        if step > newest:
+        step = local.newest(max(newest, 0), abstract)
+        if step > max(newest, 0):
             state, about = local.restore(step, abstract)
             return Start(state, step, int(about.pop("rows")), about)
-        local.drop_after(newest)
-    if newest:
+        local.drop_after(max(newest, 0))
+    if newest >= 0:
         return _restore(durable, jax.eval_shape(init, key))
     if cfg.train.seed >= 2**32:
         raise UserError(
             f"config.train.seed is {cfg.train.seed}; it must be 0 to 2^32 - 1."
         )
+    if cfg.init.workdir:
+        with goodput.spent("start"):
+            params = initial_params(cfg, jax.sharding.get_mesh(), corpora)
+            return Start(new_state(cfg, params), 0, 0, {})
     with goodput.spent("compile"):
         compile_on_all(init, key)
     with goodput.spent("start"):

@@ -20,6 +20,7 @@ from mtp_jax.data.workers import check_workers
 from mtp_jax.distributed import hosts
 from mtp_jax.distributed.cluster import ProcessInfo
 from mtp_jax.errors import UserError, disk_errors_told
+from mtp_jax.growth.grow import check_init
 from mtp_jax.model.attention import check_attention
 from mtp_jax.parallel.sharding import check_divisible, make_mesh
 from mtp_jax.run.loop import run
@@ -73,6 +74,8 @@ def _train(cfg: Config, name: str, cluster: ProcessInfo | None) -> None:
     check_attention(cfg, mesh)
     part = (jax.process_index(), jax.process_count())
     tokenizer = _tokenizer_of_run(cfg.model, workdir)
+    if tokenizer is None:
+        check_init(cfg)
     corpora = open_sources(cfg, part=part, tokenizer=tokenizer)
     _refuse_nothing_held_out(cfg, corpora)
     teacher = load_teacher(cfg, mesh, corpora[0].tokenizer)

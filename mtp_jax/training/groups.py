@@ -22,6 +22,7 @@ _GROUP_OF = {
     "w_markov_in": "unembedding",
     "w_markov_out": "unembedding",
     "norm": "norms",
+    "lora": "lora",
 }
 
 

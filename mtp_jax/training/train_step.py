@@ -21,6 +21,7 @@ from mtp_jax.model.attention import few_documents
 from mtp_jax.model.language_model import model_builder
 from mtp_jax.training.balance import factors, start_of_balance, updated
 from mtp_jax.training.groups import group_norms, together, trained, unless_waiting
+from mtp_jax.training.lora import merged, with_lora
 from mtp_jax.training.optim import learning_rate, make_optimizer
 from mtp_jax.training.wide import join, split
 
@@ -51,26 +52,34 @@ def make_init(cfg: Config) -> Callable[[jax.Array], TrainState]:
     `jax.eval_shape(init, key)` gives the shapes and shardings of a state.
     """
     init_wide, _ = model_builder(dataclasses.replace(cfg.model, param_dtype="float32"))
-    optimizer = make_optimizer(cfg.optim, cfg.train.steps)
 
     @jax.jit
     def init(key: jax.Array) -> TrainState:
         params_key, run_key = jax.random.split(key)
-        wide = init_wide(params_key)
-        params, rounded_off = split(wide, cfg.model.param_dtype)
-        zero = jnp.zeros((), jnp.int32)
-        return TrainState(
-            step=zero,
-            bad_steps=zero,
-            key=jax.random.key_data(run_key),
-            params=params,
-            opt_state=optimizer.init(trained(wide, cfg.optim.frozen)),
-            rounded_off=rounded_off,
-            balance=start_of_balance(cfg.loss, cfg.model.n_future_tokens),
-            teacher=wide if cfg.loss.averages_teacher else None,
-        )
+        return state_of(cfg, init_wide(params_key), jax.random.key_data(run_key))
 
     return init
+
+
+def state_of(cfg: Config, wide: Any, key: jax.Array) -> TrainState:
+    """The state of step 0 with these parameters of a model, float32.
+
+    `key` is key data, of the run. Updates of a frozen trunk (`lora`) are new.
+    """
+    wide = with_lora(cfg.optim, wide, jax.random.wrap_key_data(key))
+    params, rounded_off = split(wide, cfg.model.param_dtype)
+    optimizer = make_optimizer(cfg.optim, cfg.train.steps)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        step=zero,
+        bad_steps=zero,
+        key=key,
+        params=params,
+        opt_state=optimizer.init(trained(wide, cfg.optim.frozen)),
+        rounded_off=rounded_off,
+        balance=start_of_balance(cfg.loss, cfg.model.n_future_tokens),
+        teacher=wide if cfg.loss.averages_teacher else None,
+    )
 
 
 def step_weights(
@@ -128,8 +137,10 @@ def make_gradients(
         """The gradient of a loss of rows with few documents, or any number of them."""
 
         def loss_fn(learning, params, microbatch, weights, teacher):
-            model = build(together(learning, params))
-            other = None if teacher is None else build_teacher(teacher)
+            model = build(merged(cfg.optim, together(learning, params)))
+            other = teacher
+            if other is not None:
+                other = build_teacher(merged(cfg.optim, teacher))
             how = (loss, cfg.compute, few)
             return batch_loss(model, microbatch, weights, *how, other)
 

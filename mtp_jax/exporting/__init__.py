@@ -1,0 +1,1 @@
+"""Models written in formats of other programs, read again before they count."""

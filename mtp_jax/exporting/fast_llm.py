@@ -1,0 +1,67 @@
+"""Fast-LLM's `mtp_llama`: all heads as layers of one model, with a norm a head.
+
+Names and shapes: ServiceNow/Fast-LLM, fast_llm_external_models/mtp_llama. Layers
+`model.layers.*` end with head 1, `model.mtp_heads.*` are the heads after it, and
+`model.mtp_norms.*` the last norm of every head.
+"""
+
+import json
+import pathlib
+
+import numpy as np
+
+from mtp_jax.errors import UserError
+from mtp_jax.exporting import tensors
+from mtp_jax.exporting.parts import Parts
+from mtp_jax.exporting.tokenizer_files import write_tokenizer
+
+
+def write_fast_llm(parts: Parts, folder: pathlib.Path, positions: int) -> list[str]:
+    """Writes the folder and reads it again; nothing of such a model is lost.
+
+    Raises:
+      UserError: heads that the format does not know.
+      RunFailed: what was read is not what was to be written.
+    """
+    require_plain_heads(parts, "fastllm")
+    arrays = dict(parts.llama)
+    scale_D = arrays.pop("model.norm.weight")
+    for name, x in parts.heads.items():
+        _, number, rest = name.split(".", 2)
+        if rest.startswith("layers.0."):
+            arrays[f"model.mtp_heads.{number}.{rest.removeprefix('layers.0.')}"] = x
+    for i in range(parts.cfg.n_future_tokens):
+        own_D = parts.heads.get(f"heads.{i - 1}.norm.weight", scale_D)
+        arrays[f"model.mtp_norms.{i}.weight"] = np.array(own_D)
+    tensors.write(folder, arrays, 1 << 62)
+    about = parts.config(positions) | {
+        "architectures": ["MTPLlamaForCausalLM"],
+        "model_type": "mtp_llama",
+        "prediction_heads": parts.cfg.n_future_tokens,
+    }
+    text = json.dumps(about, indent=2)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    write_tokenizer(folder, parts.model.tokenizer, positions)
+    tensors.compare(folder, arrays, tensors.read(folder))
+    return []
+
+
+def require_plain_heads(parts: Parts, name: str) -> None:
+    """Refuses heads that are not one layer each, with the one table of all.
+
+    Raises:
+      UserError: naming the field.
+    """
+    heads = parts.cfg.heads
+    several = parts.cfg.n_future_tokens > 1
+    for field, value, plain in (
+        ("kind", heads.kind, "parallel"),
+        ("layers", heads.layers, 1),
+        ("unembedding", heads.unembedding, "shared"),
+        ("markov_rank", heads.markov_rank, 0),
+    ):
+        if several and value != plain:
+            raise UserError(
+                f"--format={name} holds parallel heads of one layer, and "
+                f"config.heads.{field} is {value}; grow --heads=1 first, or choose hf."
+            )

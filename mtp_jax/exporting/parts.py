@@ -1,0 +1,157 @@
+"""A restored model as tensors by name: an ordinary Llama, and the heads beside it.
+
+Names of the heads are those of modules in `modeling_mtp_heads.py`.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from mtp_jax.checkpoint.restore import Restored
+from mtp_jax.config import HeadsConfig, ModelConfig
+from mtp_jax.config.regrow import regrown_config
+from mtp_jax.errors import UserError
+from mtp_jax.interop.hf_llama import layer_weights, llama_weights
+from mtp_jax.model.language_model import model_builder
+from mtp_jax.model.regrow import regrown
+
+Arrays = dict[str, np.ndarray]
+_DRAFTING = ("parallel", "causal", "linear", "residual")
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """A model to be written."""
+
+    model: Restored
+    plain: ModelConfig  # one head, as deep as the way to head 1
+    llama: Arrays  # by the names of Hugging Face's Llama; a tied output is left out
+    heads: Arrays  # of heads 2 to n and of their bias; empty if there are none
+    dropped: str  # why heads are not among them, or empty
+
+    @property
+    def cfg(self) -> ModelConfig:
+        return self.model.config.model
+
+    def config(self, positions: int) -> dict[str, Any]:
+        """The content of config.json, for texts of so many tokens."""
+        cfg, tokenizer = self.plain, self.model.tokenizer
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": cfg.vocab_size,
+            "hidden_size": cfg.d_model,
+            "intermediate_size": cfg.d_ff,
+            "num_hidden_layers": cfg.num_layers,
+            "num_attention_heads": cfg.num_query_heads,
+            "num_key_value_heads": cfg.num_kv_heads,
+            "head_dim": cfg.d_head,
+            "hidden_act": "silu",
+            "max_position_embeddings": positions,
+            "rms_norm_eps": cfg.norm_eps,
+            # Older versions read rope_theta beside, newer ones rope_parameters.
+            "rope_theta": cfg.rope_theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
+            "tie_word_embeddings": cfg.tie_embeddings,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "initializer_range": 0.02,
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": tokenizer.eos_id,
+            "pad_token_id": tokenizer.eos_id,
+            "dtype": cfg.param_dtype,
+            "torch_dtype": cfg.param_dtype,
+        }
+
+    def about_heads(self) -> dict[str, Any]:
+        """What the modelling file has to know of the heads."""
+        heads = self.cfg.heads
+        return {
+            "kind": heads.kind,
+            "n_future_tokens": self.cfg.n_future_tokens,
+            "layers": heads.layers,
+            "norm": heads.norm,
+            "unembedding": heads.unembedding,
+            "markov_rank": heads.markov_rank,
+        }
+
+
+def parts_of(model: Restored) -> Parts:
+    """The tensors of a restored model, on this host.
+
+    Raises:
+      UserError: a model that no Llama equals.
+    """
+    cfg = model.config.model
+    _refuse_other_architecture(cfg)
+    plain = regrown_config(cfg, 1, HeadsConfig())
+    with jax.set_mesh(model.mesh):
+        init, _ = model_builder(plain)
+        shapes = jax.eval_shape(init, jax.random.key(0))
+        of_one = regrown(cfg, plain, model.params, shapes)
+    llama = _contiguous(llama_weights(jax.device_get(of_one)))
+    if cfg.tie_embeddings:
+        del llama["lm_head.weight"]
+    heads, dropped = cfg.heads, ""
+    if cfg.n_future_tokens > 1 and (heads.kind not in _DRAFTING or heads.shared):
+        dropped = f"{'shared ' * heads.shared}{heads.kind} heads"
+    found: Arrays = {}
+    if cfg.n_future_tokens > 1 and not dropped:
+        found = _contiguous(_head_weights(cfg, jax.device_get(model.params)))
+    return Parts(model, plain, llama, found, dropped)
+
+
+def _refuse_other_architecture(cfg: ModelConfig) -> None:
+    """Raises UserError for models with what a plain Llama has not."""
+    if cfg.num_query_heads * cfg.d_head != cfg.d_model:
+        raise UserError(
+            f"a model with {cfg.num_query_heads} heads of {cfg.d_head} in a width of "
+            f"{cfg.d_model} is no Llama of Hugging Face."
+        )
+
+
+def _head_weights(cfg: ModelConfig, params: Any) -> Arrays:
+    heads, found = cfg.heads, {}
+    first = 1 if heads.wiring.first else 0
+    for number in range(cfg.n_future_tokens - 1):
+        body = jax.tree.map(lambda x, i=number + first: x[i], params["heads"])
+        prefix = f"heads.{number}."
+        for name, x in _body_weights(cfg, body).items():
+            found[prefix + name] = x
+        if heads.norm == "own":
+            found[f"{prefix}norm.weight"] = params["norm"][number + 1]
+        if heads.unembedding == "own":
+            found[f"{prefix}unembedding.weight"] = params["w_unembedding"][number + 1]
+    if heads.markov_rank:
+        found["markov_in.weight"] = params["w_markov_in"]
+        found["markov_out.weight"] = params["w_markov_out"]
+    return found
+
+
+def _body_weights(cfg: ModelConfig, body: Any) -> Arrays:
+    """The weights of one head besides norm and tables."""
+    heads = cfg.heads
+    if heads.kind == "linear":
+        return {"map.weight": body["w_map"].T}
+    if heads.kind == "residual":
+        return {
+            f"blocks.{i}.{name}": x
+            for i in range(heads.layers)
+            for name, x in (
+                ("weight", body[f"w_{i}"].T),
+                ("bias", body[f"bias_{i}"]),
+            )
+        }
+    several = heads.layers > 1
+    layers = [body[f"layer_{i}"] for i in range(heads.layers)] if several else [body]
+    return {
+        f"layers.{i}.{name}": x
+        for i, layer in enumerate(layers)
+        for name, x in layer_weights(layer).items()
+    }
+
+
+def _contiguous(arrays: Arrays) -> Arrays:
+    return {name: np.ascontiguousarray(x) for name, x in arrays.items()}

@@ -1,0 +1,86 @@
+"""A Llama in NumPy, to compare what was written with what the model says.
+
+It reads tensors by the names of Hugging Face, and shares nothing with the model but the
+formulas (arXiv:2302.13971, section 2.2).
+
+Axes: T positions, D model width, H query heads, G key-value heads, K head width.
+"""
+
+from typing import Any
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+
+
+def norm(x_TD: np.ndarray, scale_D: np.ndarray, eps: float) -> np.ndarray:
+    """Root-mean-square norm, float64 [T, D]."""
+    return x_TD / np.sqrt((x_TD**2).mean(-1, keepdims=True) + eps) * scale_D
+
+
+def layer(
+    x_TD: np.ndarray, w: Arrays, prefix: str, about: dict[str, Any]
+) -> np.ndarray:
+    """x after a transformer layer, float64 [T, D].
+
+    Args:
+      x_TD: its input, of one text.
+      w: tensors, float64.
+      prefix: of the names of the layer's.
+      about: the content of config.json.
+    """
+    h, g, k = (
+        about[name]
+        for name in ("num_attention_heads", "num_key_value_heads", "head_dim")
+    )
+    eps, t = about["rms_norm_eps"], len(x_TD)
+
+    def of(name: str) -> np.ndarray:
+        return w[f"{prefix}{name}.weight"]
+
+    a_TD = norm(x_TD, of("input_layernorm"), eps)
+    q_THK = _turned((a_TD @ of("self_attn.q_proj").T).reshape(t, h, k), about)
+    k_TGK = _turned((a_TD @ of("self_attn.k_proj").T).reshape(t, g, k), about)
+    v_TGK = (a_TD @ of("self_attn.v_proj").T).reshape(t, g, k)
+    read_THK = np.empty_like(q_THK)
+    seen_TT = np.tril(np.ones((t, t), bool))
+    for head in range(h):
+        of_group = head // (h // g)
+        scores_TT = q_THK[:, head] @ k_TGK[:, of_group].T / np.sqrt(k)
+        scores_TT = np.where(seen_TT, scores_TT, -np.inf)
+        p_TT = np.exp(scores_TT - scores_TT.max(-1, keepdims=True))
+        read_THK[:, head] = p_TT @ v_TGK[:, of_group] / p_TT.sum(-1, keepdims=True)
+    x_TD = x_TD + read_THK.reshape(t, h * k) @ of("self_attn.o_proj").T
+    b_TD = norm(x_TD, of("post_attention_layernorm"), eps)
+    gate_TF = b_TD @ of("mlp.gate_proj").T
+    inner_TF = silu(gate_TF) * (b_TD @ of("mlp.up_proj").T)
+    return x_TD + inner_TF @ of("mlp.down_proj").T
+
+
+def streams(ids_T: np.ndarray, w: Arrays, about: dict[str, Any]) -> list[np.ndarray]:
+    """What each layer of a model is given, and the last one's output, [T, D] each."""
+    found = [w["model.embed_tokens.weight"][ids_T]]
+    for i in range(about["num_hidden_layers"]):
+        found.append(layer(found[-1], w, f"model.layers.{i}.", about))
+    return found
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    """x times its logistic function."""
+    return x / (1 + np.exp(-x))
+
+
+def _turned(x_THK: np.ndarray, about: dict[str, Any]) -> np.ndarray:
+    """x with rotary positions, halves of a head as pairs (arXiv:2104.09864)."""
+    k = x_THK.shape[-1]
+    theta = about["rope_parameters"]["rope_theta"]
+    frequency = theta ** (-np.arange(0, k, 2) / k)
+    angle = np.arange(len(x_THK))[:, None, None] * frequency
+    first, second = x_THK[..., : k // 2], x_THK[..., k // 2 :]
+    return np.concatenate(
+        [
+            first * np.cos(angle) - second * np.sin(angle),
+            second * np.cos(angle) + first * np.sin(angle),
+        ],
+        axis=-1,
+    )

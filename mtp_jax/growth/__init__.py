@@ -1,0 +1,1 @@
+"""Heads for a model that is there: where they begin, and what they then cost."""

@@ -1,0 +1,13 @@
+"""Stacks of heads of which the last ones become others."""
+
+import jax
+import jax.numpy as jnp
+
+
+def with_last(stack: jax.Array, at: int, new: jax.Array) -> jax.Array:
+    """A stack [N, ...] whose entries from `at` on are all `new`."""
+    count = stack.shape[0] - at
+    if count == 0:
+        return stack
+    others = jnp.stack([new.astype(stack.dtype)] * count)
+    return jnp.concatenate([stack[:at], others])

@@ -1,0 +1,36 @@
+"""Small random models to be exported, and their texts."""
+
+import dataclasses
+
+import jax
+import numpy as np
+from models import TINY, mesh_of, placed_params, random_params
+
+from mtp_jax.checkpoint.restore import Restored
+from mtp_jax.config import Config, DataConfig, HeadsConfig
+from mtp_jax.config.regrow import regrown_config
+from mtp_jax.data.tokenizer import ByteTokenizer
+
+BASE = dataclasses.replace(
+    TINY, vocab_size=256, num_layers=3, n_future_tokens=1, rope_theta=500.0
+)
+
+
+def random_model(n=3, tokenizer=None, size=1.0, mesh=None, of_model=None, **heads):
+    """A restored model of random parameters, larger or smaller by `size`."""
+    base = dataclasses.replace(BASE, **(of_model or {}))
+    cfg = regrown_config(base, n, HeadsConfig(**heads))
+    mesh = mesh or mesh_of()
+    with jax.set_mesh(mesh):
+        params = jax.tree.map_with_path(
+            lambda path, x: x * size if path[-1].key.startswith("w_") else x,
+            random_params(cfg),
+        )
+        placed = placed_params(cfg, params)
+    data = DataConfig(sources=("nowhere",), seq_len=64)
+    config = Config(model=cfg, data=data)
+    return Restored(config, placed, mesh, 7, tokenizer or ByteTokenizer())
+
+
+def ids(count=11, seed=4, vocab=250):
+    return np.random.default_rng(seed).integers(0, vocab, count)

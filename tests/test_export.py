@@ -2,6 +2,7 @@
 
 import json
 import struct
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from mtp_jax.cli import export as verb
 from mtp_jax.errors import RunFailed, UserError
 from mtp_jax.eval.outputs import head_outputs
 from mtp_jax.exporting import hf, meta, reference, tensors
-from mtp_jax.exporting.export import export
+from mtp_jax.exporting.export import Format, export
 from mtp_jax.exporting.parts import parts_of
 
 pytest.importorskip("safetensors")
@@ -277,6 +278,10 @@ def test_models_that_a_format_cannot_hold_are_refused(
         export(random_model(**fields), tmp_path / "out", format=format)
 
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_verb_knows_every_format():
+    assert get_args(Format) == verb._FORMATS
 
 
 def test_a_folder_that_is_not_empty_is_refused(tmp_path):

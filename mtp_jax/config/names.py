@@ -67,6 +67,8 @@ _MEANINGS = {
     "loss.schedule": "loss_schedule head_schedule curriculum weight_schedule",
     "loss.trunk_gradient": "detach detach_heads mtp_detach_heads head_gradient",
     "optim.rates": "lr_multipliers head_lr lr_mult param_groups heads_lr",
+    "optim.lora_rank": "lora lora_r lora_dim",
+    "init.workdir": "init_from pretrained finetune_from load_from base_model",
     "optim.frozen": "freeze freeze_trunk frozen_layers",
 }
 

@@ -66,7 +66,7 @@ class Parts:
         }
 
     def about_heads(self) -> dict[str, Any]:
-        """What the modelling file has to know of the heads."""
+        """The facts about the heads that the modelling file needs."""
         heads = self.cfg.heads
         return {
             "kind": heads.kind,

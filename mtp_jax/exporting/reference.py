@@ -58,7 +58,7 @@ def layer(
 
 
 def streams(ids_T: np.ndarray, w: Arrays, about: dict[str, Any]) -> list[np.ndarray]:
-    """What each layer of a model is given, and the last one's output, [T, D] each."""
+    """The input of each layer of a model, and the last output, [T, D] each."""
     found = [w["model.embed_tokens.weight"][ids_T]]
     for i in range(about["num_hidden_layers"]):
         found.append(layer(found[-1], w, f"model.layers.{i}.", about))

@@ -15,7 +15,6 @@ from mtp_jax.errors import RunFailed, UserError
 
 Arrays = dict[str, np.ndarray]
 _TYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def library() -> Any:
@@ -85,17 +84,11 @@ def compare(where: pathlib.Path, written: Arrays, found: Arrays) -> None:
 
 
 def _write_file(path: pathlib.Path, arrays: Arrays) -> None:
-    # The dtype as the library's own writers name it.
-    tensors = {
-        name: {
-            "dtype": x.dtype.name,
-            "shape": x.shape,
-            "data": np.ascontiguousarray(x).tobytes(),
-        }
-        for name, x in arrays.items()
-    }
-    assert all(x.dtype.name in _NAMES for x in arrays.values())
-    library().serialize_file(tensors, str(path), metadata={"format": "pt"})
+    library()
+    from safetensors.numpy import save_file
+
+    contiguous = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
+    save_file(contiguous, path, metadata={"format": "pt"})
 
 
 def _read_file(path: pathlib.Path) -> Arrays:

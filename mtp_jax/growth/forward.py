@@ -116,7 +116,7 @@ def unit(x_BTD: jax.Array, eps: float) -> jax.Array:
 
 
 def joined(run: Pass, head: int, weights: Weights) -> jax.Array:
-    """What the matrix of a serial module multiplies, [B, T, 2 D]."""
+    """Features that the matrix of a serial module multiplies, [B, T, 2 D]."""
     cfg, body = run.cfg, weights.body
     assert weights.embedding is not None
     dtype = run.trunk_BTD.dtype.name
@@ -131,7 +131,7 @@ def joined(run: Pass, head: int, weights: Weights) -> jax.Array:
 
 
 def attention_reads(run: Pass, head: int) -> tuple[jax.Array, jax.Array]:
-    """What the attention of a head's last layer reads, [B, T, H K], and its input."""
+    """Values that a head's last attention reads, [B, T, H K], and its input."""
     block, x_BTD = _last_block(run, head)
     attend = attend_within(run.rows, "auto")
 
@@ -145,7 +145,7 @@ def attention_reads(run: Pass, head: int) -> tuple[jax.Array, jax.Array]:
 
 
 def feed_forward_reads(run: Pass, head: int) -> tuple[jax.Array, jax.Array]:
-    """What `w_down` of a head's last layer multiplies, [B, T, F], and its residual."""
+    """Features that a head's last `w_down` multiplies, [B, T, F], and what it adds to."""
     block, x_BTD = _last_block(run, head)
     attend = attend_within(run.rows, "auto")
     # A feed-forward layer without output leaves what its output is added to.

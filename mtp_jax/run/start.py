@@ -47,6 +47,8 @@ def open_local(
     taught = cfg.loss.balance, cfg.loss.averages_teacher, cfg.optim.frozen
     if taught != ("none", False, ()):  # other arrays than those of a plain run
         setting += f" of {taught}"
+    if cfg.optim.lora_rank:
+        setting += f" with updates of rank {cfg.optim.lora_rank}"
     if cfg.heads != HeadsConfig():  # which earlier versions did not know
         setting = f"{cfg.heads} {setting}"
     return LocalCheckpoints(cfg.checkpoint, identity(workdir), setting)

@@ -37,7 +37,7 @@ def run_of(folder, model):
 
 def steps(cfg, params, batches, count=4):
     """Parameters after so many steps of a config."""
-    state = new_state(cfg, params)
+    state = new_state(cfg, placed_params(cfg.model, jax.device_get(params)))
     step = make_step(cfg)
     for i in range(count):
         rows = batches[i % len(batches)]
@@ -187,7 +187,9 @@ def test_a_run_begins_with_the_model_of_another(base, tmp_path):
 
 def test_a_run_of_another_model_cannot_begin_so(tmp_path):
     other = run_of(tmp_path / "run", ONE)
-    corpus = make_corpus(tmp_path / "text", ["some text " * 30] * 8, heldout=0.2)
+    corpus = make_corpus(
+        tmp_path / "text", [f"text {i} " * 30 for i in range(60)], heldout=0.2
+    )
     args = train_args(tmp_path / "out", corpus, f"--config.init.workdir={other}")
 
     code, _, err = finish(start(args))

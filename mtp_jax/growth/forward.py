@@ -145,7 +145,7 @@ def attention_reads(run: Pass, head: int) -> tuple[jax.Array, jax.Array]:
 
 
 def feed_forward_reads(run: Pass, head: int) -> tuple[jax.Array, jax.Array]:
-    """Features that a head's last `w_down` multiplies, [B, T, F], and what it adds to."""
+    """Features that a head's last `w_down` multiplies, [B, T, F], and its residual."""
     block, x_BTD = _last_block(run, head)
     attend = attend_within(run.rows, "auto")
     # A feed-forward layer without output leaves what its output is added to.

@@ -10,4 +10,5 @@ def with_last(stack: jax.Array, at: int, new: jax.Array) -> jax.Array:
     if count == 0:
         return stack
     others = jnp.stack([new.astype(stack.dtype)] * count)
+    others = jax.sharding.reshard(others, jax.typeof(stack).sharding.spec)
     return jnp.concatenate([stack[:at], others])

@@ -34,6 +34,7 @@ Multi-token prediction: train a model with n heads, and let it draft for itself.
 
   prepare   text, JSONL or code into a tokenized corpus
   count     how often tokens of a corpus follow each other, for dynamo
+  import    a model of other people as a workdir
   train     train a model; the same command again continues the run
   runs      list the runs under a folder: step, loss, how their configs differ
   evaluate  measure a trained model on held-out text, or on benchmarks
@@ -50,6 +51,7 @@ that a bug report needs, and what else to send with it."""
 _MODULES = {
     "prepare": "mtp_jax.cli.prepare",
     "count": "mtp_jax.cli.count",
+    "import": "mtp_jax.cli.import_model",
     "train": "mtp_jax.cli.train",
     "runs": "mtp_jax.cli.runs",
     "evaluate": "mtp_jax.cli.evaluate",
@@ -61,7 +63,11 @@ _MODULES = {
     "rehearse": "mtp_jax.cli.rehearse",
 }
 _VERBS = tuple(_MODULES)
-_TIDY = ("prepare", "rehearse")  # verbs that remove or end something if interrupted
+_TIDY = (
+    "prepare",
+    "import",
+    "rehearse",
+)  # verbs that remove or end something if interrupted
 
 
 def program() -> int:

@@ -2,23 +2,24 @@
 
 from mtp_jax.config.formats import config_from_json, config_to_json
 from mtp_jax.config.heads import HeadsConfig
+from mtp_jax.config.layer import LayerConfig
 from mtp_jax.config.listing import config_to_python
 from mtp_jax.config.loss import Balance, LossConfig, LossKind
+from mtp_jax.config.model import Dtype, ModelConfig
 from mtp_jax.config.optim import OptimConfig, Schedule
+from mtp_jax.config.rope import RopeConfig
 from mtp_jax.config.schedules import Table
-from mtp_jax.config.section_tree import as_tree, sections_of
+from mtp_jax.config.section_tree import PARTS_OF_MODEL, as_tree, sections_of
 from mtp_jax.config.sections import (
     Attention,
     CheckpointConfig,
     ComputeConfig,
     Config,
     DataConfig,
-    Dtype,
     EvalConfig,
     HeadLoss,
     LogConfig,
     MeshConfig,
-    ModelConfig,
     Remat,
     ScanLayers,
     TrainConfig,
@@ -26,6 +27,7 @@ from mtp_jax.config.sections import (
 from mtp_jax.config.tree import default, freeze
 
 __all__ = [
+    "PARTS_OF_MODEL",
     "Attention",
     "Balance",
     "CheckpointConfig",
@@ -36,6 +38,7 @@ __all__ = [
     "EvalConfig",
     "HeadLoss",
     "HeadsConfig",
+    "LayerConfig",
     "LogConfig",
     "LossConfig",
     "LossKind",
@@ -43,6 +46,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "Remat",
+    "RopeConfig",
     "ScanLayers",
     "Schedule",
     "Table",

@@ -14,7 +14,7 @@ from mtp_jax.checkpoint.checkpoints import (
     state_from_items,
 )
 from mtp_jax.checkpoint.local import LocalCheckpoints
-from mtp_jax.config import Config, HeadsConfig, config_from_json
+from mtp_jax.config import PARTS_OF_MODEL, Config, config_from_json
 from mtp_jax.distributed import hosts
 from mtp_jax.errors import RunFailed, UserError, say
 from mtp_jax.parallel.sharding import abstract_tree
@@ -44,8 +44,10 @@ def open_local(
     taught = cfg.loss.balance, cfg.loss.averages_teacher, cfg.optim.frozen
     if taught != ("none", False, ()):  # other arrays than those of a plain run
         setting += f" of {taught}"
-    if cfg.heads != HeadsConfig():  # which earlier versions did not know
-        setting = f"{cfg.heads} {setting}"
+    for part in PARTS_OF_MODEL:  # which earlier versions did not know
+        values = getattr(cfg.model, part)
+        if values != type(values)():
+            setting = f"{values} {setting}"
     return LocalCheckpoints(cfg.checkpoint, identity(workdir), setting)
 
 
@@ -64,16 +66,16 @@ def restore_or_init(
     init = make_init(cfg)
     # Runs of before, whose larger seeds were cut to 32 bits, go on as they were.
     key = jax.random.key(cfg.train.seed % 2**32)
-    newest = max(durable.steps(), default=0)
+    newest = max(durable.steps(), default=-1)
     if local is not None:
         shapes = jax.eval_shape(init, key)
         abstract = abstract_tree(shapes, jax.sharding.get_mesh())
-        step = local.newest(newest, abstract)
-        if step > newest:
+        step = local.newest(max(newest, 0), abstract)
+        if step > max(newest, 0):
             state, about = local.restore(step, abstract)
             return Start(state, step, int(about.pop("rows")), about)
-        local.drop_after(newest)
-    if newest:
+        local.drop_after(max(newest, 0))
+    if newest >= 0:
         return _restore(durable, jax.eval_shape(init, key))
     if cfg.train.seed >= 2**32:
         raise UserError(

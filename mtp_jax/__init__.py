@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mtp_jax.planning.plan import plan
     from mtp_jax.rehearsal.rehearsal import rehearse
     from mtp_jax.run.audit import audit
+    from mtp_jax.run.import_model import import_model
     from mtp_jax.run.train import train
     from mtp_jax.run.workdirs import list_runs
     from mtp_jax.verification.verifier import verify
@@ -40,6 +41,7 @@ __all__ = [
     "export",
     "grow",
     "head_outputs",
+    "import_model",
     "list_runs",
     "plan",
     "prepare",
@@ -61,6 +63,7 @@ _MODULES = {
     "export": "mtp_jax.exporting.export",
     "grow": "mtp_jax.growth.grow",
     "head_outputs": "mtp_jax.eval.outputs",
+    "import_model": "mtp_jax.run.import_model",
     "list_runs": "mtp_jax.run.workdirs",
     "plan": "mtp_jax.planning.plan",
     "prepare": "mtp_jax.data.prepare",

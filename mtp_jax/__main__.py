@@ -34,6 +34,7 @@ Multi-token prediction: train a model with n heads, and let it draft for itself.
 
   prepare   text, JSONL or code into a tokenized corpus
   count     how often tokens of a corpus follow each other, for dynamo
+  import    a model of other people as a workdir
   train     train a model; the same command again continues the run
   grow      more, fewer or other heads for a model that is there
   export    a model in a format of other programs
@@ -52,6 +53,7 @@ that a bug report needs, and what else to send with it."""
 _MODULES = {
     "prepare": "mtp_jax.cli.prepare",
     "count": "mtp_jax.cli.count",
+    "import": "mtp_jax.cli.import_model",
     "train": "mtp_jax.cli.train",
     "grow": "mtp_jax.cli.grow",
     "export": "mtp_jax.cli.export",
@@ -65,7 +67,11 @@ _MODULES = {
     "rehearse": "mtp_jax.cli.rehearse",
 }
 _VERBS = tuple(_MODULES)
-_TIDY = ("prepare", "rehearse")  # verbs that remove or end something if interrupted
+_TIDY = (
+    "prepare",
+    "import",
+    "rehearse",
+)  # verbs that remove or end something if interrupted
 
 
 def program() -> int:

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from mtp_jax.config import Config, MeshConfig, ModelConfig
-from mtp_jax.model.attention import RowContext, attend_within
+from mtp_jax.model.attention import RowContext
 from mtp_jax.model.heads.walk import HeadRunner, all_hidden, tokens_before
 from mtp_jax.model.language_model import model_builder, run_trunk
 from mtp_jax.parallel.sharding import make_mesh, spec
@@ -77,8 +77,7 @@ def placed_batch(rows, accumulation):
 def all_logits(model, tokens_BT, segments_BT, positions_BT):
     """Logits of every head by the layers that training uses, [N, B, T, V]."""
     rows = RowContext(model.angles(positions_BT), segments_BT)
-    attend = attend_within(rows, "xla")
-    trunk_BTD = run_trunk(model, model.embed(tokens_BT), rows.angles_BTk, attend)
+    trunk_BTD = run_trunk(model, model.embed(tokens_BT), rows, "xla")
     before_NBT = tokens_before(model.cfg, tokens_BT)
     runner = HeadRunner(model.cfg, rows, "xla")
     return all_hidden(runner, model.parts(trunk_BTD), before_NBT)[1]

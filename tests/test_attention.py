@@ -39,7 +39,7 @@ def random_rows(t, *, h, g, k=8, rows=2, seed=0):
     return arrays, naive.packed_rows(rng, rows, t, 32, padding=t // 8)["segments"]
 
 
-def formula(q_BTHK, k_BTGK, v_BTGK, d_out_BTHK, segments_BT):
+def formula(q_BTHK, k_BTGK, v_BTGK, d_out_BTHK, segments_BT, window=0):
     """What is read, and the gradients of queries, keys and values, in float64."""
     q, k, v, d_out = (
         np.asarray(x, np.float64).swapaxes(1, 2)
@@ -48,6 +48,8 @@ def formula(q_BTHK, k_BTGK, v_BTGK, d_out_BTHK, segments_BT):
     b, g, t, width = k.shape
     k, v = (np.repeat(x, q.shape[1] // g, axis=1) for x in (k, v))
     seen_BTT = np.tril(segments_BT[:, :, None] == segments_BT[:, None, :])
+    if window:
+        seen_BTT &= ~np.tril(np.ones((t, t), bool), -window)
     score = np.where(seen_BTT[:, None], q @ k.swapaxes(2, 3) / width**0.5, -np.inf)
     weight = np.exp(score - score.max(axis=-1, keepdims=True))
     weight /= weight.sum(axis=-1, keepdims=True)
@@ -60,7 +62,7 @@ def formula(q_BTHK, k_BTGK, v_BTGK, d_out_BTHK, segments_BT):
     return [x.swapaxes(1, 2) for x in (weight @ v, d_q, d_k, d_v)]
 
 
-def ours(kernel, mesh, arrays, segments_BT):
+def ours(kernel, mesh, arrays, segments_BT, window=0):
     """The same four by a kernel, on a mesh."""
     by_head = NamedSharding(mesh, spec("batch", "time", "heads", None))
     by_row = NamedSharding(mesh, spec("batch", None))
@@ -68,7 +70,7 @@ def ours(kernel, mesh, arrays, segments_BT):
     @jax.jit
     def run(q_BTHK, k_BTGK, v_BTGK, d_out_BTHK, segments_BT):
         def read(*qkv):
-            return causal_attention(*qkv, segments_BT, kernel)
+            return causal_attention(*qkv, segments_BT, kernel, window=window)
 
         out_BTHK, pull = jax.vjp(read, q_BTHK, k_BTGK, v_BTGK)
         return out_BTHK, *pull(d_out_BTHK)
@@ -130,6 +132,27 @@ def test_every_device_reads_with_its_own_rows_heads_and_positions(
         found = ours(kernel, mesh, arrays, segments_BT)
 
     for x, expected in zip(found, formula(*arrays, segments_BT), strict=True):
+        np.testing.assert_allclose(x, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("window", [1, 5, 200])
+@pytest.mark.parametrize(
+    ("kernel", "t", "axes"),
+    [
+        ("xla", 40, {}),
+        ("xla", 40, {"sequence": 2}),
+        ("splash", 384, {}),
+        ("splash", 512, {"sequence": 2}),
+    ],
+)
+def test_a_window_hides_what_is_further_back(kernel, t, axes, window, interpreted):
+    arrays, segments_BT = random_rows(t, h=2, g=1)
+
+    mesh = mesh_of(**axes)
+    with jax.set_mesh(mesh):
+        found = ours(kernel, mesh, arrays, segments_BT, window)
+
+    for x, expected in zip(found, formula(*arrays, segments_BT, window), strict=True):
         np.testing.assert_allclose(x, expected, atol=2e-5)
 
 

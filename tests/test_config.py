@@ -95,7 +95,6 @@ def test_a_misspelt_field_of_the_tree_is_refused_at_once():
         ({"model__n_future_tokens": 9}, "config.model.n_future_tokens is 9"),
         ({"model__num_kv_heads": 3}, "config.model.num_kv_heads (3)"),
         ({"model__d_head": 33}, "config.model.d_head is 33"),
-        ({"model__d_head": 32}, "config.model.d_head (32)"),
         ({"model__rope_theta": 0.0}, "config.model.rope_theta"),
         ({"model__norm_eps": 0.0}, "config.model.norm_eps"),
         # loss

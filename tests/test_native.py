@@ -1,5 +1,6 @@
 """The kernels for a CPU: against NumPy, the same bits always, and with no compiler."""
 
+import functools
 import itertools
 import os
 import pathlib
@@ -143,7 +144,7 @@ def ancestors(parents):
     return seen_WW
 
 
-def attention_in_doubles(q_BWHK, k_BGSK, v_BGSK, start_B, ancestors_WW):
+def attention_in_doubles(q_BWHK, k_BGSK, v_BGSK, start_B, ancestors_WW, window=0):
     b, w, h, k = q_BWHK.shape
     g, s = k_BGSK.shape[1:3]
     read_BWHK = np.zeros(q_BWHK.shape)
@@ -151,6 +152,7 @@ def attention_in_doubles(q_BWHK, k_BGSK, v_BGSK, start_B, ancestors_WW):
         group = head // (h // g)
         own = [start_B[i] + u for u in range(w) if ancestors_WW[j, u]]
         seen = [*range(start_B[i]), *(slot for slot in own if slot < s)]
+        seen = seen[-window:]  # its ancestors are in the order of their positions
         scores = k_BGSK[i, group, seen].astype(np.float64) @ q_BWHK[i, j, head]
         weights = np.exp((scores - scores.max()) / np.sqrt(k))
         read_BWHK[i, j, head] = weights @ v_BGSK[i, group, seen] / weights.sum()
@@ -164,6 +166,7 @@ def drawn_attention(b, w, h, g, s, k):
     return q_BWHK, k_BGSK, v_BGSK, rng.integers(0, s - w + 1, b).astype(np.int32)
 
 
+@pytest.mark.parametrize("window", [0, 1, 3, 30])
 @pytest.mark.parametrize("is_tree", [False, True])
 @pytest.mark.parametrize(
     ("b", "w", "h", "g", "s", "k"),
@@ -176,15 +179,15 @@ def drawn_attention(b, w, h, g, s, k):
         (1, 4, 5, 1, 70, 96),
     ],
 )
-def test_attention_is_that_of_doubles(served, is_tree, b, w, h, g, s, k):
+def test_attention_is_that_of_doubles(served, is_tree, window, b, w, h, g, s, k):
     *arrays, start_B = drawn_attention(b, w, h, g, s, k)
     rng = np.random.default_rng(w)
     tree_WW = ancestors([rng.integers(u) for u in range(1, w)]) if is_tree else None
 
-    y_BWHK = native.attention(*arrays, start_B, tree_WW)
+    y_BWHK = native.attention(*arrays, start_B, tree_WW, window)
 
     seen_WW = ancestors(range(w - 1)) if tree_WW is None else tree_WW
-    exact_BWHK = attention_in_doubles(*arrays, start_B, seen_WW)
+    exact_BWHK = attention_in_doubles(*arrays, start_B, seen_WW, window)
     np.testing.assert_allclose(y_BWHK, exact_BWHK, rtol=0, atol=2e-6)
 
 
@@ -207,11 +210,13 @@ def test_weights_are_right_however_small(served):
             assert 0 <= weight < np.exp(-86.0)
 
 
+@pytest.mark.parametrize("window", [0, 6])
 @pytest.mark.parametrize(("h", "g", "k"), [(4, 2, 12), (8, 8, 32), (2, 1, 128)])
-def test_a_query_reads_the_same_bits_with_any_others(served, h, g, k):
+def test_a_query_reads_the_same_bits_with_any_others(served, h, g, k, window):
     n, s = 40, 64
     q_BWHK, k_BGSK, v_BGSK, _ = drawn_attention(1, n, h, g, s, k)
-    read = jax.jit(native.attention, static_argnames="ancestors_WW")
+    of_window = functools.partial(native.attention, window=window)
+    read = jax.jit(of_window, static_argnames="ancestors_WW")
     whole_BWHK = np.asarray(read(q_BWHK, k_BGSK, v_BGSK, np.zeros(1, np.int32), None))
 
     for w in (1, 2, 3, 4, 8):
@@ -230,16 +235,17 @@ def test_a_query_reads_the_same_bits_with_any_others(served, h, g, k):
         np.testing.assert_array_equal(y_BWHK[row], whole_BWHK[0, at : at + 5])
 
 
-def test_a_node_of_a_tree_reads_the_bits_of_a_chain(served):
+@pytest.mark.parametrize("window", [0, 2, 12])
+def test_a_node_of_a_tree_reads_the_bits_of_a_chain(served, window):
     q_BWHK, k_BGSK, v_BGSK, start_B = drawn_attention(1, 7, 4, 2, 40, 12)
     tree_WW = ancestors([0, 0, 1, 1, 2, 4])
-    y_BWHK = native.attention(q_BWHK, k_BGSK, v_BGSK, start_B, tree_WW)
+    y_BWHK = native.attention(q_BWHK, k_BGSK, v_BGSK, start_B, tree_WW, window)
 
     for node in range(7):
         path = np.flatnonzero(tree_WW[node])
         chain_S = np.r_[: start_B[0], start_B[0] + path]
         stores = [x_BGSK[:, :, chain_S] for x_BGSK in (k_BGSK, v_BGSK)]
-        alone = native.attention(q_BWHK[:, path], *stores, start_B, None)
+        alone = native.attention(q_BWHK[:, path], *stores, start_B, None, window)
         np.testing.assert_array_equal(y_BWHK[0, node], alone[0, -1])
 
 

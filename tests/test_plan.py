@@ -17,7 +17,7 @@ from mtp_jax.cli.args import config_from
 from mtp_jax.cli.plan_table import table
 from mtp_jax.config import Config, DataConfig, LossConfig, TrainConfig
 from mtp_jax.errors import UserError
-from mtp_jax.model.attention import causal_attention
+from mtp_jax.model.attention import RowContext
 from mtp_jax.model.flops import (
     executed_flops,
     train_flops,
@@ -66,13 +66,10 @@ def trunk_flops(cfg, remat):
     rows, t = 3, cfg.data.seq_len
     positions_BT = jnp.zeros((rows, t), jnp.int32, out_sharding=spec("batch", None))
 
-    def attend(q, k, v):
-        return causal_attention(q, k, v, positions_BT, "xla"), None
-
     def loss(params, x_BTD):
         model = build(params)
-        angles = model.angles(positions_BT)
-        return jnp.sum(run_trunk(model, x_BTD, angles, attend, remat))
+        context = RowContext(model.angles(positions_BT), positions_BT)
+        return jnp.sum(run_trunk(model, x_BTD, context, "xla", remat))
 
     whole = spec("batch", None, None)
     x_BTD = jnp.ones((rows, t, cfg.model.d_model), out_sharding=whole)

@@ -18,7 +18,7 @@ from mtp_jax.config import ComputeConfig, Config, LossConfig
 from mtp_jax.loss.head_loss import head_loss
 from mtp_jax.loss.metrics import HeadSums, summarize
 from mtp_jax.loss.targets import Targets, future_targets
-from mtp_jax.model.attention import RowContext, attend_within
+from mtp_jax.model.attention import RowContext
 from mtp_jax.model.language_model import model_builder, run_trunk
 from mtp_jax.parallel import zigzag
 from mtp_jax.parallel.sequence import split_time
@@ -68,8 +68,8 @@ def trunk_gradients(loss, weight_N, form):
         trunk = run_trunk(
             model,
             model.embed(split_time(rows["tokens"][:, :-N])),
-            context.angles_BTk,
-            attend_within(context, "xla"),
+            context,
+            "xla",
         )
         compute = ComputeConfig(head_loss=form, attention="xla")
         of_trunk = lambda x: head_loss(model, x, context, targets, loss, compute)[0]  # noqa: E731

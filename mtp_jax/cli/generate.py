@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
         "stop": [unescape(text) for text in args.stop],
         "adaptive": args.adaptive,
     }
-    trained = run.data.seq_len
+    trained = run.context
     if warning := length_warning(generator, prompts, args.max_new_tokens, trained):
         print(f"mtp-jax: {warning}", file=sys.stderr)
     if args.compare:

@@ -3,23 +3,24 @@
 from mtp_jax.config.formats import config_from_json, config_to_json
 from mtp_jax.config.heads import HeadsConfig
 from mtp_jax.config.init import HeadStart, InitConfig
+from mtp_jax.config.layer import LayerConfig
 from mtp_jax.config.listing import config_to_python
 from mtp_jax.config.loss import Balance, LossConfig, LossKind
+from mtp_jax.config.model import Dtype, ModelConfig
 from mtp_jax.config.optim import OptimConfig, Schedule
+from mtp_jax.config.rope import RopeConfig
 from mtp_jax.config.schedules import Table
-from mtp_jax.config.section_tree import as_tree, sections_of
+from mtp_jax.config.section_tree import PARTS_OF_MODEL, as_tree, sections_of
 from mtp_jax.config.sections import (
     Attention,
     CheckpointConfig,
     ComputeConfig,
     Config,
     DataConfig,
-    Dtype,
     EvalConfig,
     HeadLoss,
     LogConfig,
     MeshConfig,
-    ModelConfig,
     Remat,
     ScanLayers,
     TrainConfig,
@@ -27,6 +28,7 @@ from mtp_jax.config.sections import (
 from mtp_jax.config.tree import default, freeze
 
 __all__ = [
+    "PARTS_OF_MODEL",
     "Attention",
     "Balance",
     "CheckpointConfig",
@@ -39,6 +41,7 @@ __all__ = [
     "HeadStart",
     "HeadsConfig",
     "InitConfig",
+    "LayerConfig",
     "LogConfig",
     "LossConfig",
     "LossKind",
@@ -46,6 +49,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "Remat",
+    "RopeConfig",
     "ScanLayers",
     "Schedule",
     "Table",

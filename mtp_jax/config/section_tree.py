@@ -1,13 +1,20 @@
 """The sections of a config by name, and a config as a tree of plain values.
 
-The heads are a part of the model, and a section of their own for who writes a config:
-`cfg.model.heads` is `config.heads` in every file and on every command line.
+Parts of the model are sections of their own for who writes a config: `cfg.model.heads`
+is `config.heads` in every file and on every command line.
 """
 
 import dataclasses
 from typing import Any
 
+from mtp_jax.config.model import ModelConfig
 from mtp_jax.config.sections import Config
+
+PARTS_OF_MODEL = tuple(
+    field.name
+    for field in dataclasses.fields(ModelConfig)
+    if dataclasses.is_dataclass(field.default)
+)
 
 
 def sections_of(cfg: Config) -> dict[str, Any]:

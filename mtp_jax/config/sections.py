@@ -6,112 +6,16 @@ from typing import Literal
 from mtp_jax.config.checks import require, require_at_least, require_sizes
 from mtp_jax.config.heads import HeadsConfig
 from mtp_jax.config.init import InitConfig
+from mtp_jax.config.layer import LayerConfig
 from mtp_jax.config.loss import LossConfig
+from mtp_jax.config.model import ModelConfig
 from mtp_jax.config.optim import OptimConfig
-from mtp_jax.errors import UserError
+from mtp_jax.config.rope import RopeConfig
 
-Dtype = Literal["float32", "bfloat16"]
 Attention = Literal["auto", "splash", "cudnn", "xla"]
 Remat = Literal["none", "full", "dots", "offload"]
 HeadLoss = Literal["fused", "remat", "naive"]
 ScanLayers = Literal["auto", "yes", "no"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """A Llama-style trunk and its prediction heads (arXiv:2404.19737, section 2)."""
-
-    vocab_size: int = 256  # ids of the model; no fewer than the tokenizer has
-    d_model: int = 512  # width of the trunk
-    num_layers: int = 8  # trunk and heads together, so that n does not change the size
-    n_future_tokens: int = 4  # n: heads, one layer each; 1 is an ordinary model
-    num_query_heads: int = 8  # of attention, in every layer
-    num_kv_heads: int = 8  # fewer than query heads: grouped-query attention
-    d_head: int = 64  # width of an attention head
-    d_ff: int = 1408  # width of the feed-forward layer
-    rope_theta: float = 10_000.0  # base of the rotary positions
-    norm_eps: float = 1e-5  # of RMSNorm, under the root
-    tie_embeddings: bool = False  # unembed with the embedding
-    param_dtype: Dtype = "float32"  # of a model; the optimizer sees float32
-    compute_dtype: Dtype = "float32"  # of products and activations
-    heads: HeadsConfig = dataclasses.field(default=HeadsConfig(), repr=False)
-
-    def __post_init__(self):
-        require_sizes(
-            "model",
-            vocab_size=self.vocab_size,
-            d_model=self.d_model,
-            num_layers=self.num_layers,
-            n_future_tokens=self.n_future_tokens,
-            num_query_heads=self.num_query_heads,
-            num_kv_heads=self.num_kv_heads,
-            d_head=self.d_head,
-            d_ff=self.d_ff,
-        )
-        self._check_heads()
-        require(
-            self.num_query_heads % self.num_kv_heads == 0,
-            f"config.model.num_query_heads ({self.num_query_heads}) must be a multiple "
-            f"of config.model.num_kv_heads ({self.num_kv_heads}).",
-        )
-        require(
-            self.d_head % 2 == 0,
-            f"config.model.d_head is {self.d_head}; rotary positions need an even "
-            "size.",
-        )
-        require(
-            self.num_query_heads * self.d_head == self.d_model,
-            f"config.model.num_query_heads ({self.num_query_heads}) x "
-            f"config.model.d_head ({self.d_head}) is not config.model.d_model "
-            f"({self.d_model}).",
-        )
-        require(
-            self.rope_theta > 0 and self.norm_eps > 0,
-            "config.model.rope_theta and config.model.norm_eps must be above 0.",
-        )
-
-    def _check_heads(self) -> None:
-        n, heads = self.n_future_tokens, self.heads
-        most = next(
-            (k for k in range(n, 0, -1) if heads.counted_layers(k) <= self.num_layers),
-            0,
-        )
-        if most < n:
-            of_each = f", {heads.layers} layers each" if heads.layers > 1 else ""
-            raise UserError(
-                f"config.model.n_future_tokens is {n}, more than "
-                f"config.model.num_layers ({self.num_layers}), which counts the heads"
-                f"{of_each}; give at most {most} heads or more layers."
-            )
-        require(
-            heads.markov_rank <= self.vocab_size,
-            f"config.heads.markov_rank is {heads.markov_rank}; it must be at most "
-            f"config.model.vocab_size ({self.vocab_size}).",
-        )
-        require(
-            heads.unembedding == "shared" or not self.tie_embeddings,
-            "config.heads.unembedding is own, and config.model.tie_embeddings makes "
-            "the embedding the one unembedding; keep one of them.",
-        )
-
-    @property
-    def num_trunk_layers(self) -> int:
-        return self.num_layers - self.heads.counted_layers(self.n_future_tokens)
-
-    def keep_heads(self, n: int) -> "ModelConfig":
-        """The model that keeps the trunk and the first n heads.
-
-        Raises:
-          UserError: heads of this kind need those after them.
-        """
-        if n < self.heads.least_kept(self.n_future_tokens):
-            raise UserError(
-                f"{self.heads.kind} heads read those after them, so fewer than all "
-                f"{self.n_future_tokens} cannot be kept; use all, or a model of "
-                "another kind."
-            )
-        layers = self.num_trunk_layers + self.heads.counted_layers(n)
-        return dataclasses.replace(self, num_layers=layers, n_future_tokens=n)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -269,7 +173,7 @@ class LogConfig:
 class Config:
     """A run."""
 
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = dataclasses.field(default=ModelConfig())
     loss: LossConfig = dataclasses.field(default=LossConfig())
     compute: ComputeConfig = ComputeConfig()
     data: DataConfig = DataConfig()
@@ -295,6 +199,21 @@ class Config:
     def heads(self) -> HeadsConfig:
         """The section of the heads, which belongs to the model."""
         return self.model.heads
+
+    @property
+    def layer(self) -> LayerConfig:
+        """The section of the form of layers, which belongs to the model."""
+        return self.model.layer
+
+    @property
+    def rope(self) -> RopeConfig:
+        """The section of rotary positions, which belongs to the model."""
+        return self.model.rope
+
+    @property
+    def context(self) -> int:
+        """Positions of the longest text that the model is made for."""
+        return self.model.rope.context or self.data.seq_len
 
     @property
     def row_len(self) -> int:

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 from ml_collections import ConfigDict
 
 from mtp_jax.config.names import did_you_mean
-from mtp_jax.config.section_tree import as_tree
+from mtp_jax.config.section_tree import PARTS_OF_MODEL, as_tree
 from mtp_jax.config.sections import Config
 from mtp_jax.errors import UserError
 
@@ -32,17 +32,19 @@ def freeze(tree: ConfigDict | dict[str, Any]) -> Config:
         that contradict each other; the text names the field.
     """
     plain = tree.to_dict() if isinstance(tree, ConfigDict) else tree
-    if isinstance(plain, dict) and "heads" in plain:
-        model = plain.get("model", {})
-        if isinstance(model, dict) and "heads" not in model:
-            plain = {**plain, "model": {**model, "heads": plain["heads"]}}
-            del plain["heads"]
+    for name in PARTS_OF_MODEL:
+        if isinstance(plain, dict) and name in plain:
+            model = plain.get("model", {})
+            if isinstance(model, dict) and name not in model:
+                plain = {**plain, "model": {**model, name: plain[name]}}
+                del plain[name]
     return _build(Config, plain, "config")
 
 
 def _build(cls: type, tree: Any, path: str) -> Any:
     hints = typing.get_type_hints(cls)
-    path = "config.heads" if path == "config.model.heads" else path
+    for name in PARTS_OF_MODEL:
+        path = f"config.{name}" if path == f"config.model.{name}" else path
     if not isinstance(tree, dict):
         raise UserError(f"{path} is {tree!r}; it must be a section of fields.")
     for name in tree:

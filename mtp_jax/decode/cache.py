@@ -102,7 +102,9 @@ def decode_trunk(
     angles_BWk = model.angles(new.positions_BW)
     x_BWD = model.embed(new.tokens_BW)
     for layer, block in enumerate(model.trunk):
-        x_BWD, cache = block(x_BWD, angles_BWk, write_and_read(cache, layer, new))
+        window = model.cfg.trunk_windows[layer]
+        attend = write_and_read(cache, layer, new, window)
+        x_BWD, cache = block(x_BWD, angles_BWk, attend)
     if cache.trunk_BSD is not None:
         trunk_BSD = store(cache.trunk_BSD, x_BWD, new.start_B)
         cache = dataclasses.replace(cache, trunk_BSD=trunk_BSD)
@@ -185,22 +187,25 @@ def at_slot(x_BWX: jax.Array, slot_B: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(is_slot_BWX, x_BWX, 0), axis=1, dtype=x_BWX.dtype)
 
 
-def write_and_read(cache: Cache, layer: int, new: NewTokens):
+def write_and_read(cache: Cache, layer: int, new: NewTokens, window: int):
     """Attention through the cache, which keeps the cache."""
 
     def attend(q_BWHK, k_BWGK, v_BWGK):
         written = write_cache(cache, layer, k_BWGK, v_BWGK, new)
-        return read_cache(q_BWHK, written, layer, new), written
+        return read_cache(q_BWHK, written, layer, new, window), written
 
     return attend
 
 
 def read_cache(
-    q_BWHK: jax.Array, cache: Cache, layer: int, new: NewTokens
+    q_BWHK: jax.Array, cache: Cache, layer: int, new: NewTokens, window: int
 ) -> jax.Array:
-    """New tokens read a layer of the cache, [B, W, H, K]."""
-    k_BGSK, v_BGSK = cache.k_BGSK[layer], cache.v_BGSK[layer]
-    return cached_attention(q_BWHK, k_BGSK, v_BGSK, new.start_B, new.ancestors_WW)
+    """New tokens read a layer of the cache, [B, W, H, K].
+
+    `window` is as for `cached_attention`.
+    """
+    stores = cache.k_BGSK[layer], cache.v_BGSK[layer]
+    return cached_attention(q_BWHK, *stores, new.start_B, new.ancestors_WW, window)
 
 
 def write_cache(

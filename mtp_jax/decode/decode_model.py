@@ -22,7 +22,8 @@ from mtp_jax.config import ModelConfig
 from mtp_jax.decode.cpu.backend import backend_for
 from mtp_jax.model.block import Block
 from mtp_jax.model.heads import kind_of
-from mtp_jax.model.layers import Norms, Projects, embed, rms_norm, rope_angles, unembed
+from mtp_jax.model.layers import Norms, Projects, embed, rms_norm, unembed
+from mtp_jax.model.rope import rope_angles
 from mtp_jax.parallel.sharding import spec
 
 # Axes of a matrix that are summed over, the first ones in `model`; 1 where not named.
@@ -63,7 +64,7 @@ class DecodeModel:
 
     def angles(self, positions_BW: jax.Array) -> jax.Array:
         """Rotary angles of the positions, float32 [B, W, k]."""
-        return rope_angles(positions_BW, self.cfg.d_head, self.cfg.rope_theta)
+        return rope_angles(positions_BW, self.cfg)
 
     def norm(self, head: int) -> Callable[[jax.Array], jax.Array]:
         """The last norm of a head (0 is the next token)."""

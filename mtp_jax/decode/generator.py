@@ -93,7 +93,7 @@ class Generator:
             restored.params,
             restored.tokenizer,
             restored.mesh,
-            max_prompt_tokens=restored.config.data.seq_len,
+            max_prompt_tokens=restored.config.context,
         )
 
     def use(self, params: Any) -> None:

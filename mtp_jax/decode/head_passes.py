@@ -47,7 +47,8 @@ class LayerPass:
         if self.left == 0 and self.slot_B is not None:
             x_BWD = self._at_slot(block, x_BWD, self.slot_B)
         else:
-            attend = write_and_read(self.cache, self.layer, self.new)
+            window = self.model.cfg.heads_window
+            attend = write_and_read(self.cache, self.layer, self.new, window)
             angles_BWk = self.model.angles(self.new.positions_BW)
             x_BWD, self.cache = block(x_BWD, angles_BWk, attend)
         self.layer += 1
@@ -66,7 +67,8 @@ class LayerPass:
 
         def read(q_B1HK, k_B1GK, v_B1GK):
             del k_B1GK, v_B1GK  # in the cache already
-            return read_cache(q_B1HK, self.cache, layer, asked), None
+            window = self.model.cfg.heads_window
+            return read_cache(q_B1HK, self.cache, layer, asked, window), None
 
         x_B1D = at_slot(x_BWD, slot_B)[:, None]
         return block(x_B1D, self.model.angles(asked.positions_BW), read)[0]

@@ -16,7 +16,7 @@ from mtp_jax.checkpoint.restore import Restored, as_restored
 from mtp_jax.config import ModelConfig
 from mtp_jax.data.positions import positions_of
 from mtp_jax.errors import UserError
-from mtp_jax.model.attention import RowContext, attend_within
+from mtp_jax.model.attention import RowContext
 from mtp_jax.model.heads.walk import HeadRunner, all_hidden, tokens_before
 from mtp_jax.model.language_model import model_builder, run_trunk
 from mtp_jax.parallel.sharding import batch_shards, spec
@@ -109,9 +109,7 @@ def _forward(cfg: ModelConfig) -> Callable[..., HeadOutputs]:
     def forward(params: Any, tokens_BT, segments_BT, positions_BT) -> HeadOutputs:
         model = build(params)
         rows = RowContext(model.angles(positions_BT), segments_BT)
-        x_BTD = model.embed(tokens_BT)
-        attend = attend_within(rows, "auto")
-        trunk_BTD = run_trunk(model, x_BTD, rows.angles_BTk, attend)
+        trunk_BTD = run_trunk(model, model.embed(tokens_BT), rows, "auto")
         before_NBT = tokens_before(cfg, tokens_BT)
         runner = HeadRunner(cfg, rows, "auto")
         return HeadOutputs(*all_hidden(runner, model.parts(trunk_BTD), before_NBT))

@@ -19,7 +19,7 @@ from mtp_jax.data.positions import positions_of
 from mtp_jax.decode.batch import bucket_size, on_host, put
 from mtp_jax.decode.decoders.sampling import most_likely
 from mtp_jax.errors import UserError
-from mtp_jax.model.attention import RowContext, attend_within
+from mtp_jax.model.attention import RowContext
 from mtp_jax.model.heads.walk import (
     HeadRunner,
     Parts,
@@ -184,8 +184,7 @@ def _program(cfg: ModelConfig, head: int, ids: int) -> Callable[..., Any]:
     def program(params: Any, tokens_BT, segments_BT, positions_BT, targets_BT):
         model = build(params)
         rows = RowContext(model.angles(positions_BT), segments_BT)
-        attend = attend_within(rows, "auto")
-        trunk_BTD = run_trunk(model, model.embed(tokens_BT), rows.angles_BTk, attend)
+        trunk_BTD = run_trunk(model, model.embed(tokens_BT), rows, "auto")
         parts = model.parts(trunk_BTD)
         factors = _factors(cfg, rows, parts, tokens_before(cfg, tokens_BT), head)
 

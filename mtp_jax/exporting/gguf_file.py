@@ -12,6 +12,7 @@ import numpy as np
 from mtp_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from mtp_jax.errors import UserError
 from mtp_jax.exporting import tensors
+from mtp_jax.exporting.check import check_as_import
 from mtp_jax.exporting.parts import Arrays, Parts
 from mtp_jax.interop.hf_llama import interleaved
 
@@ -80,6 +81,7 @@ def write_gguf(parts: Parts, folder: pathlib.Path, positions: int) -> None:
         for x in read.tensors
     }
     tensors.compare(folder / _FILE, arrays, found)
+    check_as_import(parts, folder / _FILE)
 
 
 def gguf_tensors(parts: Parts) -> Arrays:

@@ -13,6 +13,7 @@ import numpy as np
 from mtp_jax.data.tokenizer import SentencePieceTokenizer
 from mtp_jax.errors import UserError
 from mtp_jax.exporting import tensors
+from mtp_jax.exporting.check import check_as_import
 from mtp_jax.exporting.fast_llm import require_plain_heads
 from mtp_jax.exporting.parts import Arrays, Parts
 from mtp_jax.interop.hf_llama import interleaved
@@ -80,6 +81,7 @@ def write_meta(parts: Parts, folder: pathlib.Path, positions: int) -> list[str]:
         name: x.float().numpy().astype(arrays[name].dtype) for name, x in saved.items()
     }
     tensors.compare(folder / "consolidated.pth", arrays, found)
+    check_as_import(parts, folder)
     return lost
 
 

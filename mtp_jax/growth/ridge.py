@@ -65,6 +65,11 @@ def fit_maps(cfg: ModelConfig, params: Tree, text: FitText, first: int) -> Tree:
             "a start by ridge fits each head by itself, and config.heads.shared gives "
             "all one set of weights; choose another start."
         )
+    if heads.wiring.first and cfg.layer.norms == "after":
+        raise UserError(
+            "a start by ridge fits what a layer adds to its input, and "
+            "config.layer.norms=after norms it; choose another start."
+        )
     params = _silenced(cfg, params, first)
     numbers = range(first, cfg.n_future_tokens)
     # Heads of a chain read what those before them have become.
@@ -164,11 +169,14 @@ def _silenced(cfg: ModelConfig, params: Tree, first: int) -> Tree:
     at = first if cfg.heads.wiring.first else first - 1
 
     def silent(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        return with_last(x, at, 0 * x[0]) if path[-1].key in ("w_o", "w_down") else x
+        return with_last(x, at, 0 * x[0]) if path[-1].key in _ADDED else x
 
     heads = jax.tree.map_with_path(silent, params["heads"])
     layout = jax.tree.map(lambda x: x.sharding, params["heads"])
     return {**params, "heads": jax.device_put(heads, layout)}
+
+
+_ADDED = ("w_o", "bias_o", "w_down", "bias_down")
 
 
 def _with(tree: Tree, path: tuple[str, ...], at: list[int], maps: list) -> Tree:

@@ -13,7 +13,7 @@ from mtp_jax.loss.metrics import HeadSums, sums_over_targets
 from mtp_jax.loss.scored import teacher_of
 from mtp_jax.loss.targets import Targets, extra_targets, future_targets
 from mtp_jax.loss.weights import StepWeights
-from mtp_jax.model.attention import RowContext, attend_within
+from mtp_jax.model.attention import RowContext
 from mtp_jax.model.language_model import LanguageModel, run_trunk
 from mtp_jax.parallel import zigzag
 from mtp_jax.parallel.sequence import split_time
@@ -56,8 +56,8 @@ def batch_loss(
         return rows, run_trunk(
             model,
             model.embed(tokens_BT),
-            rows.angles_BTk,
-            attend_within(rows, compute.attention),
+            rows,
+            compute.attention,
             compute.remat,
             compute.scan_layers,
         )

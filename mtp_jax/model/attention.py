@@ -8,6 +8,8 @@ the smaller part by far.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -40,12 +42,12 @@ class RowContext:
     few: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
-def attend_within(rows: RowContext, kernel: Attention) -> Attend:
+def attend_within(rows: RowContext, kernel: Attention, window: int = 0) -> Attend:
     """Causal attention within the documents, which keeps nothing."""
 
     def attend(q_BTHK, k_BTGK, v_BTGK):
         read_BTHK = causal_attention(
-            q_BTHK, k_BTGK, v_BTGK, rows.segments_BT, kernel, rows.few
+            q_BTHK, k_BTGK, v_BTGK, rows.segments_BT, kernel, rows.few, window
         )
         return read_BTHK, None
 
@@ -59,6 +61,7 @@ def causal_attention(
     segments_BT: jax.Array,
     kernel: Attention = "auto",
     few: bool = False,
+    window: int = 0,
 ) -> jax.Array:
     """Each position reads itself and what came before it in its document.
 
@@ -70,17 +73,21 @@ def causal_attention(
         the order of the rows.
       kernel: which one; `check_attention` says beforehand whether it can.
       few: True if `few_documents` holds.
+      window: positions that a query reads at most, itself the last; 0: all before it.
 
     Returns:
       [B, T, H, K], in the dtype of the queries.
     """
     if kernel == "auto":
         kernel = _best(q_BTHK)
-    run = {
+    run: Callable[..., jax.Array] = {
         "splash": kernels.splash,
-        "cudnn": kernels.cudnn_of_few if few else kernels.cudnn,
+        "cudnn": kernels.cudnn,
         "xla": _masked,
     }[kernel]
+    run = functools.partial(run, window=window)
+    if kernel == "cudnn" and few and not window:
+        run = kernels.cudnn_of_few
     by_head, time = spec_like(q_BTHK, "heads", None), axes_of("time")
     parts = time_parts(q_BTHK)
 
@@ -103,25 +110,26 @@ def causal_attention(
     )(q_BTHK, k_BTGK, v_BTGK, segments_BT)
 
 
-def few_documents(
-    segments_BT: jax.Array, kernel: Attention, d_head: int, dtype: str
-) -> jax.Array | None:
+def few_documents(segments_BT: jax.Array, cfg: Config) -> jax.Array | None:
     """True if every row has so few documents that a faster kernel can take them.
 
     Returns:
       bool [], and None where no kernel asks: then there is one program for all rows.
     """
-    t = segments_BT.shape[1]
+    t, kernel = segments_BT.shape[1], cfg.compute.attention
     mesh = jax.sharding.get_abstract_mesh()
     if kernel not in ("auto", "cudnn") or shards_of("time", mesh) > 1:
+        return None
+    windows = {*cfg.model.trunk_windows, cfg.model.heads_window}
+    if 0 not in windows:  # the faster kernel has none
         return None
     if kernels.why_not(
         "cudnn",
         mesh.abstract_device,
         seq_len=t,
         shards=1,
-        d_head=d_head,
-        dtype=dtype,
+        d_head=cfg.model.d_head,
+        dtype=cfg.model.compute_dtype,
     ) or not kernels.takes_lengths(jax.local_devices()[0]):
         return None
     count_B = jnp.sum(kernels.document_begins(segments_BT), axis=1)
@@ -168,6 +176,6 @@ def _best(q_BTHK: jax.Array) -> Attention:
     return "xla"
 
 
-def _masked(q_BTHK, k_BSGK, v_BSGK, segments_BS, part):
-    mask_BTS = kernels.causal_mask(segments_BS, q_BTHK.shape[1], part)
+def _masked(q_BTHK, k_BSGK, v_BSGK, segments_BS, part, window):
+    mask_BTS = kernels.causal_mask(segments_BS, q_BTHK.shape[1], part, window)
     return kernels.xla(q_BTHK, k_BSGK, v_BSGK, mask_BTS)

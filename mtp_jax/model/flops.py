@@ -26,27 +26,38 @@ class Flops:
         return Flops(self.trunk * times, self.heads * times, self.unembedding * times)
 
 
-def _attention_flops(cfg: Config) -> float:
-    """FLOPs of causal attention, one layer forward, one position: half of 4 T D."""
-    return 2 * cfg.data.seq_len * cfg.model.num_query_heads * cfg.model.d_head
+def _attention_flops(cfg: Config, window: int) -> float:
+    """FLOPs of causal attention, one layer forward, one position: half of 4 T D.
+
+    With a window of w < T positions a query reads w (1 - w / 2T) on average, not T / 2.
+    """
+    t, width = cfg.data.seq_len, cfg.model.num_query_heads * cfg.model.d_head
+    if window == 0 or window >= t:
+        return 2 * t * width
+    return 4 * width * window * (1 - window / (2 * t))
+
+
+def _of_trunk(cfg: Config) -> float:
+    """FLOPs of attention in all layers of the trunk, forward, one position."""
+    return sum(_attention_flops(cfg, w) for w in cfg.model.trunk_windows)
 
 
 def train_flops(cfg: Config) -> Flops:
     """FLOPs of the forward and backward pass for one position of a row.
 
     6 a matrix entry (2 forward, 4 backward; arXiv:2001.08361, section 2.1), counting
-    the unembedding once for every head, plus 12 T D / 2 a layer for causal attention.
+    the unembedding once for every head, plus 12 T D / 2 a layer for causal attention
+    without a window.
     Rematerialization is not counted: it is not useful work.
     """
     model, heads, n = cfg.model, cfg.model.heads, cfg.model.n_future_tokens
-    attention = 3 * _attention_flops(cfg)
-    layer = 6 * layer_entries(model) + attention
+    trunk = model.num_trunk_layers * 6 * layer_entries(model) + 3 * _of_trunk(cfg)
     body = 6.0 * kind_of(model).entries(model)
     if heads.wiring.layered:
-        body += heads.layers * attention
+        body += heads.layers * 3 * _attention_flops(cfg, model.heads_window)
     width = model.d_model + (heads.markov_rank if n > 1 else 0)
     unembedding = 6.0 * model.vocab_size * width
-    return Flops(model.num_trunk_layers * layer, heads.runs(n) * body, n * unembedding)
+    return Flops(trunk, heads.runs(n) * body, n * unembedding)
 
 
 def executed_flops(cfg: Config) -> Flops:
@@ -59,8 +70,7 @@ def executed_flops(cfg: Config) -> Flops:
     counted.
     """
     useful, compute = train_flops(cfg), cfg.compute
-    attention = cfg.model.num_trunk_layers * _attention_flops(cfg)
-    again = {"none": 0.0, "dots": attention}.get(compute.remat, useful.trunk / 3)
+    again = {"none": 0.0, "dots": _of_trunk(cfg)}.get(compute.remat, useful.trunk / 3)
     remat = compute.head_loss == "remat"
     chained = cfg.model.heads.wiring.reads != "trunk"
     twice = remat or (chained and compute.head_loss == "fused")

@@ -6,6 +6,8 @@ width.
 A kernel runs on one device, over that device's rows and heads. The query head h reads
 the key-value head h // (H / G) (arXiv:2305.13245), and no kernel repeats the keys.
 
+A window of w lets a query read the last w positions up to its own; 0 is none.
+
 Of a row that is split over devices, a kernel has all keys, in order, and one of S / T
 parts of the queries, those that `zigzag` gives to a device.
 """
@@ -89,6 +91,7 @@ def splash(
     v_BSGK: jax.Array,
     segments_BS: jax.Array,
     part: jax.Array | int,
+    window: int = 0,
     interpret: bool = False,
 ) -> jax.Array:
     """Causal attention within documents by the splash kernel, for TPUs.
@@ -116,7 +119,11 @@ def splash(
         block_q_dq=block,
         block_kv_dq=block,
     )
-    mask = splash_lib.CausalMask((s, s))
+    mask = (
+        splash_lib.LocalMask((s, s), (window - 1, 0), 0)
+        if window
+        else splash_lib.CausalMask((s, s))
+    )
     mask.q_sequence = zigzag.positions(s, parts)
     kernel = splash_lib.make_splash_mha(
         splash_lib.MultiHeadMask([mask] * h),
@@ -160,6 +167,7 @@ def cudnn(
     v_BSGK: jax.Array,
     segments_BS: jax.Array,
     part: jax.Array | int,
+    window: int = 0,
 ) -> jax.Array:
     """Causal attention within documents by cuDNN's flash kernel, for NVIDIA GPUs.
 
@@ -175,7 +183,8 @@ def cudnn(
     # stand in a line from the first key on, which they do only if the row is whole.
     whole = t == s
     same_BSS = segments_BS[:, :, None] == segments_BS[:, None, :]
-    mask_BTS = same_BSS if whole else causal_mask(segments_BS, t, part)
+    is_all = whole and not window
+    mask_BTS = same_BSS if is_all else causal_mask(segments_BS, t, part, window)
     return jax.nn.dot_product_attention(
         q_BTHK,
         k_BSGK,
@@ -255,15 +264,22 @@ def document_lengths(segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     return length_BM.astype(jnp.int32), begin_BM1.astype(jnp.int32)
 
 
-def causal_mask(segments_BS: jax.Array, t: int, part: jax.Array | int) -> jax.Array:
+def causal_mask(
+    segments_BS: jax.Array, t: int, part: jax.Array | int, window: int = 0
+) -> jax.Array:
     """True where a query of a part reads a key: of its document, and not after it.
+
+    With a window, a key that is fewer positions before it than that.
 
     Returns:
       bool [B, T, S] for `t` queries.
     """
     segments_BT, positions_T = _queries(segments_BS, t, part)
     same_BTS = segments_BT[:, :, None] == segments_BS[:, None, :]
-    past_TS = jnp.arange(segments_BS.shape[1])[None] <= positions_T[:, None]
+    slots_1S = jnp.arange(segments_BS.shape[1])[None]
+    past_TS = slots_1S <= positions_T[:, None]
+    if window:
+        past_TS &= positions_T[:, None] - slots_1S < window
     return same_BTS & past_TS[None]
 
 

@@ -4,6 +4,7 @@ Axes: B batch, T time, D model width, H query heads, G key-value heads, K head w
 V vocabulary.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +13,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from mtp_jax.config import ModelConfig, Remat, ScanLayers
+from mtp_jax.config import Attention, ModelConfig, Remat, ScanLayers
+from mtp_jax.model.attention import RowContext, attend_within
 from mtp_jax.model.block import Attend, Block
 from mtp_jax.model.heads import kind_of
 from mtp_jax.model.heads.walk import Parts, Weights
-from mtp_jax.model.layers import embed, rope_angles, stack, unstack, weight
+from mtp_jax.model.layers import embed, stack, unstack, weight
+from mtp_jax.model.rope import rope_angles
 
 # Of the Markov bias, whose entries begin with a deviation of 0.02.
 _BIAS_FAN_IN = 2500
@@ -66,7 +69,7 @@ class LanguageModel(nnx.Module):
 
     def angles(self, positions_BT: jax.Array) -> jax.Array:
         """Rotary angles of the positions, float32 [B, T, K/2]."""
-        return rope_angles(positions_BT, self.cfg.d_head, self.cfg.rope_theta)
+        return rope_angles(positions_BT, self.cfg)
 
     def unembedding_param(self) -> jax.Array:
         """The output matrix as it is stored, [V, D], or one a head, [N, V, D]."""
@@ -97,8 +100,8 @@ class LanguageModel(nnx.Module):
 def run_trunk(
     model: LanguageModel,
     x_BTD: jax.Array,
-    angles_BTk: jax.Array,
-    attend: Attend,
+    rows: RowContext,
+    kernel: Attention,
     remat: Remat = "full",
     scan_layers: ScanLayers = "yes",
 ) -> jax.Array:
@@ -111,10 +114,31 @@ def run_trunk(
       full: the layer's input.
       offload: the layer's input, in the memory of the host; on the devices, nothing.
     """
+    scan = _scans(scan_layers)
+    runs = _runs(model.cfg.trunk_windows)
+    layers = [] if scan else unstack(model.trunk)
+    at = 0
+    for window, count in runs:
+        layer = _layer(rows, attend_within(rows, kernel, window), remat, scan)
+        if not scan:
+            for block in layers[at : at + count]:
+                x_BTD, _ = layer(x_BTD, block)
+        elif len(runs) == 1:
+            x_BTD, _ = jax.lax.scan(layer, x_BTD, model.trunk)
+        else:
+            end = at + count
+            part = jax.tree.map(lambda w, a=at, b=end: w[a:b], model.trunk)
+            x_BTD, _ = jax.lax.scan(layer, x_BTD, part)
+        at += count
+    return x_BTD
+
+
+def _layer(rows: RowContext, attend: Attend, remat: Remat, scan: bool) -> Callable:
+    """A layer of the trunk as a function of x_BTD and its block."""
 
     def layer(x_BTD, block):
         x_BTD = checkpoint_name(x_BTD, "layer_input")
-        return block(x_BTD, angles_BTk, attend)
+        return block(x_BTD, rows.angles_BTk, attend)
 
     policies = jax.checkpoint_policies
     policy = {
@@ -128,15 +152,14 @@ def run_trunk(
             offload_dst="pinned_host",
         ),
     }[remat]
-    scan = _scans(scan_layers)
     # prevent_cse keeps the compiler from undoing it; inside a scan it cannot anyway.
     again = remat != "none"
-    layer = jax.checkpoint(layer, policy=policy, prevent_cse=again and not scan)
-    if scan:
-        return jax.lax.scan(layer, x_BTD, model.trunk)[0]
-    for block in unstack(model.trunk):
-        x_BTD, _ = layer(x_BTD, block)
-    return x_BTD
+    return jax.checkpoint(layer, policy=policy, prevent_cse=again and not scan)
+
+
+def _runs(windows: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Windows of layers one after another, each with how many layers have it."""
+    return [(w, len(list(same))) for w, same in itertools.groupby(windows)]
 
 
 def _scans(scan_layers: ScanLayers) -> bool:

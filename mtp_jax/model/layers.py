@@ -39,8 +39,8 @@ class Projects(Protocol):
 class Norms(Protocol):
     """The scale of a norm that brings its own arithmetic."""
 
-    def norm(self, x_BTD: jax.Array, eps: float) -> jax.Array:
-        """Root-mean-square norm of x, [B, T, D]."""
+    def norm(self, x: jax.Array, eps: float) -> jax.Array:
+        """Root-mean-square norm of x, [B, T, *axes of the scale], or of its parts."""
         ...
 
 
@@ -103,40 +103,32 @@ def embed(table_VD: jax.Array, tokens_BT: jax.Array, dtype: str) -> jax.Array:
 
 
 def rms_norm(x: jax.Array, scale: jax.Array | Norms, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last axis (arXiv:1910.07467, equation 4).
+    """Root-mean-square norm over the axes of the scale, the last ones of x.
 
-    Normalised in float32, returned in the dtype of x: [..., D] -> [..., D].
+    arXiv:1910.07467, equation 4. Normalised in float32, returned in the dtype of x:
+    [..., D] -> [..., D].
     """
     if not isinstance(scale, jax.Array):
         return scale.norm(x, eps)
     x32 = x.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    axes = tuple(range(-scale.ndim, 0))
+    mean_square = jnp.mean(jnp.square(x32), axis=axes, keepdims=True)
     normed = (x32 * jax.lax.rsqrt(mean_square + eps)).astype(x.dtype)
-    return normed * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + scale.shape)
+    ones = (1,) * (x.ndim - scale.ndim)
+    return normed * scale.astype(x.dtype).reshape(ones + scale.shape)
 
 
-def rope_angles(positions_BT: jax.Array, d_head: int, theta: float) -> jax.Array:
-    """Angle of every position and frequency, in radians, float32 [B, T, K/2].
-
-    Frequency j is theta^(-2j/K) (arXiv:2104.09864, section 3.2.2).
-    """
-    exponent_k = jnp.arange(0, d_head, 2, dtype=jnp.float32) / d_head
-    frequency_11k = theta ** -exponent_k[None, None]
-    return positions_BT[:, :, None].astype(jnp.float32) * frequency_11k
+def zeros(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: str):
+    """A bias of zeros, sharded by axes."""
+    return nnx.Param(jnp.zeros(shape, dtype, out_sharding=spec(*axes)))
 
 
-def apply_rope(x_BTHK: jax.Array, angles_BTk: jax.Array) -> jax.Array:
-    """Rotates the pairs (j, j + K/2) of each head: the half-split layout of Llama in
-    Hugging Face's transformers. In float32, returned in the dtype of x."""
-    cos, sin = jnp.cos(angles_BTk), jnp.sin(angles_BTk)
-    cos_BT1K = jnp.concatenate([cos, cos], axis=-1)[:, :, None]
-    sin_BT1K = jnp.concatenate([-sin, sin], axis=-1)[:, :, None]
-    # The halves change places before anything is widened, so that nothing of half the
-    # width, which chips pad to the whole, or of float32 need be written.
-    first, second = jnp.split(x_BTHK, 2, axis=-1)
-    swapped_BTHK = jnp.concatenate([second, first], axis=-1)
-    x32, swapped32 = (x.astype(jnp.float32) for x in (x_BTHK, swapped_BTHK))
-    return (x32 * cos_BT1K + swapped32 * sin_BT1K).astype(x_BTHK.dtype)
+def biased(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
+    """x [..., *axes of the bias] with the bias added, in the dtype of x."""
+    if bias is None:
+        return x
+    value = bias.get_value().astype(x.dtype)
+    return x + value.reshape((1,) * (x.ndim - value.ndim) + value.shape)
 
 
 class MLP(nnx.Module):
@@ -147,17 +139,23 @@ class MLP(nnx.Module):
         self.w_gate = weight(rngs, (d, f), ("embed", "ff"), fan_in=d, dtype=dtype)
         self.w_up = weight(rngs, (d, f), ("embed", "ff"), fan_in=d, dtype=dtype)
         self.w_down = weight(rngs, (f, d), ("ff", "embed"), fan_in=f, dtype=dtype)
+        has_bias = cfg.layer.mlp_bias
+        self.bias_gate = zeros((f,), ("ff",), dtype) if has_bias else None
+        self.bias_up = zeros((f,), ("ff",), dtype) if has_bias else None
+        self.bias_down = zeros((d,), (None,), dtype) if has_bias else None
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         outer = spec_like(x_BTD, None)
-        return project("btf,fd->btd", self.inner(x_BTD), self.w_down, outer)
+        out_BTD = project("btf,fd->btd", self.inner(x_BTD), self.w_down, outer)
+        return biased(out_BTD, self.bias_down)
 
     def inner(self, x_BTD: jax.Array) -> jax.Array:
         """The hidden layer, which `w_down` multiplies, [B, T, F]."""
         inner = spec_like(x_BTD, "ff")
         gate_BTF = project("btd,df->btf", x_BTD, self.w_gate, inner)
         up_BTF = project("btd,df->btf", x_BTD, self.w_up, inner)
-        return jax.nn.silu(gate_BTF) * up_BTF
+        gate_BTF = jax.nn.silu(biased(gate_BTF, self.bias_gate))
+        return gate_BTF * biased(up_BTF, self.bias_up)
 
 
 def unstack(stacked: M) -> list[M]:

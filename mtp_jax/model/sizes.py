@@ -8,7 +8,7 @@ import dataclasses
 from mtp_jax.config import Config, ModelConfig
 from mtp_jax.model.flops import train_flops
 from mtp_jax.model.heads import kind_of
-from mtp_jax.model.heads.base import layer_entries
+from mtp_jax.model.heads.base import layer_entries, layer_vectors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ def sizes_of(cfg: ModelConfig) -> Sizes:
     """The sizes of a model's parts."""
     d, v, n, heads = cfg.d_model, cfg.vocab_size, cfg.n_future_tokens, cfg.heads
     kind = kind_of(cfg)
-    trunk = cfg.num_trunk_layers * (layer_entries(cfg) + 2 * d)
+    trunk = cfg.num_trunk_layers * (layer_entries(cfg) + layer_vectors(cfg))
     bodies = heads.bodies(n) * (kind.entries(cfg) + kind.vectors(cfg))
     own_norms = heads.norm == "own"
     unembeddings = n if heads.unembedding == "own" else int(not cfg.tie_embeddings)
@@ -86,11 +86,11 @@ def equal_models(cfg: Config) -> EqualModels:
     tables = (1 if model.tie_embeddings else 2) * model.vocab_size * d
     flops = train_flops(cfg)
     # Of a layer: what a trunk of one more would add.
-    longer = dataclasses.replace(model, num_layers=model.num_layers + 1)
+    longer = model.resized(model.num_layers + 1, model.n_future_tokens)
     of_one = train_flops(dataclasses.replace(cfg, model=longer)).trunk - flops.trunk
     unembedding = 6.0 * model.vocab_size * d
     return EqualModels(
-        params=(sizes_of(model).total - tables - d) / (of_layer + 2 * d),
+        params=(sizes_of(model).total - tables - d) / (of_layer + layer_vectors(model)),
         training=(flops.total - unembedding) / of_one,
         drafting=(drafting_entries(model) - model.vocab_size * d) / of_layer,
     )

@@ -116,7 +116,7 @@ def same_size_with_heads(cfg: Config, n: int) -> Config:
         return cfg
     return dataclasses.replace(
         cfg,
-        model=dataclasses.replace(cfg.model, n_future_tokens=n),
+        model=cfg.model.resized(cfg.model.num_layers, n),
         loss=cfg.loss.without_lists(n),
     )
 

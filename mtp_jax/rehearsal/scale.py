@@ -8,7 +8,14 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from mtp_jax.config import Config, InitConfig, MeshConfig, as_tree
+from mtp_jax.config import (
+    Config,
+    InitConfig,
+    LayerConfig,
+    MeshConfig,
+    ModelConfig,
+    as_tree,
+)
 from mtp_jax.errors import UserError
 
 _TRUNK_LAYERS = 1
@@ -77,6 +84,7 @@ def scale_down(
         heads=dataclasses.replace(
             model.heads, markov_rank=shards if model.heads.markov_rank else 0
         ),
+        layer=_small_layer(model),
     )
     return dataclasses.replace(
         cfg,
@@ -98,6 +106,12 @@ def scale_down(
         init=InitConfig(),
         log=dataclasses.replace(cfg.log, every=1, tensorboard=False, profile_step=0),
     )
+
+
+def _small_layer(model: ModelConfig) -> LayerConfig:
+    """The form of layers, with half a row as window where there were windows."""
+    windows = tuple(min(w, _SEQ_LEN // 2) for w in model.layer.windows[-1:])
+    return dataclasses.replace(model.layer, windows=windows)
 
 
 def differences(before: Config, after: Config) -> list[str]:

@@ -14,7 +14,7 @@ from mtp_jax.checkpoint.checkpoints import (
     state_from_items,
 )
 from mtp_jax.checkpoint.local import LocalCheckpoints
-from mtp_jax.config import Config, HeadsConfig, config_from_json
+from mtp_jax.config import PARTS_OF_MODEL, Config, config_from_json
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.distributed import hosts
 from mtp_jax.errors import RunFailed, UserError, say
@@ -49,8 +49,10 @@ def open_local(
         setting += f" of {taught}"
     if cfg.optim.lora_rank:
         setting += f" with updates of rank {cfg.optim.lora_rank}"
-    if cfg.heads != HeadsConfig():  # which earlier versions did not know
-        setting = f"{cfg.heads} {setting}"
+    for part in PARTS_OF_MODEL:  # which earlier versions did not know
+        values = getattr(cfg.model, part)
+        if values != type(values)():
+            setting = f"{values} {setting}"
     return LocalCheckpoints(cfg.checkpoint, identity(workdir), setting)
 
 

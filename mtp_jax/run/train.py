@@ -12,7 +12,13 @@ import jax
 from etils import epath
 
 from mtp_jax import __version__
-from mtp_jax.config import Config, ModelConfig, as_tree, config_from_json
+from mtp_jax.config import (
+    PARTS_OF_MODEL,
+    Config,
+    ModelConfig,
+    as_tree,
+    config_from_json,
+)
 from mtp_jax.data.batches import open_sources
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.tokenizer import save_tokenizer
@@ -141,10 +147,12 @@ def _tokenizer_of_run(model: ModelConfig, workdir: epath.Path) -> str | None:
 
 
 def _of_model(model: ModelConfig) -> dict[str, Any]:
-    """The fields of a model by name, those of its heads as `heads.kind`."""
+    """The fields of a model by name, those of its parts as `heads.kind`."""
     fields = dataclasses.asdict(model)
-    heads = fields.pop("heads")
-    return fields | {f"heads.{name}": value for name, value in heads.items()}
+    for part in PARTS_OF_MODEL:
+        own = fields.pop(part)
+        fields |= {f"{part}.{name}": value for name, value in own.items()}
+    return fields
 
 
 def _prepare_workdir(workdir: epath.Path, corpora: list[Corpus]) -> None:

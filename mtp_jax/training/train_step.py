@@ -156,12 +156,7 @@ def make_gradients(
         learning = trained(params, frozen)
 
         def add_microbatch(total, microbatch):
-            few = few_documents(
-                microbatch["segments"][:, :-n],
-                cfg.compute.attention,
-                cfg.model.d_head,
-                cfg.model.compute_dtype,
-            )
+            few = few_documents(microbatch["segments"][:, :-n], cfg)
             of = (learning, params, microbatch, weights, teacher)
             (value, sums), grads = (
                 gradient(False)(*of)

@@ -23,7 +23,7 @@ from mtp_jax.decode.cache import at_slot
 from mtp_jax.decode.decoders.sampling import RandomKeys, Sampling, sampling_arrays
 from mtp_jax.decode.decoders.state import Decoder
 from mtp_jax.decode.programs import Programs, Prompts, slack
-from mtp_jax.model.attention import RowContext, attend_within
+from mtp_jax.model.attention import RowContext
 from mtp_jax.model.heads.walk import HeadRunner, all_hidden, tokens_before
 from mtp_jax.model.language_model import keep_heads, model_builder, run_trunk
 from mtp_jax.model.layers import unembed
@@ -57,9 +57,7 @@ def head_one(cfg: ModelConfig, params: Any, ids: int | None = None) -> NextLogit
         model = build(params)
         positions_BT = jnp.arange(tokens_BT.shape[1])[None] + 0 * tokens_BT
         rows = RowContext(model.angles(positions_BT), 0 * tokens_BT)
-        attend = attend_within(rows, "xla")
-        x_BTD = model.embed(tokens_BT)
-        trunk_BTD = run_trunk(model, x_BTD, rows.angles_BTk, attend)
+        trunk_BTD = run_trunk(model, model.embed(tokens_BT), rows, "xla")
 
         runner = HeadRunner(cfg, rows, "xla")
         before_NBT = tokens_before(cfg, tokens_BT)

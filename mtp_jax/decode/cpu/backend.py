@@ -35,7 +35,7 @@ class Backend(Protocol):
         """A matrix [*outputs, *inputs] with `inputs` axes of inputs, as it is read."""
         ...
 
-    def scale(self, scale_D: jax.Array) -> PackedScale | jax.Array:
+    def scale(self, scale: jax.Array) -> PackedScale | jax.Array:
         """The scale of a norm, as it is read."""
         ...
 
@@ -46,6 +46,7 @@ class Backend(Protocol):
         v_BGSK: jax.Array,
         start_B: jax.Array,
         ancestors_WW: np.ndarray | None,
+        window: int,
     ) -> jax.Array | None:
         """New tokens read the cache, [B, W, H, K]; None: this backend has no kernel.
 
@@ -64,11 +65,11 @@ class NativeBackend:
         outputs = w.shape[: w.ndim - inputs]
         return pack(w.reshape(math.prod(outputs), -1), outputs)
 
-    def scale(self, scale_D: jax.Array) -> PackedScale:
-        return PackedScale(scale_D)
+    def scale(self, scale: jax.Array) -> PackedScale:
+        return PackedScale(scale)
 
-    def attention(self, q_BWHK, k_BGSK, v_BGSK, start_B, ancestors_WW):
-        return native.attention(q_BWHK, k_BGSK, v_BGSK, start_B, ancestors_WW)
+    def attention(self, q_BWHK, k_BGSK, v_BGSK, start_B, ancestors_WW, window):
+        return native.attention(q_BWHK, k_BGSK, v_BGSK, start_B, ancestors_WW, window)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +82,11 @@ class XlaBackend:
         del inputs  # what is multiplied with it has as many
         return RowWeight(w)
 
-    def scale(self, scale_D: jax.Array) -> jax.Array:
-        return scale_D
+    def scale(self, scale: jax.Array) -> jax.Array:
+        return scale
 
-    def attention(self, q_BWHK, k_BGSK, v_BGSK, start_B, ancestors_WW):
-        del q_BWHK, k_BGSK, v_BGSK, start_B, ancestors_WW
+    def attention(self, q_BWHK, k_BGSK, v_BGSK, start_B, ancestors_WW, window):
+        del q_BWHK, k_BGSK, v_BGSK, start_B, ancestors_WW, window
         return None
 
 

@@ -49,17 +49,17 @@ class PackedWeight:
 class PackedScale:
     """The scale of a norm that a kernel of `native` carries out."""
 
-    scale_D: jax.Array  # float32
+    scale: jax.Array  # float32
 
-    def norm(self, x_BTD: jax.Array, eps: float) -> jax.Array:
-        """Root-mean-square norm of x, float32 [B, T, D]."""
+    def norm(self, x: jax.Array, eps: float) -> jax.Array:
+        """Root-mean-square norm over the axes of the scale, float32 as x."""
 
-        def local(x_BTD, scale_D):
-            x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
-            return native.rms_norm(x_MD, scale_D, eps).reshape(x_BTD.shape)
+        def local(x, scale):
+            x_MD = x.reshape(-1, scale.size)
+            return native.rms_norm(x_MD, scale.reshape(-1), eps).reshape(x.shape)
 
-        rows = jax.typeof(x_BTD).sharding.spec
-        return on_the_device(local, x_BTD, self.scale_D, rows)
+        rows = jax.typeof(x).sharding.spec
+        return on_the_device(local, x, self.scale, rows)
 
 
 def pack(w_OI: jax.Array, outputs: tuple[int, ...]) -> PackedWeight:

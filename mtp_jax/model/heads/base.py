@@ -71,6 +71,17 @@ def layer_entries(cfg: ModelConfig) -> int:
     return attention + 3 * cfg.d_model * cfg.d_ff
 
 
+def layer_vectors(cfg: ModelConfig) -> int:
+    """Scales of norms and biases of one transformer layer."""
+    layer, d, k = cfg.layer, cfg.d_model, cfg.d_head
+    h, g = cfg.num_query_heads, cfg.num_kv_heads
+    found = 2 * d
+    found += (h + 2 * g) * k if layer.qkv_bias else 0
+    found += d if layer.out_bias else 0
+    found += 2 * cfg.d_ff + d if layer.mlp_bias else 0
+    return found + {"none": 0, "head": 2 * k, "whole": (h + g) * k}[layer.qk_norm]
+
+
 def normed(cfg: ModelConfig, norm: Norm, stream_BTD: jax.Array) -> jax.Array:
     """`HeadKind.finish` of heads whose stream is not normed yet."""
     del cfg

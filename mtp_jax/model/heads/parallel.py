@@ -13,6 +13,7 @@ from mtp_jax.model.heads.base import (
     Through,
     blocks_of,
     layer_entries,
+    layer_vectors,
     make_layers,
     normed,
 )
@@ -34,8 +35,8 @@ def entries(cfg: ModelConfig) -> int:
 
 
 def vectors(cfg: ModelConfig) -> int:
-    """Scales of the norms in the layers of a head."""
-    return cfg.heads.layers * 2 * cfg.d_model
+    """Scales of norms and biases in the layers of a head."""
+    return cfg.heads.layers * layer_vectors(cfg)
 
 
 KIND = HeadKind(

@@ -21,6 +21,7 @@ from mtp_jax.model.heads.base import (
     Through,
     blocks_of,
     layer_entries,
+    layer_vectors,
     make_layers,
 )
 from mtp_jax.model.layers import project, rms_norm, weight
@@ -76,7 +77,7 @@ def _entries(cfg: ModelConfig) -> int:
 
 
 def _vectors(cfg: ModelConfig) -> int:
-    return (2 + 2 * cfg.heads.layers) * cfg.d_model
+    return 2 * cfg.d_model + cfg.heads.layers * layer_vectors(cfg)
 
 
 KIND = HeadKind(

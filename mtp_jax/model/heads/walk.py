@@ -153,7 +153,7 @@ class HeadRunner:
         return lambda x_BTD: rms_norm(x_BTD, scale_D, self.cfg.norm_eps)
 
     def _through(self, block: Block, x_BTD: jax.Array) -> jax.Array:
-        attend = attend_within(self.rows, self.kernel)
+        attend = attend_within(self.rows, self.kernel, self.cfg.heads_window)
 
         def layer(block, x_BTD):
             return block(x_BTD, self.rows.angles_BTk, attend)[0]

@@ -69,6 +69,7 @@ def attention(
     v_BGSK: jax.Array,
     start_B: jax.Array,
     ancestors_WW: np.ndarray | None,
+    window: int = 0,
 ) -> jax.Array:
     """New tokens read the cache, float32 [B, W, H, K]; see `cached_attention`.
 
@@ -77,7 +78,7 @@ def attention(
     if ancestors_WW is None:
         ancestors_WW = np.zeros((0, 0), bool)
     call = _call(_NAMES[2], q_BWHK.shape)
-    return call(q_BWHK, k_BGSK, v_BGSK, start_B, ancestors_WW)
+    return call(q_BWHK, k_BGSK, v_BGSK, start_B, ancestors_WW, window=np.int64(window))
 
 
 def _call(name: str, shape: tuple[int, ...]):

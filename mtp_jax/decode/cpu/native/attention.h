@@ -7,6 +7,9 @@
 // start[b] + w. It sees the slots before start[b] and its ancestors, itself among them:
 // ancestors is [W, W]; without it the new tokens are a chain.
 //
+// With a window it sees of these only the last so many. What comes before them weighs
+// nothing, which changes no sum, and where no query of a tile sees it, it is not read.
+//
 // What is seen is numbered from 0 on, without gaps, and all sums depend on these
 // numbers only. A node of a tree has as many ancestors as a chain has tokens before it,
 // so it gives what it would in a chain.
@@ -32,6 +35,7 @@ struct Attention {
   const uint8_t* ancestors;  // or null
   float* y;
   int64_t batch, news, heads, groups, slots, width;
+  int64_t window;  // positions that a token sees at most, itself the last; 0: all
 };
 
 // Queries of a group that are taken together, so that they meet a key for one reading.
@@ -122,6 +126,12 @@ void EachOwn(const Attention& a, int64_t w, int64_t start, int64_t shared, Each 
   }
 }
 
+// The number of slots that new token w sees, but for a window.
+inline int64_t Seen(const Attention& a, int64_t w, int64_t start) {
+  if (!a.ancestors) return start + w + 1;
+  return start + std::count(a.ancestors + w * a.news, a.ancestors + (w + 1) * a.news, 1);
+}
+
 // What M queries of a group read: those from `row` on, of W H / G, by new tokens.
 template <int M>
 void Queries(const Attention& a, int64_t b, int64_t g, int64_t row) {
@@ -140,6 +150,17 @@ void Queries(const Attention& a, int64_t b, int64_t g, int64_t row) {
     return ((b * a.news + w) * a.heads + h) * a.width;
   };
 
+  // What each of them sees first, and the first of that.
+  int64_t firsts[M] = {}, first = 0;
+  if (a.window) {
+    first = shared;
+    for (int m = 0; m < M; ++m) {
+      const int64_t seen = Seen(a, (row + m) / per_group, start);
+      firsts[m] = std::clamp<int64_t>(seen - a.window, 0, stride);
+      first = std::min(first, firsts[m]);
+    }
+  }
+
   const float scale = 1 / std::sqrt(static_cast<float>(a.width));
   for (int m = 0; m < M; ++m) {
     for (int64_t d = 0; d < a.width; ++d) {
@@ -147,7 +168,7 @@ void Queries(const Attention& a, int64_t b, int64_t g, int64_t row) {
       read[m * a.width + d] = 0;
     }
   }
-  Score<M>(a, q, k, shared, scores, stride);
+  Score<M>(a, q, k + first * a.width, shared - first, scores + first, stride);
   float totals[M];
   for (int m = 0; m < M; ++m) {
     float* own = scores + m * stride;
@@ -157,6 +178,7 @@ void Queries(const Attention& a, int64_t b, int64_t g, int64_t row) {
     });
     const float lowest = -std::numeric_limits<float>::infinity();
     std::fill(own + seen, own + stride, lowest);
+    std::fill(own, own + firsts[m], lowest);
     Vector tops = lowest - Vector{};
     for (int64_t i = 0; i < stride; i += kLanes) {
       tops = Load(own + i) > tops ? Load(own + i) : tops;
@@ -171,7 +193,7 @@ void Queries(const Attention& a, int64_t b, int64_t g, int64_t row) {
     }
     totals[m] = Total(sums);
   }
-  Gather<M>(a, scores, stride, v, shared, read);
+  Gather<M>(a, scores + first, stride, v + first * a.width, shared - first, read);
   for (int m = 0; m < M; ++m) {
     const float* weight = scores + m * stride + shared;
     EachOwn(a, (row + m) / per_group, start, shared, [&](int64_t s) {

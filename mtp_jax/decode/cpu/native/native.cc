@@ -46,7 +46,8 @@ ffi::Error CallNorm(In<2> x, In<1> scale, Out<2> y, float eps) {
 
 ffi::Error CallAttention(ffi::ThreadPool pool, In<4> q, In<4> k, In<4> v,
                          ffi::BufferR1<ffi::S32> start,
-                         ffi::BufferR2<ffi::PRED> ancestors, Out<4> y) {
+                         ffi::BufferR2<ffi::PRED> ancestors, Out<4> y,
+                         int64_t window) {
   const Shape of_q = q.dimensions(), of_k = k.dimensions();
   const int64_t batch = of_q[0], news = of_q[1], heads = of_q[2], width = of_q[3];
   const int64_t groups = of_k[1], slots = of_k[2];
@@ -63,7 +64,7 @@ ffi::Error CallAttention(ffi::ThreadPool pool, In<4> q, In<4> k, In<4> v,
   Attend(pool, {q.typed_data(), k.typed_data(), v.typed_data(), start.typed_data(),
                 is_tree ? reinterpret_cast<const uint8_t*>(ancestors.typed_data())
                         : nullptr,
-                y->typed_data(), batch, news, heads, groups, slots, width});
+                y->typed_data(), batch, news, heads, groups, slots, width, window});
   return ffi::Error::Success();
 }
 
@@ -90,4 +91,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mtp_jax_attention, CallAttention,
                                   .Arg<In<4>>()
                                   .Arg<ffi::BufferR1<ffi::S32>>()
                                   .Arg<ffi::BufferR2<ffi::PRED>>()
-                                  .Ret<In<4>>());
+                                  .Ret<In<4>>()
+                                  .Attr<int64_t>("window"));

@@ -1,0 +1,139 @@
+"""A model of other people, of whatever format: its config, its tensors, where they go.
+
+The format is told by the files of a folder, or by the end of a file's name.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from mtp_jax.config import ModelConfig
+from mtp_jax.errors import UserError
+from mtp_jax.interop import fast_llm, gguf_file, hf_config, hf_names, llama2c, meta
+from mtp_jax.interop.places import Names
+from mtp_jax.interop.sources import Shards, Source
+
+# Tensors that follow from the config; older programs wrote them.
+_FOLLOWING = "self_attn.rotary_emb.inv_freq"
+_ROWS = 4096  # that are compared at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Foreign:
+    """A model of another format, opened; nothing of its weights is read yet."""
+
+    format: str  # "hf", "fastllm", "meta", "llama2c" or "gguf"
+    family: str  # a key of `hf_config.FAMILIES`
+    model: ModelConfig  # its ties decided
+    names: Names
+    source: Source
+    ignored: dict[str, str]  # tensors that are not needed, and why
+
+    @property
+    def needed(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors that are read."""
+        there = self.source.shapes.items()
+        return {name: shape for name, shape in there if name not in self.ignored}
+
+
+def open_foreign(path: pathlib.Path) -> Foreign:
+    """Opens a folder or a file.
+
+    Raises:
+      UserError: no format that is known, or what is there contradicts itself.
+    """
+    if not path.exists():
+        raise UserError(f"--from={path}: there is no such folder or file.")
+    if path.is_dir():
+        if (path / "config.json").exists():
+            return _of_hugging_face(path)
+        if (path / "params.json").exists():
+            return _of_meta(path)
+        found = sorted(p for p in path.iterdir() if p.suffix in (".gguf", ".bin"))
+        if len(found) != 1:
+            raise UserError(
+                f"--from={path} has no config.json (Hugging Face, Fast-LLM), no "
+                f"params.json (Meta) and {len(found)} files .gguf or .bin."
+            )
+        path = found[0]
+    if path.suffix == ".gguf":
+        model, arch, source, _ = gguf_file.read_gguf(path)
+        names = gguf_file.gguf_names(arch)
+        return _decided("gguf", arch, model, names, source, None)
+    if path.suffix == ".bin":
+        model, tied, source = llama2c.read_llama2c(path)
+        return _decided("llama2c", "llama", model, llama2c.NAMES, source, tied)
+    raise UserError(
+        f"--from={path} is no folder and ends in none of .gguf (llama.cpp), .bin "
+        "(llama2.c)."
+    )
+
+
+def _of_hugging_face(folder: pathlib.Path) -> Foreign:
+    file = folder / "config.json"
+    config = meta.read_json(file)
+    if config.get("model_type") == fast_llm.MODEL_TYPE:
+        model, tied = fast_llm.from_fast_llm(config, str(file))
+        return _decided("fastllm", "llama", model, fast_llm.NAMES, Shards(folder), tied)
+    model, tied = hf_config.from_hf(config, str(file))
+    family: str = config["model_type"]
+    names = hf_names.hf_names(family)
+    return _decided("hf", family, model, names, Shards(folder), tied)
+
+
+def _of_meta(folder: pathlib.Path) -> Foreign:
+    file = folder / "params.json"
+    found: dict[str, Any] = meta.read_json(file)
+    model = meta.from_meta(found, str(file))
+    source = meta.meta_source(folder)
+    return _decided("meta", "llama", model, meta.NAMES, source, None)
+
+
+def _decided(
+    form: str,
+    family: str,
+    model: ModelConfig,
+    names: Names,
+    source: Source,
+    said: bool | None,
+) -> Foreign:
+    """The opened model, with ties as the tensors have them.
+
+    Raises:
+      UserError: the config says something else.
+    """
+    ignored = {
+        name: "follows from the config" for name in source.shapes
+        if name.endswith(_FOLLOWING)
+    }  # fmt: skip
+    has = names.unembedding in source.shapes
+    tied = not has or (said is not False and _equal(source, names))
+    if not has and said is False:
+        raise UserError(
+            f"{source.where} says that its tables are not tied, and lacks "
+            f"{names.unembedding}."
+        )
+    if said and not tied:
+        raise UserError(
+            f"{source.where} says that its tables are tied, and {names.unembedding} is "
+            f"not {names.embedding}."
+        )
+    if has and tied:
+        ignored[names.unembedding] = f"equals {names.embedding}"
+    model = dataclasses.replace(model, tie_embeddings=tied)
+    return Foreign(form, family, model, names, source, ignored)
+
+
+def _equal(source: Source, names: Names) -> bool:
+    """True if both tables are there and the same, value for value."""
+    one, other = names.embedding, names.unembedding
+    shape = source.shapes.get(one)
+    if shape is None or shape != source.shapes[other]:
+        return False
+    for first in range(0, shape[0], _ROWS):
+        rows = slice(first, min(first + _ROWS, shape[0]))
+        if not np.array_equal(source.read(one, rows), source.read(other, rows)):
+            return False
+    return True

@@ -1,0 +1,149 @@
+"""Files that are damaged or contradict themselves: one line, and no workdir."""
+
+import json
+import struct
+
+import foreign
+import numpy as np
+import pytest
+from test_import import CONFIGS
+
+from mtp_jax.errors import UserError
+from mtp_jax.run.import_model import import_model
+
+
+def edit_config(**fields):
+    def damage(folder):
+        file = folder / "config.json"
+        found = {**json.loads(file.read_text()), **fields}
+        file.write_text(json.dumps(found))
+
+    return damage
+
+
+def edit_tensors(change, config=None):
+    """Writes the folder anew, its tensors changed."""
+
+    def damage(folder):
+        found = foreign.tensors_of(config or CONFIGS["llama"])
+        change(found)
+        foreign.write_folder(folder, config or CONFIGS["llama"], found)
+
+    return damage
+
+
+def cut(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def bad_header(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", 1 << 40) + file.read_bytes()[8:])
+
+
+def lose_shard(folder):
+    (folder / "model.safetensors").unlink()
+    foreign.write_folder(
+        folder, CONFIGS["llama"], foreign.tensors_of(CONFIGS["llama"]), 3
+    )
+    (folder / "model-00002-of-00003.safetensors").unlink()
+
+
+def lose_from_shard(folder):
+    (folder / "model.safetensors").unlink()
+    found = foreign.tensors_of(CONFIGS["llama"])
+    foreign.write_folder(folder, CONFIGS["llama"], found, 2)
+    index = folder / "model.safetensors.index.json"
+    told = json.loads(index.read_text())
+    told["weight_map"]["model.more.weight"] = "model-00001-of-00002.safetensors"
+    index.write_text(json.dumps(told))
+
+
+REFUSED = {
+    "cut file": (cut, "damaged"),
+    "bad header": (bad_header, "its header does not fit"),
+    "missing shard": (lose_shard, "model-00002-of-00003.safetensors"),
+    "shard without a tensor": (lose_from_shard, "lacks model.more.weight"),
+    "missing tensor": (
+        edit_tensors(lambda t: t.pop("model.layers.1.mlp.up_proj.weight")),
+        "lacks model.layers.1.mlp.up_proj.weight",
+    ),
+    "surplus tensor": (
+        edit_tensors(lambda t: t.update({"model.layers.3.x": np.zeros(1, "f4")})),
+        "has model.layers.3.x",
+    ),
+    "wrong shape": (
+        edit_tensors(lambda t: t.update({"model.norm.weight": np.ones(8, "f4")})),
+        "model.norm.weight is [8], and by the config it is [16]",
+    ),
+    "more heads than tensors": (
+        edit_tensors(lambda t: t.pop("model.mtp_norms.2.weight"), CONFIGS["mtp_llama"]),
+        "lacks model.mtp_norms.2.weight",
+    ),
+    "fewer heads than tensors": (
+        edit_tensors(
+            lambda t: t.update({"model.mtp_norms.3.weight": np.ones(16, "f4")}),
+            CONFIGS["mtp_llama"],
+        ),
+        "has model.mtp_norms.3.weight",
+    ),
+    "no heads": (edit_config(model_type="mtp_llama", prediction_heads=0), "at least 1"),
+    "unknown rope type": (
+        edit_config(rope_scaling={"rope_type": "longrope"}), "rope_type is 'longrope'"
+    ),
+    "unknown field": (edit_config(logit_scale=2.0), "logit_scale is 2.0"),
+    "unknown family": (edit_config(model_type="gemma"), "model_type is 'gemma'"),
+    "unknown activation": (edit_config(hidden_act="gelu"), "hidden_act is 'gelu'"),
+    "tied by the config alone": (
+        edit_config(tie_word_embeddings=True), "lm_head.weight is not"
+    ),
+    "untied by the config alone": (
+        edit_tensors(lambda t: t.pop("lm_head.weight")), "are not tied"
+    ),
+    "no size": (edit_config(hidden_size="16"), "hidden_size is '16'"),
+    "no JSON": (lambda folder: (folder / "config.json").write_text("{"), "be read"),
+    "no weights": (
+        lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_wrong_is_refused_in_a_line_and_nothing_is_written(name, tmp_path):
+    damage, named = REFUSED[name]
+    config = CONFIGS["llama"]
+    folder = foreign.write_folder(tmp_path / "hf", config, foreign.tensors_of(config))
+    damage(folder)
+
+    with pytest.raises(UserError) as refused:
+        import_model(folder, tmp_path / "run", tokenizer="bytes")
+
+    assert named in str(refused.value) and "\n" not in str(refused.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_folders_that_cannot_be_are_refused(tmp_path):
+    config = CONFIGS["llama"]
+    folder = foreign.write_folder(tmp_path / "hf", config, foreign.tensors_of(config))
+    with pytest.raises(UserError, match="has no tokenizer"):
+        import_model(folder, tmp_path / "run")
+    with pytest.raises(UserError, match="is not empty"):
+        import_model(folder, folder, tokenizer="bytes")
+    with pytest.raises(UserError, match="there is no such"):
+        import_model(tmp_path / "none", tmp_path / "run", tokenizer="bytes")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"has no config.json"):
+        import_model(tmp_path / "empty", tmp_path / "run", tokenizer="bytes")
+    small = {**config, "vocab_size": 200}
+    edit_config(**small)(folder)
+    with pytest.raises(UserError, match="has 256 ids"):
+        import_model(folder, tmp_path / "run", tokenizer="bytes")
+    stories = tmp_path / "stories.bin"
+    stories.write_bytes(struct.pack("<7i", 64, 172, 5, 8, 4, 512, 512) + bytes(100))
+    with pytest.raises(UserError, match="is it cut"):
+        import_model(stories, tmp_path / "run", tokenizer="bytes")
+    stories.write_bytes(struct.pack("<7i", 64, 172, 5, 8, 4, -512, 0) + bytes(100))
+    with pytest.raises(UserError, match="no file of llama2"):
+        import_model(stories, tmp_path / "run", tokenizer="bytes")
+    assert not (tmp_path / "run").exists()

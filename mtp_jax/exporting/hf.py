@@ -53,8 +53,11 @@ def write_hf(
     _write_json(folder / "config.json", about)
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     generation = {name: about[name] for name in ids} | {"do_sample": False}
-    _write_json(folder / "generation_config.json", generation)
+    ends = getattr(parts.model.tokenizer, "end_ids", ())
+    if len(ends) > 1:
+        generation["eos_token_id"] = list(ends)
     write_tokenizer(folder, parts.model.tokenizer, positions)
+    _write_json(folder / "generation_config.json", generation)
     (folder / "README.md").write_text(model_card(parts, figures), encoding="utf-8")
     check_hf(parts, folder)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from corpora import make_corpus
 from models import TINY, mesh_of, placed_batch, placed_params, random_params
-from runs import complete, finish, losses, start, told, train_args
+from runs import complete, finish, losses, records, start, told, train_args
 from test_configs import load
 from test_grow import Text
 
@@ -183,6 +183,24 @@ def test_a_run_begins_with_the_model_of_another(base, tmp_path):
         was["heads"],
         now["heads"],
     )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_grown_run_goes_on_where_the_one_before_stood(base, tmp_path):
+    where = [f"--workdir={base}", f"--output={tmp_path / 'b'}", "--heads=2"]
+    out = complete(["grow", *where, "--start=copy", "--keep_optimizer"])
+    assert "step 200" in out
+
+    train = ["train", f"--workdir={tmp_path / 'b'}", "--config.train.steps=203"]
+    out = complete(train)
+
+    assert "continues after step 200" in out
+    assert [row["step"] for row in records(tmp_path / "b")] == [201, 202, 203]
+    # Of head 1 as good as before, not as of new moments at the peak rate.
+    before = losses(base, key="loss/head_1")[-20:]
+    after = losses(tmp_path / "b", key="loss/head_1")
+    assert after.max() < before.max() + 0.3
 
 
 def test_a_run_of_another_model_cannot_begin_so(tmp_path):

@@ -46,8 +46,10 @@ def _add_pieces(gguf: Any, writer: Any, tokenizer: Tokenizer, size: int) -> None
     if tokenizer.kind == "sentencepiece":
         from sentencepiece import sentencepiece_model_pb2
 
+        messages: Any = sentencepiece_model_pb2
+
         content = tokenizer.model_bytes  # type: ignore[attr-defined]
-        proto = sentencepiece_model_pb2.ModelProto.FromString(content)
+        proto = messages.ModelProto.FromString(content)
         if proto.trainer_spec.model_type != _BYTE_PAIRS:
             raise UserError(
                 "--format=gguf knows SentencePiece models of byte pairs, and this one "

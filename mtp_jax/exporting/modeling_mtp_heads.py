@@ -115,9 +115,12 @@ class MTPLlamaForCausalLM(LlamaForCausalLM):
         super().__init__(config)
         about = config.mtp_heads
         self.mtp = Heads(config)
-        self._given = None  # what the first layer of head 1 was called with, of layers
+        self._given: tuple = (
+            (),
+            {},
+        )  # what the first layer of head 1 was called with, of layers
         self._states = []
-        self._stream = None  # of head 1, before its norm
+        self._stream: torch.Tensor = torch.empty(0)  # of head 1, before its norm
         self.model.norm.register_forward_pre_hook(self._keep_stream)
         if about["kind"] in ("parallel", "causal"):
             first = self.model.layers[config.num_hidden_layers - about["layers"]]

@@ -44,7 +44,7 @@ def write(folder: pathlib.Path, arrays: Arrays, shard_bytes: int) -> None:
     if len(shards) == 1:
         _write_file(folder / "model.safetensors", arrays)
         return
-    where = {}
+    where: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         name = f"model-{i:05}-of-{len(shards):05}.safetensors"
         _write_file(folder / name, shard)

@@ -202,7 +202,9 @@ class _Pieces:
         import sentencepiece
         from sentencepiece import sentencepiece_model_pb2
 
-        proto = sentencepiece_model_pb2.ModelProto.FromString(model_bytes)
+        messages: Any = sentencepiece_model_pb2
+
+        proto = messages.ModelProto.FromString(model_bytes)
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
         self.names = [piece.piece for piece in proto.pieces]
         self.scores = [piece.score for piece in proto.pieces]

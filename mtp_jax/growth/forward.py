@@ -85,6 +85,7 @@ class Pass:
         if not self.cfg.heads.markov_rank or not head:
             return None
         common = self.model.parts(self.trunk_BTD).common
+        assert common.markov_in is not None
         return embed(common.markov_in, self.before(head), self.cfg.compute_dtype)
 
     def said_later(self, head: int) -> tuple[jax.Array, jax.Array]:

@@ -57,8 +57,8 @@ def _losses(run: Pass, head: int) -> jax.Array:
         logits_BV = unembed(hidden_BD, table_VD.astype(dtype))
         ids_1V = jnp.arange(logits_BV.shape[1])[None]
         is_target_BV = ids_1V == target_B[:, None]
-        beside_BV = 0.0
-        if bias_Br is not None:
+        beside_BV = jnp.zeros_like(logits_BV)
+        if bias_Br is not None and bias_Vr is not None:
             beside_BV = unembed(bias_Br, bias_Vr.astype(dtype))
 
         def loss(gain: jax.Array) -> jax.Array:

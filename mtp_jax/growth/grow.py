@@ -84,14 +84,15 @@ def grow(
     cfg = grown_config(before.config, heads, sections, data)
     check_start(before.config.model, cfg.model, start)
     text = _text(before, cfg, start, fit_tokens)
-    state = restored_state(workdir, before) if keep_optimizer else None
+    there = restored_state(workdir, before) if keep_optimizer else None
     with jax.set_mesh(before.mesh):
         models = before.config.model, cfg.model
         params = started(*models, before.params, start, text, cfg.train.seed)
-        if state is None:
-            state, about = new_state(cfg, params), {"batches": 0, "rows": 0}
+        about: dict[str, Any] = {"batches": 0, "rows": 0}
+        if there is None:
+            state = new_state(cfg, params)
         else:
-            state, about = carried(before.config, cfg, state, params)
+            state, about = carried(before.config, cfg, there, params)
     grown = dataclasses.replace(before, config=cfg, params=params)
     at = int(state.step)
     _write(target, grown, state, at, about)

@@ -156,7 +156,7 @@ def test_sampled_drafts_have_the_law_of_the_model(tmp_path):
     export(model, tmp_path / "out")
     llama = loaded(tmp_path / "out", trust_remote_code=True)
     llama.generation_config.eos_token_id = None
-    start, count, length = torch.tensor([[0, 1, 2]]), 2500, 3
+    start, count, length = torch.tensor([[0, 1, 2]]), 1000, 3
     texts = list(itertools.product(range(4), repeat=length))
     whole = torch.tensor([[0, 1, 2, *text] for text in texts])
     with torch.no_grad():
@@ -168,6 +168,7 @@ def test_sampled_drafts_have_the_law_of_the_model(tmp_path):
         ]
     )
     torch.manual_seed(1)
+    torch.set_num_threads(1)  # for so small a model more are in each other's way
     calls, seen = passes_of(llama), np.zeros(len(texts))
     with torch.no_grad():
         for _ in range(count):

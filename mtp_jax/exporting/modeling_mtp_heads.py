@@ -14,6 +14,7 @@ the normed output (arXiv:2401.10774).
 
 import copy
 import os
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -156,7 +157,7 @@ class MTPLlamaForCausalLM(LlamaForCausalLM):
         kind = self.config.mtp_heads["kind"]
         if kind != "residual":
             states = self._norm_of(head)(states)
-        own = getattr(head, "unembedding", self.lm_head)
+        own: Any = getattr(head, "unembedding", self.lm_head)
         scores = own(states).float()
         if self.config.mtp_heads["markov_rank"]:
             scores = scores + self.mtp.markov_out(self.mtp.markov_in(token)).float()

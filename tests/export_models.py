@@ -7,13 +7,30 @@ import numpy as np
 from models import TINY, mesh_of, placed_params, random_params
 
 from mtp_jax.checkpoint.restore import Restored
-from mtp_jax.config import Config, DataConfig, HeadsConfig
+from mtp_jax.config import (
+    Config,
+    DataConfig,
+    HeadsConfig,
+    LayerConfig,
+    RopeConfig,
+)
 from mtp_jax.config.regrow import regrown_config
 from mtp_jax.data.tokenizer import ByteTokenizer
 
 BASE = dataclasses.replace(
     TINY, vocab_size=256, num_layers=3, n_future_tokens=1, rope_theta=500.0
 )
+
+_ALL_BIASES = LayerConfig(qkv_bias=True, out_bias=True, mlp_bias=True)
+_LLAMA3 = RopeConfig(scaling="llama3", factor=4.0, original_context=8, context=64)
+# Fields of a model by the family that holds it.
+FAMILIES = {
+    "llama": {"layer": _ALL_BIASES, "rope": _LLAMA3, "d_head": 6},
+    "mistral": {"layer": LayerConfig(windows=(5,))},
+    "qwen2": {"layer": LayerConfig(qkv_bias=True)},
+    "qwen3": {"layer": LayerConfig(qk_norm="head"), "d_head": 8},
+    "olmo2": {"layer": LayerConfig(qk_norm="whole", norms="after")},
+}
 
 
 def random_model(n=3, tokenizer=None, size=1.0, mesh=None, of_model=None, **heads):

@@ -6,7 +6,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from export_models import ids, random_model
+from export_models import FAMILIES, ids, random_model
 
 from mtp_jax.cli import export as verb
 from mtp_jax.errors import RunFailed, UserError
@@ -59,6 +59,22 @@ def test_a_folder_computes_what_the_model_does(tmp_path, fields):
     assert len(found) == 3
     assert about["model_type"] == "llama"
     assert about["mtp_heads"]["n_future_tokens"] == 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_of_other_families_keep_theirs(tmp_path, family):
+    model = random_model(n=2, of_model=FAMILIES[family])
+
+    lost = export(model, tmp_path / "out")  # which compares the logits, too
+
+    about = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert about["model_type"] == family
+    told = (
+        []
+        if family == "llama"
+        else [f"drafting by parallel heads on layers of {family}"]
+    )
+    assert lost == told
 
 
 @pytest.mark.parametrize("kind", ["serial", "anticausal"])
@@ -267,6 +283,7 @@ def test_ggufs_are_read_again(tmp_path):
     [
         ("meta", {"kind": "linear"}, "config.heads.kind is linear"),
         ("meta", {"norm": "own"}, "one norm for all heads"),
+        ("meta", {"of_model": FAMILIES["qwen2"]}, "has others"),
         ("fastllm", {"markov_rank": 2}, "markov_rank is 2"),
         ("eagle3", {"n": 1}, "the model has one head"),
     ],

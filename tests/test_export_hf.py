@@ -9,12 +9,15 @@ import warnings
 import numpy as np
 import pytest
 import scipy.stats
-from export_models import ids, random_model
+from export_models import FAMILIES, ids, random_model
 from runs import complete, train_args
 
 from mtp_jax import Generator
-from mtp_jax.data.sentencepiece_tokenizer import train_sentencepiece
-from mtp_jax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer
+from mtp_jax.data.tokenizer import (
+    ByteTokenizer,
+    SentencePieceTokenizer,
+    train_sentencepiece,
+)
 from mtp_jax.eval.outputs import head_outputs
 from mtp_jax.exporting.export import export
 
@@ -68,6 +71,21 @@ def test_without_trust_it_is_a_plain_llama(tmp_path, tied, caplog):
     assert type(llama).__name__ == "LlamaForCausalLM"
     assert caplog.records == []
     expected_TV = np.asarray(head_outputs(model, ids()[None]).logits_NBTV)[0, 0]
+    np.testing.assert_allclose(found, expected_TV, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_compute_the_same_in_transformers(tmp_path, family):
+    model = random_model(n=2, of_model=FAMILIES[family])
+    export(model, tmp_path / "out", positions=64)
+    text_T = ids(40)
+
+    with torch.no_grad():
+        plain = loaded(tmp_path / "out")
+        found = plain(torch.tensor(text_T[None])).logits[0].numpy()
+
+    assert plain.config.model_type == family
+    expected_TV = np.asarray(head_outputs(model, text_T[None]).logits_NBTV)[0, 0]
     np.testing.assert_allclose(found, expected_TV, rtol=1e-4, atol=1e-3)
 
 

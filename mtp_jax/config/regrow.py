@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 
 from mtp_jax.config.formats import config_from_json
 from mtp_jax.config.heads import HeadsConfig
+from mtp_jax.config.model import ModelConfig
 from mtp_jax.config.section_tree import as_tree, fields_of
-from mtp_jax.config.sections import Config, ModelConfig
+from mtp_jax.config.sections import Config
 from mtp_jax.errors import UserError
 from mtp_jax.storage import run_at, where_runs_are
 
@@ -38,9 +39,30 @@ def regrown_config(before: ModelConfig, n: int, heads: HeadsConfig) -> ModelConf
             f"the {path} layers that compute head 1; give fewer heads or layers."
         )
     layers = path - on_path + heads.counted_layers(n)
-    return dataclasses.replace(
-        before, num_layers=layers, n_future_tokens=n, heads=heads
+    layer = dataclasses.replace(
+        before.layer, windows=_windows(before, path - on_path, heads)
     )
+    return dataclasses.replace(
+        before, num_layers=layers, n_future_tokens=n, heads=heads, layer=layer
+    )
+
+
+def _windows(before: ModelConfig, trunk: int, heads: HeadsConfig) -> tuple[int, ...]:
+    """Windows of a model of the same layers, of which the first `trunk` are its trunk.
+
+    Raises:
+      UserError: layers of different windows would be heads, which have one for all.
+    """
+    if len(before.layer.windows) <= 1:
+        return before.layer.windows
+    of_heads = [before.heads_window] * layers_on_path(before)
+    path = (*before.trunk_windows, *of_heads)
+    if len(set(path[trunk:])) > 1:
+        raise UserError(
+            f"heads would be layers with windows of {path[trunk:]}, and "
+            "config.layer.windows has one for all heads; give fewer heads or layers."
+        )
+    return (*path[:trunk], *(path[-1:] if heads.wiring.layered else ()))
 
 
 def grown_tree(workdir: str | os.PathLike[str], n: int, **heads: Any) -> ConfigDict:
@@ -77,17 +99,19 @@ def regrown_tree(
     Raises:
       UserError: heads that cannot be, or another model besides its heads.
     """
-    was = as_tree(before)["model"]
-    for name, value in tree["model"].items():
-        if value != was[name] and name not in ("n_future_tokens", "num_layers"):
-            raise UserError(
-                f"config.model.{name} is {value}, and the model has {was[name]}; only "
-                "config.heads can become another."
-            )
+    was, free = as_tree(before), ("n_future_tokens", "num_layers", "windows", "context")
+    for section in ("model", "layer", "rope"):
+        for name, value in tree[section].items():
+            if value != was[section][name] and name not in free:
+                raise UserError(
+                    f"config.{section}.{name} is {value}, and the model has "
+                    f"{was[section][name]}; only config.heads can become another."
+                )
     heads = HeadsConfig(**tree["heads"])
     model = regrown_config(before.model, n, heads)
     numbers = {"n_future_tokens": n, "num_layers": model.num_layers}
     found = {**tree, "model": {**tree["model"], **numbers}}
+    found["layer"] = {**tree["layer"], "windows": model.layer.windows}
     if tree["loss"] == as_tree(before)["loss"]:
         loss = before.loss.without_lists(n)
         found["loss"] = {

@@ -11,7 +11,7 @@ from mtp_jax.checkpoint.restore import Restored, as_restored
 from mtp_jax.errors import UserError, disk_errors_told
 from mtp_jax.eval.heldout import evaluate
 from mtp_jax.exporting.eagle3 import write_eagle3
-from mtp_jax.exporting.fast_llm import write_fast_llm
+from mtp_jax.exporting.fast_llm import require_plain_layers, write_fast_llm
 from mtp_jax.exporting.gguf_file import write_gguf
 from mtp_jax.exporting.hf import write_hf
 from mtp_jax.exporting.meta import write_meta
@@ -38,8 +38,7 @@ def export(
       format: hf, for Hugging Face's transformers and all that load its Llama; gguf,
         for llama.cpp; meta, that of the models of arXiv:2404.19737; fastllm, Fast-LLM's
         mtp_llama; eagle3, head 2 as a drafter for vLLM.
-      positions: the longest text that a reader is told of; None: that of the model,
-        or else of training.
+      positions: the longest text that a reader is told of; None: that of training.
       shard_bytes: the most in one file, of hf.
 
     Returns:
@@ -55,8 +54,9 @@ def export(
         raise UserError(f"--output={output} is not empty; give a new folder.")
     restored = as_restored(model)
     parts = parts_of(restored)
-    trained = restored.config.model.rope.context or restored.config.data.seq_len
-    length = positions or trained
+    length = positions or parts.plain.rope.context or restored.config.data.seq_len
+    if format != "hf":
+        require_plain_layers(parts, format)
     with disk_errors_told(target), _whole_folder(target) as folder:
         if format == "hf":
             figures = _figures(restored)

@@ -10,8 +10,10 @@ import pathlib
 
 import numpy as np
 
+from mtp_jax.config import LayerConfig
 from mtp_jax.errors import UserError
 from mtp_jax.exporting import tensors
+from mtp_jax.exporting.check import check_as_import
 from mtp_jax.exporting.parts import Parts
 from mtp_jax.exporting.tokenizer_files import write_tokenizer
 
@@ -43,6 +45,7 @@ def write_fast_llm(parts: Parts, folder: pathlib.Path, positions: int) -> list[s
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     write_tokenizer(folder, parts.model.tokenizer, positions)
     tensors.compare(folder, arrays, tensors.read(folder))
+    check_as_import(parts, folder)
     return []
 
 
@@ -65,3 +68,22 @@ def require_plain_heads(parts: Parts, name: str) -> None:
                 f"--format={name} holds parallel heads of one layer, and "
                 f"config.heads.{field} is {value}; grow --heads=1 first, or choose hf."
             )
+
+
+def require_plain_layers(parts: Parts, name: str) -> None:
+    """Refuses layers and positions that differ from the first Llama's.
+
+    Raises:
+      UserError: naming the section.
+    """
+    cfg = parts.plain
+    if cfg.layer != LayerConfig() or cfg.rope.scaling != "none":
+        raise UserError(
+            f"--format={name} holds layers and positions of the first Llamas, and "
+            "config.layer or config.rope has others; choose hf."
+        )
+    if name == "meta" and cfg.num_query_heads * cfg.d_head != cfg.d_model:
+        raise UserError(
+            f"--format=meta has no head size of its own, and {cfg.num_query_heads} "
+            f"heads of {cfg.d_head} are not the width, {cfg.d_model}; choose hf."
+        )

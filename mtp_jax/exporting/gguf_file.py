@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from mtp_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from mtp_jax.errors import UserError
 from mtp_jax.exporting import tensors
+from mtp_jax.exporting.check import check_as_import
+from mtp_jax.exporting.gguf_tokenizer import add_tokenizer
 from mtp_jax.exporting.parts import Arrays, Parts
 from mtp_jax.interop.hf_llama import interleaved
 
@@ -60,7 +61,7 @@ def write_gguf(parts: Parts, folder: pathlib.Path, positions: int) -> None:
     kinds = gguf.LlamaFileType
     is_wide = cfg.param_dtype == "float32"
     writer.add_file_type(kinds.ALL_F32 if is_wide else kinds.MOSTLY_BF16)
-    _add_tokenizer(gguf, writer, parts.model.tokenizer, cfg.vocab_size)
+    add_tokenizer(gguf, writer, parts.model.tokenizer, cfg.vocab_size)
     arrays = gguf_tensors(parts)
     for name, x in arrays.items():
         if x.dtype == np.float32:
@@ -80,6 +81,7 @@ def write_gguf(parts: Parts, folder: pathlib.Path, positions: int) -> None:
         for x in read.tensors
     }
     tensors.compare(folder / _FILE, arrays, found)
+    check_as_import(parts, folder / _FILE)
 
 
 def gguf_tensors(parts: Parts) -> Arrays:
@@ -109,51 +111,3 @@ def _library() -> Any:
             "--format=gguf needs the package gguf; pip install 'mtp-jax[interop]'."
         ) from None
     return gguf
-
-
-def _add_tokenizer(gguf: Any, writer: Any, tokenizer: Tokenizer, size: int) -> None:
-    """The pieces of a SentencePiece model of byte pairs, or the bytes as pieces."""
-    kinds = gguf.TokenType
-    ends = {tokenizer.bos_id: "<s>", tokenizer.eos_id: "</s>"}
-    adds_space, unk_id = False, None
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        from sentencepiece import sentencepiece_model_pb2
-
-        messages: Any = sentencepiece_model_pb2
-
-        proto = messages.ModelProto.FromString(tokenizer.model_bytes)
-        if proto.trainer_spec.model_type != 2:
-            raise UserError(
-                "--format=gguf knows SentencePiece models of byte pairs, and this one "
-                "is of another type; choose hf."
-            )
-        pieces = [(p.piece, p.score, p.type) for p in proto.pieces]
-        adds_space = proto.normalizer_spec.add_dummy_prefix
-        unk_id = proto.trainer_spec.unk_id
-    elif tokenizer.kind == "bytes":
-        pieces = [
-            (ends[i], 0.0, int(kinds.CONTROL))
-            if i in ends
-            else (f"<0x{i:02X}>", 0.0, int(kinds.BYTE))
-            for i in range(256)
-        ]
-    else:
-        raise UserError(
-            f"--format=gguf cannot write a tokenizer of kind {tokenizer.kind}; choose "
-            "hf."
-        )
-    pieces += [
-        (f"<unused{i}>", 0.0, int(kinds.UNUSED)) for i in range(len(pieces), size)
-    ]
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list([piece.encode() for piece, _, _ in pieces])
-    writer.add_token_scores([score for _, score, _ in pieces])
-    writer.add_token_types([kind for _, _, kind in pieces])
-    writer.add_bos_token_id(tokenizer.bos_id)
-    writer.add_eos_token_id(tokenizer.eos_id)
-    if unk_id is not None:
-        writer.add_unk_token_id(unk_id)
-    writer.add_add_bos_token(True)
-    writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(adds_space)

@@ -10,19 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from mtp_jax.errors import RunFailed
-from mtp_jax.eval.outputs import head_outputs
 from mtp_jax.exporting import reference, tensors
 from mtp_jax.exporting.card import model_card
+from mtp_jax.exporting.check import (
+    check_as_import,
+    checked_ids,
+    compare_logits,
+    expected_logits,
+)
 from mtp_jax.exporting.parts import Arrays, Parts
 from mtp_jax.exporting.tokenizer_files import write_tokenizer
 
 _CODE = "modeling_mtp_heads.py"
 _CLASS = "MTPLlamaForCausalLM"
-_CHECKED_TOKENS = 12
-# Relative to the largest logit: what products of so few terms lose, by the type in
-# which the model computes.
-_CLOSE = {"float32": 1e-4, "bfloat16": 5e-2}
 
 
 def write_hf(
@@ -53,8 +53,11 @@ def write_hf(
     _write_json(folder / "config.json", about)
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     generation = {name: about[name] for name in ids} | {"do_sample": False}
-    _write_json(folder / "generation_config.json", generation)
+    ends = getattr(parts.model.tokenizer, "end_ids", ())
+    if len(ends) > 1:
+        generation["eos_token_id"] = list(ends)
     write_tokenizer(folder, parts.model.tokenizer, positions)
+    _write_json(folder / "generation_config.json", generation)
     (folder / "README.md").write_text(model_card(parts, figures), encoding="utf-8")
     check_hf(parts, folder)
 
@@ -71,21 +74,13 @@ def check_hf(parts: Parts, folder: pathlib.Path) -> None:
     if parts.heads:
         heads = tensors.read(folder / "mtp_heads")
         tensors.compare(folder / "mtp_heads", parts.heads, heads)
+    check_as_import(parts, folder)
+    if not parts.heads:
+        return
     about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    rng = np.random.default_rng(0)
-    ids_T = rng.integers(0, about["vocab_size"], _CHECKED_TOKENS)
-    found = all_logits(ids_T, llama, heads, about)
-    expected_NTV = np.asarray(head_outputs(parts.model, ids_T[None]).logits_NBTV)[:, 0]
-    limit = _CLOSE[parts.cfg.compute_dtype]
+    found = all_logits(checked_ids(parts), llama, heads, about)
     for number, logits_TV in enumerate(found):
-        # Bias of the token before: of the last `number` positions that is not known.
-        known = slice(0, len(ids_T) - number)
-        error = np.abs(logits_TV[known] - expected_NTV[number][known]).max()
-        if not error <= limit * max(1.0, np.abs(expected_NTV[number]).max()):
-            raise RunFailed(
-                f"{folder} computes other logits than the model: those of head "
-                f"{number + 1} differ by {error:.2g}"
-            )
+        compare_logits(parts, folder, number, logits_TV, expected_logits(parts)[number])
 
 
 def all_logits(

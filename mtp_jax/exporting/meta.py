@@ -9,10 +9,12 @@ import json
 import pathlib
 
 import numpy as np
+from etils import epath
 
-from mtp_jax.data.tokenizer import SentencePieceTokenizer
+from mtp_jax.data.tokenizer import save_tokenizer
 from mtp_jax.errors import UserError
 from mtp_jax.exporting import tensors
+from mtp_jax.exporting.check import check_as_import
 from mtp_jax.exporting.fast_llm import require_plain_heads
 from mtp_jax.exporting.parts import Arrays, Parts
 from mtp_jax.interop.hf_llama import interleaved
@@ -71,8 +73,8 @@ def write_meta(parts: Parts, folder: pathlib.Path, positions: int) -> list[str]:
     }
     (folder / "params.json").write_text(json.dumps(about, indent=2) + "\n")
     lost = []
-    if isinstance(parts.model.tokenizer, SentencePieceTokenizer):
-        (folder / "tokenizer.model").write_bytes(parts.model.tokenizer.model_bytes)
+    if parts.model.tokenizer.kind == "sentencepiece":
+        save_tokenizer(parts.model.tokenizer, epath.Path(folder))
     else:
         lost = ["the tokenizer, which is no SentencePiece model"]
     saved = torch.load(folder / "consolidated.pth", weights_only=True)
@@ -80,6 +82,7 @@ def write_meta(parts: Parts, folder: pathlib.Path, positions: int) -> list[str]:
         name: x.float().numpy().astype(arrays[name].dtype) for name, x in saved.items()
     }
     tensors.compare(folder / "consolidated.pth", arrays, found)
+    check_as_import(parts, folder)
     return lost
 
 

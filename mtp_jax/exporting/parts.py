@@ -12,8 +12,9 @@ import numpy as np
 from mtp_jax.checkpoint.restore import Restored
 from mtp_jax.config import HeadsConfig, ModelConfig
 from mtp_jax.config.regrow import regrown_config
-from mtp_jax.errors import UserError
-from mtp_jax.interop.hf_llama import layer_weights, llama_weights
+from mtp_jax.interop.hf_config import family_of, to_hf
+from mtp_jax.interop.hf_names import hf_names
+from mtp_jax.interop.places import Place, places_of, to_file
 from mtp_jax.model.language_model import model_builder
 from mtp_jax.model.regrow import regrown
 
@@ -30,6 +31,7 @@ class Parts:
     llama: Arrays  # by the names of Hugging Face's Llama; a tied output is left out
     heads: Arrays  # of heads 2 to n and of their bias; empty if there are none
     dropped: str  # why heads are not among them, or empty
+    family: str  # of Hugging Face, a key of `hf_config.FAMILIES`
 
     @property
     def cfg(self) -> ModelConfig:
@@ -37,32 +39,14 @@ class Parts:
 
     def config(self, positions: int) -> dict[str, Any]:
         """The content of config.json, for texts of so many tokens."""
-        cfg, tokenizer = self.plain, self.model.tokenizer
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "vocab_size": cfg.vocab_size,
-            "hidden_size": cfg.d_model,
-            "intermediate_size": cfg.d_ff,
-            "num_hidden_layers": cfg.num_layers,
-            "num_attention_heads": cfg.num_query_heads,
-            "num_key_value_heads": cfg.num_kv_heads,
-            "head_dim": cfg.d_head,
-            "hidden_act": "silu",
-            "max_position_embeddings": positions,
-            "rms_norm_eps": cfg.norm_eps,
-            # Older versions read rope_theta beside, newer ones rope_parameters.
-            "rope_theta": cfg.rope_theta,
-            "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
-            "tie_word_embeddings": cfg.tie_embeddings,
-            "attention_bias": False,
-            "mlp_bias": False,
+        tokenizer = self.model.tokenizer
+        return to_hf(self.plain, positions, self.family) | {
             "initializer_range": 0.02,
             "bos_token_id": tokenizer.bos_id,
             "eos_token_id": tokenizer.eos_id,
             "pad_token_id": tokenizer.eos_id,
-            "dtype": cfg.param_dtype,
-            "torch_dtype": cfg.param_dtype,
+            "dtype": self.plain.param_dtype,
+            "torch_dtype": self.plain.param_dtype,
         }
 
     def about_heads(self) -> dict[str, Any]:
@@ -85,43 +69,51 @@ def parts_of(model: Restored) -> Parts:
       UserError: a model that no Llama equals.
     """
     cfg = model.config.model
-    _refuse_other_architecture(cfg)
     plain = regrown_config(cfg, 1, HeadsConfig())
+    family = family_of(plain)
     with jax.set_mesh(model.mesh):
         init, _ = model_builder(plain)
         shapes = jax.eval_shape(init, jax.random.key(0))
-        of_one = regrown(cfg, plain, model.params, shapes)
-    llama = _contiguous(llama_weights(jax.device_get(of_one)))
-    if cfg.tie_embeddings:
-        del llama["lm_head.weight"]
+        of_one = jax.device_get(regrown(cfg, plain, model.params, shapes))
+    llama: Arrays = {}
+    for place in places_of(plain, hf_names(family), shapes):
+        rows = to_file(place, _entry(place, of_one))
+        there = llama.get(place.name)
+        llama[place.name] = rows if there is None else np.concatenate([there, rows])
     heads, dropped = cfg.heads, ""
     if cfg.n_future_tokens > 1 and (heads.kind not in _DRAFTING or heads.shared):
         dropped = f"{'shared ' * heads.shared}{heads.kind} heads"
+    elif cfg.n_future_tokens > 1 and family != "llama":
+        dropped = f"{heads.kind} heads on layers of {family}"
     found: Arrays = {}
     if cfg.n_future_tokens > 1 and not dropped:
         found = _contiguous(_head_weights(cfg, jax.device_get(model.params)))
-    return Parts(model, plain, llama, found, dropped)
+    return Parts(model, plain, _contiguous(llama), found, dropped, family)
 
 
-def _refuse_other_architecture(cfg: ModelConfig) -> None:
-    """Raises UserError for models with what a plain Llama has not."""
-    if cfg.num_query_heads * cfg.d_head != cfg.d_model:
-        raise UserError(
-            f"a model with {cfg.num_query_heads} heads of {cfg.d_head} in a width of "
-            f"{cfg.d_model} is no Llama of Hugging Face."
-        )
-    for part in ("layer", "rope"):
-        plain, own = vars(type(getattr(cfg, part))()), vars(getattr(cfg, part))
-        others = [
-            f"config.{part}.{k}={v}"
-            for k, v in own.items()
-            if (v != plain[k] and k != "context")
-        ]
-        if others:
-            raise UserError(
-                f"a model with {', '.join(others)} is not exported: layers must be "
-                "those of a plain Llama."
-            )
+def _entry(place: Place, params: Any) -> np.ndarray:
+    """The parameter of a place, or the entry of its stack."""
+    for key in place.path:
+        params = params[key]
+    return params if place.entry is None else params[place.entry]
+
+
+def layer_weights(layer: Any) -> Arrays:
+    """The weights of one layer of a Llama by the names of Hugging Face.
+
+    Args:
+      layer: nested dict of a layer, NumPy arrays without a stack's axis.
+    """
+    found = {}
+    for ours, theirs in hf_names("llama").layer.items():
+        leaf = layer
+        for key in ours.split("/"):
+            leaf = leaf.get(key) if leaf is not None else None
+        if leaf is not None:
+            form: Any = "matrix" if ours.rpartition("/")[2][0] == "w" else "vector"
+            path = tuple(ours.split("/"))
+            found[theirs] = to_file(Place(theirs, path, None, leaf.shape, form), leaf)
+    return found
 
 
 def _head_weights(cfg: ModelConfig, params: Any) -> Arrays:

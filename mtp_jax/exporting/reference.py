@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from mtp_jax.interop.hf_rope import rope_from_hf
+from mtp_jax.model.rope import frequencies
+
 Arrays = dict[str, np.ndarray]
 
 
@@ -38,10 +41,13 @@ def layer(
     def of(name: str) -> np.ndarray:
         return w[f"{prefix}{name}.weight"]
 
+    def linear(x: np.ndarray, name: str) -> np.ndarray:
+        return x @ of(name).T + w.get(f"{prefix}{name}.bias", 0.0)
+
     a_TD = norm(x_TD, of("input_layernorm"), eps)
-    q_THK = _turned((a_TD @ of("self_attn.q_proj").T).reshape(t, h, k), about)
-    k_TGK = _turned((a_TD @ of("self_attn.k_proj").T).reshape(t, g, k), about)
-    v_TGK = (a_TD @ of("self_attn.v_proj").T).reshape(t, g, k)
+    q_THK = _turned(linear(a_TD, "self_attn.q_proj").reshape(t, h, k), about)
+    k_TGK = _turned(linear(a_TD, "self_attn.k_proj").reshape(t, g, k), about)
+    v_TGK = linear(a_TD, "self_attn.v_proj").reshape(t, g, k)
     read_THK = np.empty_like(q_THK)
     seen_TT = np.tril(np.ones((t, t), bool))
     for head in range(h):
@@ -50,11 +56,10 @@ def layer(
         scores_TT = np.where(seen_TT, scores_TT, -np.inf)
         p_TT = np.exp(scores_TT - scores_TT.max(-1, keepdims=True))
         read_THK[:, head] = p_TT @ v_TGK[:, of_group] / p_TT.sum(-1, keepdims=True)
-    x_TD = x_TD + read_THK.reshape(t, h * k) @ of("self_attn.o_proj").T
+    x_TD = x_TD + linear(read_THK.reshape(t, h * k), "self_attn.o_proj")
     b_TD = norm(x_TD, of("post_attention_layernorm"), eps)
-    gate_TF = b_TD @ of("mlp.gate_proj").T
-    inner_TF = silu(gate_TF) * (b_TD @ of("mlp.up_proj").T)
-    return x_TD + inner_TF @ of("mlp.down_proj").T
+    inner_TF = silu(linear(b_TD, "mlp.gate_proj")) * linear(b_TD, "mlp.up_proj")
+    return x_TD + linear(inner_TF, "mlp.down_proj")
 
 
 def streams(ids_T: np.ndarray, w: Arrays, about: dict[str, Any]) -> list[np.ndarray]:
@@ -73,9 +78,9 @@ def silu(x: np.ndarray) -> np.ndarray:
 def _turned(x_THK: np.ndarray, about: dict[str, Any]) -> np.ndarray:
     """x with rotary positions, halves of a head as pairs (arXiv:2104.09864)."""
     k = x_THK.shape[-1]
-    theta = about["rope_parameters"]["rope_theta"]
-    frequency = theta ** (-np.arange(0, k, 2) / k)
-    angle = np.arange(len(x_THK))[:, None, None] * frequency
+    theta, rope = rope_from_hf(about, 0.0, about["max_position_embeddings"], "config")
+    angle = np.arange(len(x_THK))[:, None, None] * frequencies(rope, k, theta)
+    x_THK = x_THK * rope.on_queries_and_keys
     first, second = x_THK[..., : k // 2], x_THK[..., k // 2 :]
     return np.concatenate(
         [

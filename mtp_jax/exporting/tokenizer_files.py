@@ -8,12 +8,9 @@ import json
 import pathlib
 from typing import Any
 
-from mtp_jax.data.tokenizer import (
-    TEMPLATE_FILE,
-    SentencePieceTokenizer,
-    Tokenizer,
-    save_tokenizer,
-)
+from etils import epath
+
+from mtp_jax.data.tokenizer import Tokenizer, save_tokenizer
 from mtp_jax.errors import UserError
 
 _SPACE = "\u2581"
@@ -30,18 +27,12 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, positions: int) 
     """Writes tokenizer.json and tokenizer_config.json, and checks what they say.
 
     A SentencePiece model is written beside them; one that is not of byte pairs has no
-    tokenizer.json, and loads as LlamaTokenizer. A tokenizer that came as such files
-    goes as it came.
+    tokenizer.json, and loads as LlamaTokenizer. A tokenizer.json stays byte for byte,
+    with the files that came with it.
 
     Raises:
       UserError: ids differ from those of the tokenizer.
     """
-    if tokenizer.kind == "tokenizer.json":
-        save_tokenizer(tokenizer, folder)
-        _compare_ids(folder / "tokenizer.json", tokenizer)
-        return
-    if TEMPLATE_FILE in tokenizer.files:
-        (folder / TEMPLATE_FILE).write_bytes(tokenizer.files[TEMPLATE_FILE])
     about = {
         "bos_token": _BYTE_NAMES[0],
         "eos_token": _BYTE_NAMES[1],
@@ -50,9 +41,12 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, positions: int) 
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     content = None
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
-        pieces = _Pieces(tokenizer.model_bytes)
+    save_tokenizer(tokenizer, epath.Path(folder))
+    if tokenizer.kind == "tokenizer.json":
+        _name_class(folder / "tokenizer_config.json")
+        return
+    if tokenizer.kind == "sentencepiece":
+        pieces = _Pieces(tokenizer.model_bytes)  # type: ignore[attr-defined]
         about |= {
             "bos_token": pieces.names[tokenizer.bos_id],
             "eos_token": pieces.names[tokenizer.eos_id],
@@ -68,6 +62,12 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, positions: int) 
     if content is not None:
         _write_json(folder / "tokenizer.json", content)
         _compare_ids(folder / "tokenizer.json", tokenizer)
+
+
+def _name_class(path: pathlib.Path) -> None:
+    """Names the class that takes tokenizer.json as it is, whatever a file named."""
+    about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    _write_json(path, {**about, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _of_bytes(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -237,7 +237,7 @@ def _compare_ids(path: pathlib.Path, tokenizer: Tokenizer) -> None:
         return
     library = Library.from_file(str(path))
     for text in _SAMPLES:
-        ids = [*tokenizer.prompt_begin, *tokenizer.encode(text).tolist()]
+        ids = [tokenizer.bos_id, *tokenizer.encode(text).tolist()]
         found = library.encode(text).ids
         if found != ids:
             raise UserError(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.model.attention import RowContext, attend_within
-from mtp_jax.model.block import Block
+from mtp_jax.model.block import Attend, Block
 from mtp_jax.model.heads.base import blocks_of
 from mtp_jax.model.heads.walk import HeadRunner, Weights
 from mtp_jax.model.language_model import LanguageModel, run_trunk
@@ -133,7 +133,7 @@ def joined(run: Pass, head: int, weights: Weights) -> jax.Array:
 def attention_reads(run: Pass, head: int) -> tuple[jax.Array, jax.Array]:
     """Values that a head's last attention reads, [B, T, H K], and its input."""
     block, x_BTD = _last_block(run, head)
-    attend = attend_within(run.rows, "auto", run.cfg.heads_window)
+    attend = _attend(run)
 
     def kept(*of: jax.Array):
         read_BTHK, _ = attend(*of)
@@ -147,7 +147,7 @@ def attention_reads(run: Pass, head: int) -> tuple[jax.Array, jax.Array]:
 def feed_forward_reads(run: Pass, head: int) -> tuple[jax.Array, jax.Array]:
     """Features that a head's last `w_down` multiplies, [B, T, F], and its residual."""
     block, x_BTD = _last_block(run, head)
-    attend = attend_within(run.rows, "auto", run.cfg.heads_window)
+    attend = _attend(run)
     # A feed-forward layer without output leaves what its output is added to.
     silent = jax.tree.map(lambda x: x, block)
     silent.mlp.w_down.set_value(jnp.zeros_like(block.mlp.w_down.get_value()))
@@ -156,10 +156,15 @@ def feed_forward_reads(run: Pass, head: int) -> tuple[jax.Array, jax.Array]:
     return block.mlp.inner(h_BTD), base_BTD
 
 
+def _attend(run: Pass) -> Attend:
+    """The attention of layers of heads."""
+    return attend_within(run.rows, "auto", run.cfg.heads_window)
+
+
 def _last_block(run: Pass, head: int) -> tuple[Block, jax.Array]:
     """The last layer of a head of layers, and its input."""
     x_BTD = run.read_by(head)
-    attend = attend_within(run.rows, "auto", run.cfg.heads_window)
+    attend = _attend(run)
     *first, last = blocks_of(run.cfg, run.weights(head).body)
     for block in first:
         x_BTD, _ = block(x_BTD, run.rows.angles_BTk, attend)

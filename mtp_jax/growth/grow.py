@@ -194,7 +194,7 @@ def _check_models(cfg: Config, there: ModelConfig) -> None:
     """Raises UserError if the model of a run cannot become that of a config."""
     model, workdir = cfg.model, cfg.init.workdir
     wanted = regrown_config(there, model.n_future_tokens, model.heads)
-    free = ("param_dtype", "compute_dtype", "heads")
+    free = ("param_dtype", "compute_dtype", "heads", "rope")
     grown, here = dataclasses.asdict(wanted), dataclasses.asdict(model)
     rows = [
         f"config.model.{name} is {here[name]}, and with that model it is {grown[name]}"

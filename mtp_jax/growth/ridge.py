@@ -65,10 +65,10 @@ def fit_maps(cfg: ModelConfig, params: Tree, text: FitText, first: int) -> Tree:
             "a start by ridge fits each head by itself, and config.heads.shared gives "
             "all one set of weights; choose another start."
         )
-    if cfg.layer.norms == "after" and heads.kind in ("parallel", "causal"):
+    if heads.wiring.first and cfg.layer.norms == "after":
         raise UserError(
-            "a start by ridge fits what a layer adds, which config.layer.norms='after' "
-            "norms; choose another start."
+            "a start by ridge fits what a layer adds to its input, and "
+            "config.layer.norms=after norms it; choose another start."
         )
     params = _silenced(cfg, params, first)
     numbers = range(first, cfg.n_future_tokens)
@@ -168,14 +168,15 @@ def _silenced(cfg: ModelConfig, params: Tree, first: int) -> Tree:
         return params
     at = first if cfg.heads.wiring.first else first - 1
 
-    outputs = "w_o", "w_down", "bias_o", "bias_down"
-
     def silent(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        return with_last(x, at, 0 * x[0]) if path[-1].key in outputs else x
+        return with_last(x, at, 0 * x[0]) if path[-1].key in _ADDED else x
 
     heads = jax.tree.map_with_path(silent, params["heads"])
     layout = jax.tree.map(lambda x: x.sharding, params["heads"])
     return {**params, "heads": jax.device_put(heads, layout)}
+
+
+_ADDED = ("w_o", "bias_o", "w_down", "bias_down")
 
 
 def _with(tree: Tree, path: tuple[str, ...], at: list[int], maps: list) -> Tree:

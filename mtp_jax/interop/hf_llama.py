@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import numpy as np
 
 from mtp_jax.config import ModelConfig
@@ -62,34 +61,23 @@ def llama_weights(params: Any) -> dict[str, np.ndarray]:
     }
     trunk = [(params["trunk"], i) for i in range(len(params["trunk"]["w_q"]))]
     for number, (stacked, i) in enumerate([*trunk, (params["heads"], 0)]):
-        for name, x in layer_weights(
-            jax.tree.map(lambda x, i=i: x[i], stacked)
-        ).items():
-            weights[f"model.layers.{number}.{name}"] = x
+        d = stacked["w_q"].shape[1]
+        mlp = stacked["mlp"]
+        weights |= {
+            f"model.layers.{number}.{name}.weight": x
+            for name, x in {
+                "input_layernorm": stacked["norm_attention"][i],
+                "self_attn.q_proj": stacked["w_q"][i].reshape(d, -1).T,
+                "self_attn.k_proj": stacked["w_k"][i].reshape(d, -1).T,
+                "self_attn.v_proj": stacked["w_v"][i].reshape(d, -1).T,
+                "self_attn.o_proj": stacked["w_o"][i].reshape(-1, d).T,
+                "post_attention_layernorm": stacked["norm_mlp"][i],
+                "mlp.gate_proj": mlp["w_gate"][i].T,
+                "mlp.up_proj": mlp["w_up"][i].T,
+                "mlp.down_proj": mlp["w_down"][i].T,
+            }.items()
+        }
     return weights
-
-
-def layer_weights(layer: Any) -> dict[str, np.ndarray]:
-    """The weights of one transformer layer under the names of Hugging Face's Llama.
-
-    Args:
-      layer: nested dict of a layer, NumPy arrays without a stack's axis.
-    """
-    d, mlp = layer["w_q"].shape[0], layer["mlp"]
-    return {
-        f"{name}.weight": x
-        for name, x in {
-            "input_layernorm": layer["norm_attention"],
-            "self_attn.q_proj": layer["w_q"].reshape(d, -1).T,
-            "self_attn.k_proj": layer["w_k"].reshape(d, -1).T,
-            "self_attn.v_proj": layer["w_v"].reshape(d, -1).T,
-            "self_attn.o_proj": layer["w_o"].reshape(-1, d).T,
-            "post_attention_layernorm": layer["norm_mlp"],
-            "mlp.gate_proj": mlp["w_gate"].T,
-            "mlp.up_proj": mlp["w_up"].T,
-            "mlp.down_proj": mlp["w_down"].T,
-        }.items()
-    }
 
 
 def interleaved(rows_XI: np.ndarray, heads: int) -> np.ndarray:

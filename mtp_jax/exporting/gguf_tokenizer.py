@@ -75,7 +75,7 @@ def _add_pieces(gguf: Any, writer: Any, tokenizer: Tokenizer, size: int) -> None
 
 def _add_merges(gguf: Any, writer: Any, tokenizer: Tokenizer, size: int) -> None:
     """The vocabulary and merges of a tokenizer.json of bytes."""
-    files = tokenizer.files  # type: ignore[attr-defined]
+    files = tokenizer.files
     rules = json.loads(files["tokenizer.json"])
     model, cut = rules["model"], json.dumps(rules.get("pre_tokenizer"))
     known = [name for sign, name in _CUTS.items() if sign in cut]

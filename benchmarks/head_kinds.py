@@ -7,7 +7,6 @@ Head 1 is as deep in all models; the n - 1 further heads of a kind come on top.
 
 import dataclasses
 import sys
-from typing import Any
 
 import jax
 
@@ -21,19 +20,7 @@ from benchmarks.timing import (
     script,
 )
 from mtp_jax.config import Config, HeadsConfig
-
-KINDS: dict[str, dict[str, Any]] = {
-    "parallel": {},
-    "parallel, 2 layers": {"layers": 2},
-    "parallel, bias": {"markov_rank": 64},
-    "parallel, own tables": {"unembedding": "own"},
-    "linear": {"kind": "linear"},
-    "residual": {"kind": "residual"},
-    "causal": {"kind": "causal"},
-    "anticausal": {"kind": "anticausal"},
-    "serial": {"kind": "serial"},
-    "repeated": {"kind": "serial", "shared": True},
-}
+from mtp_jax.studies.head_kinds import KINDS
 
 
 @script

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mtp_jax.run.audit import audit
     from mtp_jax.run.train import train
     from mtp_jax.run.workdirs import list_runs
+    from mtp_jax.studies.runner import study
     from mtp_jax.verification.verifier import verify
 
 __version__ = "0.1.0"
@@ -41,6 +42,7 @@ __all__ = [
     "prepare",
     "rehearse",
     "restore_model",
+    "study",
     "train",
     "verify",
 ]
@@ -60,6 +62,7 @@ _MODULES = {
     "prepare": "mtp_jax.data.prepare",
     "rehearse": "mtp_jax.rehearsal.rehearsal",
     "restore_model": "mtp_jax.checkpoint.restore",
+    "study": "mtp_jax.studies.runner",
     "train": "mtp_jax.run.train",
     "verify": "mtp_jax.verification.verifier",
 }

@@ -43,6 +43,7 @@ Multi-token prediction: train a model with n heads, and let it draft for itself.
   audit     prove from a run's files which data it has seen
   plan      what a training step costs on a TPU, without one
   rehearse  faults of a pod, injected into a small run on this machine
+  study     a claim about multi-token prediction, run and judged
 
 mtp-jax VERB --help tells the options of a verb; mtp-jax --version tells the versions
 that a bug report needs, and what else to send with it."""
@@ -59,6 +60,7 @@ _MODULES = {
     "audit": "mtp_jax.cli.audit",
     "plan": "mtp_jax.cli.plan",
     "rehearse": "mtp_jax.cli.rehearse",
+    "study": "mtp_jax.cli.study",
 }
 _VERBS = tuple(_MODULES)
 _TIDY = ("prepare", "rehearse")  # verbs that remove or end something if interrupted

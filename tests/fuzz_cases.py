@@ -33,6 +33,7 @@ BASE = {
     "audit": ["--workdir=run"],
     "plan": ["--config=config.py", "--topology=v5e:2x2"],
     "rehearse": ["--config=config.py", "--only=nothing_of_that_name"],
+    "study": ["curricula", "--arm=nothing_of_that_name"],
 }
 DUE = {
     "prepare": ("out/manifest.json",),
@@ -128,9 +129,9 @@ def _parser_of(verb):
 
 
 def odd_flag(random):
-    verb = random.choices(list(BASE), (8, 4, 4, 3, 2, 2, 3, 1, 1, 3, 3))[0]
+    verb = random.choices(list(BASE), (8, 4, 4, 3, 2, 2, 3, 1, 1, 3, 3, 2))[0]
     base = list(BASE[verb])
-    expect = "refused" if verb in ("rehearse",) else "either"
+    expect = "refused" if verb in ("rehearse", "study") else "either"
     how = random.random()
     if how < 0.1:
         name = random.choice(

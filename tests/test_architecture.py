@@ -15,6 +15,7 @@ from mtp_jax.config import Config, as_tree
 FOLDERS = [
     "cli",
     "reports",
+    "studies",
     "run",
     "verification",
     "eval",

@@ -10,6 +10,7 @@ from mtp_jax.eval.intervals import (
     difference_interval,
     mean_interval,
     pass_at_k,
+    series_interval,
 )
 
 
@@ -109,3 +110,20 @@ def test_the_best_of_equals_is_better_than_each_by_chance():
     one, low_one, _ = mean_interval(values_GP[0])
     assert low > low_one and value >= one
     assert low < value < high
+
+
+def test_the_interval_of_a_dependent_series_covers_its_mean():
+    """Values of autoregressive series resampled one by one cover it too rarely."""
+    rng = np.random.default_rng(3)
+    covered, naive = 0, 0
+    for _ in range(200):
+        noise, x = rng.normal(size=400), np.zeros(400)
+        for t in range(1, 400):
+            x[t] = 0.8 * x[t - 1] + noise[t]
+        mean, low, high = series_interval(list(x + 5.0))
+        assert abs(mean - x.mean() - 5.0) < 1e-9
+        covered += low <= 5.0 <= high
+        _, low, high = mean_interval(x)
+        naive += low <= 0.0 <= high
+    assert covered > 160 and naive < 130
+    assert series_interval([2.0]) == (2.0, 2.0, 2.0)

@@ -5,7 +5,7 @@ Axes: P problems, S samples of a problem, R resamples, G runs or temperatures.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -87,3 +87,21 @@ def statistic_interval(
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(of_means(mean_GR), [tail, 1 - tail])
     return float(estimate), float(low), float(high)
+
+
+def series_interval(
+    values: Sequence[float], blocks: int = 20
+) -> tuple[float, float, float]:
+    """The mean of a series of dependent values, and the ends of its 95% interval.
+
+    The series is cut into blocks of consecutive values, whose means are nearly
+    independent where blocks are longer than the dependence (the method of batch means;
+    Conway 1963), and blocks are resampled.
+
+    Args:
+      values: in their order, at least one.
+      blocks: at most; no more than there are values.
+    """
+    parts = np.array_split(np.asarray(values, np.float64), min(blocks, len(values)))
+    weights_P = np.array([len(part) for part in parts], np.float64)
+    return mean_interval(np.array([part.mean() for part in parts]), weights_P)

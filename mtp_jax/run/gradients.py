@@ -1,0 +1,44 @@
+"""Means of what a gradient meter has logged: which heads pull the trunk as head 1.
+
+A head whose gradient at the trunk's output has a cosine above 0 with head 1's makes,
+to first order, head 1's loss smaller with every step of its own.
+"""
+
+import json
+import os
+import re
+
+from mtp_jax.eval.intervals import series_interval
+from mtp_jax.storage import workdir_at
+
+Interval = tuple[float, float, float]  # mean, ends of the 95% interval
+_COSINE = re.compile(r"gradient/cosine/head_(\d+)")
+
+
+def mean_cosines(
+    workdir: str | os.PathLike[str], first_share: float = 0.5
+) -> dict[int, Interval]:
+    """Mean cosine of each head's gradient with head 1's, with its interval, by head.
+
+    Args:
+      workdir: of a run with `config.loss.gradient_meter` or a balance; the result of
+        another one is empty.
+      first_share: of the run's steps, which are left out.
+    """
+    path = workdir_at(os.fspath(workdir)) / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    records = {}
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:  # the last line of a run that was killed
+            continue
+        records[record["step"]] = record  # a step that was done again counts once
+    last = max(records, default=0)
+    values: dict[int, list[float]] = {}
+    for step in sorted(records):
+        for name, value in records[step].items():
+            match = _COSINE.fullmatch(name)
+            if match and step > first_share * last and value == value:
+                values.setdefault(int(match[1]), []).append(value)
+    return {head: series_interval(found) for head, found in sorted(values.items())}

@@ -106,8 +106,8 @@ def written(log_laws, passes: int) -> np.ndarray:
     all_blocks, at_once = blocks(), SLOTS // passes
     orders = set()
     for order in itertools.permutations(range(SLOTS)):
-        parts = [order[i : i + at_once] for i in range(0, SLOTS, at_once)]
-        orders.add(tuple(tuple(sorted(part)) for part in parts))
+        starts = range(0, SLOTS, at_once)
+        orders.add(tuple(tuple(sorted(order[i : i + at_once])) for i in starts))
     total = np.zeros((STATES, len(all_blocks)))
     for context in range(STATES):
         contexts = np.full(len(all_blocks), context)

@@ -45,7 +45,7 @@ def features(offsets_O: jax.Array, waves: tuple[float, ...]) -> jax.Array:
 def targets(
     tokens_RT: np.ndarray, offset: float, position: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What each sequence would be at a time, int [R], and whether that is a token.
+    """Each sequence at a time, int [R], and whether it has a token there, bool [R].
 
     Args:
       tokens_RT: sequences.

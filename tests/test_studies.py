@@ -11,7 +11,7 @@ from runs import complete, kill, records, start
 
 from mtp_jax.config import config_to_json
 from mtp_jax.errors import UserError
-from mtp_jax.run.gradients import mean_cosines
+from mtp_jax.run.gradients import helping, mean_cosines
 from mtp_jax.studies import STUDIES, curricula, head_kinds, runner
 from mtp_jax.studies.study import (
     Claim,
@@ -211,7 +211,9 @@ def test_damaged_figures_are_named(toy, tmp_path):
 
 
 def test_no_such_study_is_one_line():
-    with pytest.raises(UserError, match="'nothing' is not a study; there are curric"):
+    with pytest.raises(
+        UserError, match="'nothing' is not a study; there are identities"
+    ):
         find_study("nothing")
 
 
@@ -359,3 +361,27 @@ def test_cosines_are_those_of_the_second_half_of_the_log(tmp_path):
     assert math.isclose(mean, (0.5 + 0.4) / 2)
     assert math.isclose(low, 0.4) and math.isclose(high, 0.5)
     assert mean_cosines(tmp_path / "nothing") == {}
+
+
+def test_a_run_tells_which_heads_help(tmp_path):
+    rng = np.random.default_rng(0)
+    means = {2: 0.3, 3: -0.2, 4: 0.0}
+    lines = [
+        {"step": s}
+        | {
+            f"gradient/cosine/head_{i}": m + 0.01 * rng.normal()
+            for i, m in means.items()
+        }
+        for s in range(1, 201)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(map(as_line, lines)))
+
+    [line] = helping(tmp_path)
+
+    verdicts = [part.rsplit(") ", 1)[1] for part in line.split(", ")]
+    assert verdicts == ["helps", "hinders", "not decided"]
+    assert helping(tmp_path / "nothing") == []
+
+
+def as_line(record):
+    return json.dumps(record) + "\n"

@@ -17,6 +17,7 @@ positions of all passages, M = n - 1 drafting heads, D model width, V vocabulary
 import collections
 import dataclasses
 import itertools
+import operator
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -57,6 +58,14 @@ class Calibration:
     def tokens_per_forward(self) -> float:
         """Expected tokens a forward pass with the tree, on text like this."""
         return 1.0 + sum(share for _, share in self.nodes)
+
+    @property
+    def accepted(self) -> list[float]:
+        """Share of positions at which the first candidates of heads 2 to i are right.
+
+        A number for each i from 2 on: what a blockwise pass accepts of each draft.
+        """
+        return list(itertools.accumulate((k[0] for k in self.top_k), operator.mul))
 
     def content(self) -> dict[str, Any]:
         """The tree and its figures in JSON's types, as decoders read them."""

@@ -4,6 +4,8 @@ import dataclasses
 
 import jax
 
+from mtp_jax.errors import UserError
+
 GB = 1e9
 GIB = 2**30
 
@@ -57,6 +59,23 @@ _CHIPS = {
     "NVIDIA H200": Chip(989e12, 141 * GB, 4800 * GB, 450 * GB),
     "NVIDIA B200": Chip(2250e12, 180 * GB, 7700 * GB, 900 * GB),
 }
+
+
+def chip_named(name: str) -> Chip:
+    """A whole chip by its name, such as TPU v5e, v5e or h100.
+
+    Raises:
+      UserError: none or several have it.
+    """
+    wanted = name.lower()
+    found = [
+        chip
+        for kind, chip in _CHIPS.items()
+        if wanted in (kind.lower(), kind.lower().split(maxsplit=1)[-1])
+    ]
+    if len(found) != 1:
+        raise UserError(f"{name!r} is not a chip; there are {', '.join(_CHIPS)}.")
+    return found[0]
 
 
 def chip_share(device: jax.Device) -> float:

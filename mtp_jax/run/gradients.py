@@ -15,6 +15,22 @@ Interval = tuple[float, float, float]  # mean, ends of the 95% interval
 _COSINE = re.compile(r"gradient/cosine/head_(\d+)")
 
 
+def helping(workdir: str | os.PathLike[str]) -> list[str]:
+    """A line that tells which heads help head 1; none if no cosines are logged.
+
+    A head helps if the interval of its mean cosine lies above 0, and hinders if it lies
+    below.
+    """
+    cosines = mean_cosines(workdir)
+    if not cosines:
+        return []
+    parts = []
+    for head, (mean, low, high) in cosines.items():
+        verdict = "helps" if low > 0 else "hinders" if high < 0 else "not decided"
+        parts.append(f"head {head} {mean:.3f} ({low:.3f}..{high:.3f}) {verdict}")
+    return [f"cosine with head 1's gradient into the trunk: {', '.join(parts)}"]
+
+
 def mean_cosines(
     workdir: str | os.PathLike[str], first_share: float = 0.5
 ) -> dict[int, Interval]:

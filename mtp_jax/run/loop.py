@@ -19,6 +19,7 @@ from mtp_jax.model.sizes import sizes_of, told
 from mtp_jax.parallel.to_devices import batch_sharding, place_rows, rows_of_process
 from mtp_jax.run.evaluation import HeldoutEvaluation
 from mtp_jax.run.goodput import Goodput
+from mtp_jax.run.gradients import helping
 from mtp_jax.run.heldout_losses import make_up
 from mtp_jax.run.history import changes, read_history
 from mtp_jax.run.profiler import Profiler
@@ -190,6 +191,8 @@ def _ending(
         return [f"told to stop: saved step {done}; run the same command to go on"]
     where = f"--workdir={shlex.quote(str(workdir))}"
     lines = [f"done: step {done}, in {workdir}"]
+    if cfg.loss.measures_gradients:
+        lines += helping(workdir)
     if any(len(corpus.documents("heldout")) for corpus in corpora):
         lines += [
             f"{COMMAND}python -m mtp_jax evaluate {where}",

@@ -7,6 +7,14 @@ each claim is judged, written before any run. `study.py` says what a study is,
 
 # What each study shows, by its name, which is that of its file.
 STUDIES = {
+    "identities": "choice points, information, floors of loss and of acceptance: exact",
+    "notebook": "sequences of even steps: one head or three, loss, accuracy, samples",
+    "induction": "names of two tokens that come again: one head or two, over sizes",
+    "polynomials": "arithmetic of polynomials, in and out of the domain of training",
+    "bytes": "one, four and eight heads on bytes: head 1, drafts, speed",
+    "scaling": "sizes and vocabularies: what heads 2 to n do for head 1, and its slope",
+    "diffusion": "four tokens by masked refinement in one, two or four passes",
+    "continuous": "one head that is asked about any time ahead, a real number",
     "curricula": "schedules, balances and masks of the heads: what they do to head 1",
     "head_kinds": "heads of every kind, trained alike at nearly equal parameters",
 }

@@ -114,7 +114,7 @@ def _number(x: float) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of Markdown with aligned columns, the first and text to the left."""
-    cells = [header, *rows]
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
 
     def line(row: Sequence[str]) -> str:
@@ -122,4 +122,4 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return f"| {' | '.join(padded)} |"
 
     rule = f"|{'|'.join('-' * (w + 2) for w in widths)}|"
-    return "\n".join([line(header), rule, *map(line, rows)])
+    return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])

@@ -14,8 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-
 from mtp_jax.errors import UserError, disk_errors_told
 from mtp_jax.storage import write_atomically, write_json
 from mtp_jax.studies.results import page, verdicts
@@ -142,7 +140,6 @@ def _make(found: Study, trial: Trial) -> None:
         "seconds": round(time.monotonic() - began, 1),
     }
     write_json(trial.folder / "figures.json", made)
-    jax.clear_caches()  # every arm has programs of its own
 
 
 def _write(

@@ -4,6 +4,8 @@ import dataclasses
 import pathlib
 import sysconfig
 
+import jax
+
 from mtp_jax.checkpoint.restore import Restored, restore_model
 from mtp_jax.config import Config, default, freeze
 from mtp_jax.data.prepare import prepare
@@ -18,7 +20,7 @@ _SHAPES: dict[Size, tuple[int, int, int, int]] = {
     "quick": (48, 128, 192, 250),
     "full": (96, 256, 320, 4500),
 }
-_NO_LIBRARY = ("site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo")
+WITHOUT = ("site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo")
 
 
 def byte_model(trial: Trial) -> Config:
@@ -57,7 +59,7 @@ def python_text(trial: Trial) -> tuple[str, ...]:
         library = pathlib.Path(sysconfig.get_path("stdlib"))
         source = library / "json" if trial.size == "tiny" else library
         heldout = 0.3 if trial.size == "tiny" else 0.05
-        prepare(source, folder, exclude=_NO_LIBRARY, heldout=heldout, workers=1)
+        prepare(source, folder, exclude=WITHOUT, heldout=heldout, workers=1)
     return (str(folder),)
 
 
@@ -76,6 +78,7 @@ def trained(trial: Trial, cfg: Config) -> Restored:
         data=dataclasses.replace(cfg.data, seed=trial.seed),
     )
     train(cfg, trial.folder)
+    jax.clear_caches()  # every arm has programs of its own
     restored = restore_model(trial.folder)
     if restored.step < cfg.train.steps:
         raise RunFailed(

@@ -1,0 +1,90 @@
+"""Which number of heads pays on a chip, against passes counted by hand."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from models import TINY
+
+from mtp_jax.config import HeadsConfig, ModelConfig
+from mtp_jax.decode.calibrate import Calibration
+from mtp_jax.errors import UserError
+from mtp_jax.parallel.chips import Chip, chip_named
+from mtp_jax.planning.drafting import by_heads, least_pass_s, pays_most
+
+LARGE = ModelConfig(
+    vocab_size=32_000,
+    d_model=4096,
+    num_layers=32,
+    num_query_heads=32,
+    num_kv_heads=32,
+    d_head=128,
+    d_ff=11_008,
+    compute_dtype="bfloat16",
+)
+LAYER = 4 * 4096 * 4096 + 3 * 4096 * 11_008
+TABLE = 32_000 * 4096
+
+
+def by_hand(batch_size, n, chip):
+    """Seconds of a pass of the large model with the first n of four heads."""
+    trunk, head = 28 * LAYER, LAYER
+    entries = trunk + n * head + TABLE + (TABLE if n > 1 else 0)
+    flops = 2 * batch_size * (n * (trunk + head + TABLE))
+    if n > 1:
+        flops += 2 * batch_size * ((n - 1) * head + TABLE)
+    return max(2 * entries / chip.hbm_bytes_per_s, flops / chip.peak_flops)
+
+
+@pytest.mark.parametrize("batch_size", [1, 16, 64, 256, 4096])
+def test_passes_take_the_time_of_weights_or_of_arithmetic(batch_size):
+    chip, accepted = chip_named("v5p"), [0.7, 0.45, 0.3]
+
+    found = by_heads(LARGE, accepted, chip, batch_size)
+
+    assert [each.n for each in found] == [1, 2, 3, 4]
+    for each in found:
+        seconds = by_hand(batch_size, each.n, chip)
+        assert each.pass_s == pytest.approx(seconds)
+        assert each.tokens == pytest.approx(1 + sum(accepted[: each.n - 1]))
+        plain = by_hand(batch_size, 1, chip)
+        assert each.speed_up == pytest.approx(each.tokens * plain / seconds)
+    best = max(found, key=lambda each: each.tokens / each.pass_s)
+    assert pays_most(found) == best
+
+
+def test_drafts_pay_for_few_texts_and_not_for_many():
+    chip = chip_named("h100")
+
+    few, many = (by_heads(LARGE, [0.7, 0.45, 0.3], chip, b) for b in (1, 100_000))
+
+    assert pays_most(few).n == 4 and pays_most(few).speed_up > 1.8
+    assert pays_most(many).n == 1 and many[-1].speed_up < 1
+
+
+def test_heads_that_read_each_other_are_kept_as_far_as_they_can_be():
+    cfg = dataclasses.replace(TINY, heads=HeadsConfig(kind="anticausal"))
+
+    found = by_heads(cfg, [0.5], Chip(1e12, 1e9, 1e9, 1e9), 1)
+
+    assert [each.n for each in found] == [2]
+    assert least_pass_s(cfg, Chip(1e12, 1e9, 1e9, 1e9), 1) > 0
+
+
+def test_what_a_pass_accepts_is_the_product_of_first_candidates():
+    measured = Calibration(
+        positions=10, nodes=[], top_k=[[0.8, 0.9], [0.5, 0.6], [0.25, 1.0]], chain=2.3
+    )
+
+    np.testing.assert_allclose(measured.accepted, [0.8, 0.4, 0.1])
+
+
+@pytest.mark.parametrize("name", ["TPU v5e", "v5e", "V5E", "tpu v5 lite"])
+def test_chips_are_found_by_their_names(name):
+    assert chip_named(name).peak_flops == 197e12
+
+
+@pytest.mark.parametrize("name", ["", "v", "TPU", "v99", "nvidia"])
+def test_what_is_no_chip_is_refused(name):
+    with pytest.raises(UserError, match="is not a chip; there are TPU v4"):
+        chip_named(name)

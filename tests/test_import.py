@@ -192,7 +192,7 @@ def test_a_run_goes_on_from_the_model(tmp_path):
 
     with jax.set_mesh(model.mesh):
         checkpoints = Checkpoints(tmp_path / "run")
-        start = restore_or_init(model.config, checkpoints, None, Goodput())
+        start = restore_or_init(model.config, checkpoints, None, Goodput(), [])
         checkpoints.close()
 
     assert start.step == 0 and start.rows == 0

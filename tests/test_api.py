@@ -224,7 +224,7 @@ def test_the_version_is_what_a_bug_report_needs(monkeypatch, capsys):
     ("line", "words"),
     [
         ("mtp-jax ca", ["calibrate"]),
-        ("mtp-jax e", ["evaluate"]),
+        ("mtp-jax ev", ["evaluate"]),
         ("mtp-jax verify --law_t", ["--law_tokens", "--law_tolerance"]),
         ("mtp-jax generate --color a", ["auto", "always"]),
         ("mtp-jax nothing --", []),

@@ -225,7 +225,7 @@ def test_options_become_a_config():
         ("heads", ["--rounds=0"], "'0' is not a whole number above 0"),
         ("heads", ["--rounds=x"], "'x' is not a whole number above 0"),
         ("heads", ["--n=9"], "more than config.model.num_layers (8)"),
-        ("heads", ["--num_heads=3"], "is not config.model.d_model (512)"),
+        ("heads", ["--num_heads=600"], "config.model.d_head is 0"),
         ("heads", ["--num_heads=0"], "config.model.num_query_heads is 0"),
         ("heads", ["--remat=most"], "config.compute.remat is 'most'"),
         ("head_loss", ["--head_loss=naive"], "unrecognized arguments: --head_loss"),

@@ -270,7 +270,7 @@ def test_the_exact_variant_has_the_law_of_head_1(tmp_path, n, vocab, tokens, ste
         forced = jnp.asarray(list(np.ndindex(first)), jnp.int32)
         keys = RandomKeys(prompts.keys.key_B2, forced, jnp.zeros(len(rows)))
         prompts = dataclasses.replace(prompts, keys=keys)
-        begin = decode_programs._begin(c.cfg, decoder, -1, 16, 16, alone=False)
+        begin = decode_programs._begin(c.cfg, decoder, (-1,), 16, 16, alone=False)
         state, _ = begin(params, prompts)
         step = jax.jit(
             lambda params, state: decoder.step(build(c.cfg, params), state, n)

@@ -13,11 +13,8 @@ from export_models import FAMILIES, ids, random_model
 from runs import complete, train_args
 
 from mtp_jax import Generator
-from mtp_jax.data.tokenizer import (
-    ByteTokenizer,
-    SentencePieceTokenizer,
-    train_sentencepiece,
-)
+from mtp_jax.data.sentencepiece_tokenizer import train_sentencepiece
+from mtp_jax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer
 from mtp_jax.eval.outputs import head_outputs
 from mtp_jax.exporting.export import export
 

@@ -132,6 +132,7 @@ def test_a_sample_prompt_lies_inside_a_document(heldout, lengths):
         return [types.SimpleNamespace(prompt="", text="")]
 
     run = HeldoutEvaluation.__new__(HeldoutEvaluation)
+    run._merge = lambda params: params
     run._corpora = [Corpus.open("a")]
     run._cfg = Config(eval=EvalConfig(sample_prompt_tokens=32))
     run._generator = types.SimpleNamespace(use=lambda params: None, generate=generate)

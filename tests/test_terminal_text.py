@@ -22,7 +22,7 @@ def speaking(monkeypatch):
     generator = Speaking(BYTES, *ids)
     data = type("Data", (), {"seq_len": 999, "sources": ()})
     model = type("Model", (), {"n_future_tokens": 1})
-    config = type("Config", (), {"data": data, "model": model})
+    config = type("Config", (), {"data": data, "model": model, "context": 999})
     restored = type("Restored", (), {"config": config, "step": 1})
     restored.needed_for_one = lambda: restored
     monkeypatch.setattr(
@@ -80,6 +80,7 @@ def test_the_sample_line_of_training_is_escaped(monkeypatch):
     fake._evaluator = fake._corpora = fake._mesh = None
     fake._cfg = type("Cfg", (), {})()
     fake._cfg.eval = type("Eval", (), {"batches": 1, "sample_tokens": 4})
+    fake._merge = lambda params: params
     fake._sample = lambda state, step: (PROMPT, NEW)
     module = "mtp_jax.run.evaluation."
     monkeypatch.setattr(module + "placed_heldout", lambda *_, **__: None)

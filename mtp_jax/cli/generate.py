@@ -165,8 +165,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     source.add_argument("--heldout", type=positive_int, metavar="K",
         help="K held-out beginnings")  # fmt: skip
     add("--chat", action="store_true",
-        help="prompts are what a user says, or .jsonl with `messages`: rendered by "
-        "the tokenizer's chat template")  # fmt: skip
+        help="prompts are a user's words, or .jsonl with `messages`")  # fmt: skip
     add("--system", metavar="TEXT", help="the system's message, with --chat")
     add("--chat_template", metavar="FILE", help="another one, with --chat")
     add("--prompt_tokens", type=positive_int, default=64, metavar="N",

@@ -63,6 +63,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
         "mtp-jax prepare", "Tokenizes text files into a corpus for training."
     )
+    parser.usage = "mtp-jax prepare --input=PATH --output=DIR [options]"
     add = parser.add_argument
     add("--input", action="append", required=True, metavar="PATH",
         help="a file or directory of .txt, .md, .rst, .py or .jsonl files, also "

@@ -8,7 +8,7 @@ import tokenize
 import types
 import typing
 
-from mtp_jax.config import heads, layer, loss, model, optim, rope, sections
+from mtp_jax.config import heads, init, layer, loss, model, optim, rope, sections
 from mtp_jax.config.section_tree import fields_of, sections_of
 from mtp_jax.config.sections import Config
 
@@ -53,7 +53,7 @@ def _first_line(cls: type) -> str:
 def _comments() -> dict[str, dict[str, str]]:
     """The comment of each field of each section, from the source of `sections`."""
     found: dict[str, dict[str, str]] = {}
-    for module in (sections, model, heads, layer, rope, loss, optim):
+    for module in (sections, model, heads, layer, rope, loss, optim, init):
         found |= _comments_in(module)
     return found
 

@@ -34,6 +34,9 @@ BASE = {
     "plan": ["--config=config.py", "--topology=v5e:2x2"],
     "rehearse": ["--config=config.py", "--only=nothing_of_that_name"],
     "study": ["curricula", "--arm=nothing_of_that_name"],
+    "grow": ["--workdir=run", "--output=grown", "--heads=3", "--start=random"],
+    "export": ["--workdir=run", "--output=exported"],
+    "import": ["--from=stories.jsonl", "--workdir=imported", "--tokenizer=bytes"],
 }
 DUE = {
     "prepare": ("out/manifest.json",),
@@ -41,6 +44,8 @@ DUE = {
     "train": ("run/run.json",),
     "evaluate": ("run/eval.json",),
     "calibrate": ("tree.json",),
+    "grow": ("grown/run.json",),
+    "export": ("exported/config.json",),
 }
 ODD = (
     "",
@@ -91,7 +96,10 @@ class Case:
         """True if it needs no model, no Python of its own and no waiting."""
         if self.fresh or self.stop or self.argv[0] in ("verify", "calibrate"):
             return False
-        needs_model = self.argv[0] in ("train", "evaluate", "generate")
+        needs_model = self.argv[0] in (
+            *("train", "evaluate", "generate"),
+            *("grow", "export"),
+        )
         return self.expect == "refused" or not needs_model
 
     def told(self):
@@ -111,6 +119,7 @@ def _parser_of(verb):
     """The parser of a verb, caught when it is about to parse."""
     import importlib
 
+    from mtp_jax.__main__ import _MODULES
     from mtp_jax.cli import args
 
     class Caught(Exception):
@@ -121,7 +130,7 @@ def _parser_of(verb):
 
     usual, args.Parser.parse_known_args = args.Parser.parse_known_args, catch
     try:
-        importlib.import_module(f"mtp_jax.cli.{verb}").main([])
+        importlib.import_module(_MODULES[verb]).main([])
     except Caught as caught:
         return caught.args[0]
     finally:
@@ -129,9 +138,9 @@ def _parser_of(verb):
 
 
 def odd_flag(random):
-    verb = random.choices(list(BASE), (8, 4, 4, 3, 2, 2, 3, 1, 1, 3, 3, 2))[0]
+    verb = random.choices(list(BASE), (8, 4, 4, 3, 2, 2, 3, 1, 1, 3, 3, 2, 4, 3, 2))[0]
     base = list(BASE[verb])
-    expect = "refused" if verb in ("rehearse", "study") else "either"
+    expect = "refused" if verb in ("rehearse", "study", "import") else "either"
     how = random.random()
     if how < 0.1:
         name = random.choice(

@@ -23,6 +23,8 @@ from runs import (
 )
 from test_hosts import NOTHING, begin, wait_for
 
+from mtp_jax.distributed.lifetime import signals_held
+
 MANY = "--config.train.steps=1000000"
 
 pytestmark = pytest.mark.slow  # real runs, in processes of their own
@@ -125,6 +127,16 @@ def test_prepare_leaves_nothing_when_it_is_interrupted(number, tmp_path):
     assert (code, told(err)) == (128 + number, ["mtp-jax: interrupted"])
     assert os.listdir(tmp_path) == ["text.jsonl"] and "Traceback" not in err
     assert gone(workers, within_s=5)
+
+
+def test_a_signal_that_is_held_is_heard_at_the_end():
+    done = []
+
+    with pytest.raises(KeyboardInterrupt), signals_held():
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append(True)
+
+    assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_hosts_still_to_come_hear_that_they_need_not():

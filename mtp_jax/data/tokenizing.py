@@ -17,7 +17,7 @@ from mtp_jax.data.corpus import token_dtype
 from mtp_jax.data.documents import Part, ReadOptions, documents_of
 from mtp_jax.data.tokenized import TaskResult, Tokenized, split_of
 from mtp_jax.data.tokenizer import Tokenizer, tokenizer_of
-from mtp_jax.distributed.lifetime import end_with_parent
+from mtp_jax.distributed.lifetime import end_with_parent, signals_held
 
 _TASK_BYTES = 4_000_000  # of input a worker takes at once
 _TASK_PARTS = 256
@@ -143,7 +143,8 @@ def tokenized(
     try:
         pending: collections.deque[concurrent.futures.Future] = collections.deque()
         for task in tasks:
-            pending.append(pool.submit(_tokenize_in_worker, task))
+            with signals_held():  # starts a worker
+                pending.append(pool.submit(_tokenize_in_worker, task))
             # Results wait in memory, so only a few tasks may run ahead.
             if len(pending) > 2 * workers:
                 yield pending.popleft().result()

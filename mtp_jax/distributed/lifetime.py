@@ -7,13 +7,35 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PARENT = "MTP_JAX_PARENT"  # in the environment of a program: to end with that process
 _FLUSH_S = 1.0  # for what is printed to leave a process that ends at once
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """A context at whose end the signals to stop are heard that came within it.
+
+    For what must be done whole: a process that is started is one that has all it needs.
+    In threads other than the main one, which hears no signals, it does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    heard = [n for n in STOP_SIGNALS if callable(signal.getsignal(n))]
+    before = {n: signal.signal(n, lambda n, _: came.append(n)) for n in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def on_signals(

@@ -56,6 +56,7 @@ def _own_corpora(
             tokenizer=f"{made[0]}/tokenizer.model" if made else "bytes",
             train_tokenizer=None if made else _VOCABULARY,
             heldout=0,
+            workers=1,  # starting processes would take longer
         )
         for line in (*summary(manifest), f"corpus in {output}"):
             report(line)

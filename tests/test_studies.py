@@ -331,15 +331,16 @@ def test_a_study_that_is_killed_goes_on_to_the_same_numbers(corpus_dir, tmp_path
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_kinds_of_heads_are_measured(corpus_dir, tmp_path):
-    result = runner.study(
-        "head_kinds",
-        tmp_path / "kinds",
-        size="tiny",
-        arms=["parallel", "serial"],
-        data=[str(corpus_dir)],
+    complete(
+        [
+            *("study", "head_kinds", "--tiny", f"--workdir={tmp_path / 'kinds'}"),
+            *("--arm=parallel", "--arm=serial", f"--data={corpus_dir}"),
+        ]
     )
 
-    for row in result.rows:
+    rows = records(tmp_path / "kinds", "head_kinds.jsonl")
+    assert [row["arm"] for row in rows] == ["parallel", "serial"]
+    for row in rows:
         assert 6 < row["figures"]["bits_per_byte"] < 10
         for name in ("agree", "greedy", "sampled"):
             assert 1.0 <= row["figures"][name] <= 4.0

@@ -81,7 +81,8 @@ def measure(trial: Trial) -> Figures:
 def _measured(trial: Trial, restored: Restored) -> Figures:
     batches, count, new_tokens = _MEASURED[trial.size]
     held_out = evaluate(restored, max_batches=batches)
-    prompts = heldout_prompts(restored.config.data.sources, count, 64)
+    data = restored.config.data
+    prompts = heldout_prompts(data.sources, count, min(64, data.seq_len // 2))
     generator = Generator.from_restored(restored)
 
     def tokens_a_pass(decoder: str, temperature: float) -> float:

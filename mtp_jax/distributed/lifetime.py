@@ -34,8 +34,8 @@ def signals_held() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for number in came:
-            signal.raise_signal(number)
+        for heard_number in came:
+            signal.raise_signal(heard_number)
 
 
 def on_signals(

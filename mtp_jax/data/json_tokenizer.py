@@ -322,7 +322,7 @@ def _spaces_in_front(decoder: Any) -> int:
 
 
 @functools.cache
-def _byte_letters() -> dict[str, int]:
+def byte_letters() -> dict[str, int]:
     """The letter by which byte-level vocabularies write each byte (GPT-2's)."""
     own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [b for b in range(256) if b not in own]
@@ -331,7 +331,7 @@ def _byte_letters() -> dict[str, int]:
 
 
 def _of_byte_level(piece: str) -> bytes:
-    letters = _byte_letters()
+    letters = byte_letters()
     if all(c in letters for c in piece):
         return bytes(letters[c] for c in piece)
     return piece.encode()  # an added token, which stands for itself

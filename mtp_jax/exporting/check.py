@@ -38,8 +38,9 @@ def check_as_import(parts: Parts, path: pathlib.Path) -> None:
       RunFailed: they are not those of the model.
     """
     found = reference_logits(open_foreign(path), checked_ids(parts))
+    expected_NTV = expected_logits(parts)
     for number, logits_TV in enumerate(found):
-        compare_logits(parts, path, number, logits_TV, expected_logits(parts)[number])
+        compare_logits(parts, path, number, logits_TV, expected_NTV[number])
 
 
 def compare_logits(

@@ -6,7 +6,6 @@ embedding, and `fc`, which joins the states of several layers, is the identity o
 the trunk's output (libraries: vllm/model_executor/models/llama_eagle3.py).
 """
 
-import json
 import pathlib
 
 import numpy as np
@@ -15,6 +14,7 @@ from mtp_jax.errors import UserError
 from mtp_jax.exporting import tensors
 from mtp_jax.exporting.fast_llm import require_plain_heads
 from mtp_jax.exporting.parts import Parts
+from mtp_jax.storage import write_json
 
 
 def write_eagle3(parts: Parts, folder: pathlib.Path, positions: int) -> list[str]:
@@ -63,8 +63,7 @@ def write_eagle3(parts: Parts, folder: pathlib.Path, positions: int) -> list[str
             "use_aux_hidden_state": True,
         },
     }
-    text = json.dumps(about, indent=2)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    write_json(folder / "config.json", about)
     tensors.compare(folder, arrays, tensors.read(folder))
     lost = ["the model itself: give its hf folder as the target"]
     return [*lost, *([f"heads 3 to {n}"] if n > 2 else [])]

@@ -5,7 +5,6 @@ Names and shapes: ServiceNow/Fast-LLM, fast_llm_external_models/mtp_llama. Layer
 `model.mtp_norms.*` the last norm of every head.
 """
 
-import json
 import pathlib
 
 import numpy as np
@@ -16,6 +15,7 @@ from mtp_jax.exporting import tensors
 from mtp_jax.exporting.check import check_as_import
 from mtp_jax.exporting.parts import Parts
 from mtp_jax.exporting.tokenizer_files import write_tokenizer
+from mtp_jax.storage import write_json
 
 
 def write_fast_llm(parts: Parts, folder: pathlib.Path, positions: int) -> list[str]:
@@ -41,8 +41,7 @@ def write_fast_llm(parts: Parts, folder: pathlib.Path, positions: int) -> list[s
         "model_type": "mtp_llama",
         "prediction_heads": parts.cfg.n_future_tokens,
     }
-    text = json.dumps(about, indent=2)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    write_json(folder / "config.json", about)
     write_tokenizer(folder, parts.model.tokenizer, positions)
     tensors.compare(folder, arrays, tensors.read(folder))
     check_as_import(parts, folder)

@@ -20,6 +20,7 @@ from mtp_jax.exporting.check import (
 )
 from mtp_jax.exporting.parts import Arrays, Parts
 from mtp_jax.exporting.tokenizer_files import write_tokenizer
+from mtp_jax.storage import write_json
 
 _CODE = "modeling_mtp_heads.py"
 _CLASS = "MTPLlamaForCausalLM"
@@ -50,14 +51,14 @@ def write_hf(
         tensors.write(folder / "mtp_heads", parts.heads, 1 << 62)
         code = resources.files("mtp_jax.exporting").joinpath(_CODE).read_text("utf-8")
         (folder / _CODE).write_text(code, encoding="utf-8")
-    _write_json(folder / "config.json", about)
+    write_json(folder / "config.json", about)
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     generation = {name: about[name] for name in ids} | {"do_sample": False}
     ends = getattr(parts.model.tokenizer, "end_ids", ())
     if len(ends) > 1:
         generation["eos_token_id"] = list(ends)
     write_tokenizer(folder, parts.model.tokenizer, positions)
-    _write_json(folder / "generation_config.json", generation)
+    write_json(folder / "generation_config.json", generation)
     (folder / "README.md").write_text(model_card(parts, figures), encoding="utf-8")
     check_hf(parts, folder)
 
@@ -79,8 +80,9 @@ def check_hf(parts: Parts, folder: pathlib.Path) -> None:
         return
     about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     found = all_logits(checked_ids(parts), llama, heads, about)
+    expected_NTV = expected_logits(parts)
     for number, logits_TV in enumerate(found):
-        compare_logits(parts, folder, number, logits_TV, expected_logits(parts)[number])
+        compare_logits(parts, folder, number, logits_TV, expected_NTV[number])
 
 
 def all_logits(
@@ -129,7 +131,3 @@ def all_logits(
             )
         found.append(logits_TV)
     return found
-
-
-def _write_json(path: pathlib.Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -5,7 +5,6 @@ one norm and one output matrix; queries and keys are in the order of neighbourin
 pairs (arXiv:2404.19737; the checkpoints of facebook/multi-token-prediction).
 """
 
-import json
 import pathlib
 
 import numpy as np
@@ -18,6 +17,7 @@ from mtp_jax.exporting.check import check_as_import
 from mtp_jax.exporting.fast_llm import require_plain_heads
 from mtp_jax.exporting.parts import Arrays, Parts
 from mtp_jax.interop.hf_llama import interleaved
+from mtp_jax.storage import write_json
 
 _LAYER = {
     "input_layernorm": "attention_norm",
@@ -71,7 +71,7 @@ def write_meta(parts: Parts, folder: pathlib.Path, positions: int) -> list[str]:
         "hidden_dim": cfg.d_ff,
         "n_future_tokens": parts.cfg.n_future_tokens,
     }
-    (folder / "params.json").write_text(json.dumps(about, indent=2) + "\n")
+    write_json(folder / "params.json", about)
     lost = []
     if parts.model.tokenizer.kind == "sentencepiece":
         save_tokenizer(parts.model.tokenizer, epath.Path(folder))

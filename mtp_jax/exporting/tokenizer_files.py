@@ -8,8 +8,9 @@ import json
 import pathlib
 from typing import Any
 
-from etils import epath
+import tokenizers
 
+from mtp_jax.data.json_tokenizer import byte_letters
 from mtp_jax.data.tokenizer import Tokenizer, save_tokenizer
 from mtp_jax.errors import UserError
 
@@ -41,7 +42,7 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, positions: int) 
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     content = None
-    save_tokenizer(tokenizer, epath.Path(folder))
+    save_tokenizer(tokenizer, str(folder))
     if tokenizer.kind == "tokenizer.json":
         _name_class(folder / "tokenizer_config.json")
         return
@@ -73,9 +74,8 @@ def _name_class(path: pathlib.Path) -> None:
 def _of_bytes(tokenizer: Tokenizer) -> dict[str, Any]:
     """tokenizer.json of the 256 bytes, two of which begin and end a text."""
     ends = dict(zip((tokenizer.bos_id, tokenizer.eos_id), _BYTE_NAMES, strict=True))
-    vocab = {
-        ends.get(byte, letter): byte for byte, letter in enumerate(_letters_of_bytes())
-    }
+    letters = sorted((byte, letter) for letter, byte in byte_letters().items())
+    vocab = {ends.get(byte, letter): byte for byte, letter in letters}
     split = {"add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     return _content(
         tokenizer,
@@ -220,22 +220,9 @@ class _Pieces:
         return self._processor.is_byte(i)
 
 
-def _letters_of_bytes() -> list[str]:
-    """The letter by which byte-level tokenizers write each byte (GPT-2's)."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    letters = {byte: chr(byte) for byte in shown}
-    letters |= {byte: chr(256 + i) for i, byte in enumerate(hidden)}
-    return [letters[byte] for byte in range(256)]
-
-
 def _compare_ids(path: pathlib.Path, tokenizer: Tokenizer) -> None:
-    """Compares ids with the library's, where it is installed."""
-    try:
-        from tokenizers import Tokenizer as Library
-    except ImportError:
-        return
-    library = Library.from_file(str(path))
+    """Compares ids with the library's."""
+    library = tokenizers.Tokenizer.from_file(str(path))
     for text in _SAMPLES:
         ids = [tokenizer.bos_id, *tokenizer.encode(text).tolist()]
         found = library.encode(text).ids

@@ -4,6 +4,7 @@ import json
 import struct
 from typing import get_args
 
+import llama_reference as reference
 import numpy as np
 import pytest
 from export_models import FAMILIES, ids, random_model
@@ -11,9 +12,10 @@ from export_models import FAMILIES, ids, random_model
 from mtp_jax.cli import export as verb
 from mtp_jax.errors import RunFailed, UserError
 from mtp_jax.eval.outputs import head_outputs
-from mtp_jax.exporting import hf, meta, reference, tensors
+from mtp_jax.exporting import meta, tensors
 from mtp_jax.exporting.export import Format, export
 from mtp_jax.exporting.parts import parts_of
+from mtp_jax.interop import reference as importing
 
 pytest.importorskip("safetensors")
 KINDS = {
@@ -45,7 +47,7 @@ def test_a_folder_computes_what_the_model_does(tmp_path, fields):
     lost = export(model, tmp_path / "out")
 
     about = json.loads((tmp_path / "out" / "config.json").read_text())
-    found = hf.all_logits(
+    found = reference.all_logits(
         ids(),
         tensors.read(tmp_path / "out"),
         tensors.read(tmp_path / "out" / "mtp_heads"),
@@ -86,7 +88,7 @@ def test_heads_that_do_not_fit_are_left_out_and_said(tmp_path, kind, capsys):
     assert lost == [f"drafting by {kind} heads"]
     about = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "auto_map" not in about
-    found = hf.all_logits(ids(), tensors.read(tmp_path / "out"), {}, about)
+    found = reference.all_logits(ids(), tensors.read(tmp_path / "out"), {}, about)
     np.testing.assert_allclose(
         found[0], logits_of(model, ids())[0], rtol=1e-4, atol=1e-3
     )
@@ -152,7 +154,7 @@ def test_what_was_written_wrong_is_noticed_and_removed(tmp_path, monkeypatch):
 
 
 def test_other_logits_are_noticed(tmp_path, monkeypatch):
-    monkeypatch.setattr(reference, "silu", np.tanh)
+    monkeypatch.setattr(importing, "_silu", np.tanh)
 
     with pytest.raises(RunFailed, match="other logits"):
         export(random_model(), tmp_path / "out")

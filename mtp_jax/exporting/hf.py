@@ -1,25 +1,15 @@
-"""A folder for everybody: a plain Llama, and beside it heads that draft.
+"""A folder for everybody: a plain Llama, and beside it heads that draft."""
 
-Axes: T positions, D model width, V vocabulary.
-"""
-
-import json
 import pathlib
 from importlib import resources
 from typing import Any
 
-import numpy as np
-
-from mtp_jax.exporting import reference, tensors
+from mtp_jax.exporting import tensors
 from mtp_jax.exporting.card import model_card
-from mtp_jax.exporting.check import (
-    check_as_import,
-    checked_ids,
-    compare_logits,
-    expected_logits,
-)
-from mtp_jax.exporting.parts import Arrays, Parts
+from mtp_jax.exporting.check import check_as_import
+from mtp_jax.exporting.parts import Parts
 from mtp_jax.exporting.tokenizer_files import write_tokenizer
+from mtp_jax.interop import mtp_heads
 from mtp_jax.storage import write_json
 
 _CODE = "modeling_mtp_heads.py"
@@ -46,9 +36,9 @@ def write_hf(
         about["auto_map"] = {
             "AutoModelForCausalLM": f"{_CODE.removesuffix('.py')}.{_CLASS}"
         }
-        about["mtp_heads"] = parts.about_heads()
-        (folder / "mtp_heads").mkdir()
-        tensors.write(folder / "mtp_heads", parts.heads, 1 << 62)
+        about[mtp_heads.FIELD] = mtp_heads.to_mtp_heads(parts.cfg)
+        (folder / mtp_heads.FOLDER).mkdir()
+        tensors.write(folder / mtp_heads.FOLDER, parts.heads, 1 << 62)
         code = resources.files("mtp_jax.exporting").joinpath(_CODE).read_text("utf-8")
         (folder / _CODE).write_text(code, encoding="utf-8")
     write_json(folder / "config.json", about)
@@ -69,65 +59,8 @@ def check_hf(parts: Parts, folder: pathlib.Path) -> None:
     Raises:
       RunFailed: they differ.
     """
-    llama = tensors.read(folder)
-    tensors.compare(folder, parts.llama, llama)
-    heads: Arrays = {}
+    tensors.compare(folder, parts.llama, tensors.read(folder))
     if parts.heads:
-        heads = tensors.read(folder / "mtp_heads")
-        tensors.compare(folder / "mtp_heads", parts.heads, heads)
+        beside = folder / mtp_heads.FOLDER
+        tensors.compare(beside, parts.heads, tensors.read(beside))
     check_as_import(parts, folder)
-    if not parts.heads:
-        return
-    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    found = all_logits(checked_ids(parts), llama, heads, about)
-    expected_NTV = expected_logits(parts)
-    for number, logits_TV in enumerate(found):
-        compare_logits(parts, folder, number, logits_TV, expected_NTV[number])
-
-
-def all_logits(
-    ids_T: np.ndarray, llama: Arrays, heads: Arrays, about: dict[str, Any]
-) -> list[np.ndarray]:
-    """Logits of head 1 and of each exported head, float64 [T, V], in NumPy.
-
-    Args:
-      ids_T: one text.
-      llama, heads: tensors of the folder, by name.
-      about: the content of config.json.
-    """
-    wide = {name: x.astype(np.float64) for name, x in (llama | heads).items()}
-    streams = reference.streams(ids_T, wide, about)
-    eps, scale_D = about["rms_norm_eps"], wide["model.norm.weight"]
-    table_VD = wide.get("lm_head.weight", wide["model.embed_tokens.weight"])
-    found = [reference.norm(streams[-1], scale_D, eps) @ table_VD.T]
-    of = about.get("mtp_heads", {})
-    kind = of.get("kind")
-    trunk_TD = streams[-1]
-    if kind in ("parallel", "causal"):
-        trunk_TD = streams[about["num_hidden_layers"] - of["layers"]]
-    stream_TD = streams[-1]
-    for number in range(of.get("n_future_tokens", 1) - 1):
-        prefix = f"heads.{number}."
-        own_D = wide.get(f"{prefix}norm.weight", scale_D)
-        if kind == "residual":
-            hidden_TD = reference.norm(trunk_TD, own_D, eps)
-            for i in range(of["layers"]):
-                w, b = (wide[f"{prefix}blocks.{i}.{x}"] for x in ("weight", "bias"))
-                hidden_TD = hidden_TD + reference.silu(hidden_TD @ w.T + b)
-        elif kind == "linear":
-            stream_TD = trunk_TD @ wide[f"{prefix}map.weight"].T
-        else:
-            stream_TD = trunk_TD if kind == "parallel" else stream_TD
-            for i in range(of["layers"]):
-                name = f"{prefix}layers.{i}."
-                stream_TD = reference.layer(stream_TD, wide, name, about)
-        if kind != "residual":
-            hidden_TD = reference.norm(stream_TD, own_D, eps)
-        logits_TV = hidden_TD @ wide.get(f"{prefix}unembedding.weight", table_VD).T
-        if "markov_in.weight" in wide:
-            before_T = np.append(ids_T[number + 1 :], np.zeros(number + 1, int))
-            logits_TV += (
-                wide["markov_in.weight"][before_T] @ wide["markov_out.weight"].T
-            )
-        found.append(logits_TV)
-    return found

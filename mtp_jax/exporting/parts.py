@@ -4,6 +4,7 @@ Names of the heads are those of modules in `modeling_mtp_heads.py`.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 from mtp_jax.checkpoint.restore import Restored
 from mtp_jax.config import HeadsConfig, ModelConfig
 from mtp_jax.config.regrow import regrown_config
+from mtp_jax.interop import mtp_heads
 from mtp_jax.interop.hf_config import family_of, to_hf
 from mtp_jax.interop.hf_names import hf_names
 from mtp_jax.interop.places import Place, places_of, to_file
@@ -19,7 +21,6 @@ from mtp_jax.model.language_model import model_builder
 from mtp_jax.model.regrow import regrown
 
 Arrays = dict[str, np.ndarray]
-_DRAFTING = ("parallel", "causal", "linear", "residual")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,18 +50,6 @@ class Parts:
             "torch_dtype": self.plain.param_dtype,
         }
 
-    def about_heads(self) -> dict[str, Any]:
-        """The facts about the heads that the modelling file needs."""
-        heads = self.cfg.heads
-        return {
-            "kind": heads.kind,
-            "n_future_tokens": self.cfg.n_future_tokens,
-            "layers": heads.layers,
-            "norm": heads.norm,
-            "unembedding": heads.unembedding,
-            "markov_rank": heads.markov_rank,
-        }
-
 
 def parts_of(model: Restored) -> Parts:
     """The tensors of a restored model, on this host.
@@ -75,20 +64,31 @@ def parts_of(model: Restored) -> Parts:
         init, _ = model_builder(plain)
         shapes = jax.eval_shape(init, jax.random.key(0))
         of_one = jax.device_get(regrown(cfg, plain, model.params, shapes))
-    llama: Arrays = {}
-    for place in places_of(plain, hf_names(family), shapes):
-        rows = to_file(place, _entry(place, of_one))
-        there = llama.get(place.name)
-        llama[place.name] = rows if there is None else np.concatenate([there, rows])
+    llama = _tensors(places_of(plain, hf_names(family), shapes), of_one)
     heads, dropped = cfg.heads, ""
-    if cfg.n_future_tokens > 1 and (heads.kind not in _DRAFTING or heads.shared):
+    if cfg.n_future_tokens > 1 and (
+        heads.kind not in mtp_heads.NAMES.kinds or heads.shared
+    ):
         dropped = f"{'shared ' * heads.shared}{heads.kind} heads"
-    elif cfg.n_future_tokens > 1 and family != "llama":
+    elif cfg.n_future_tokens > 1 and family != mtp_heads.FAMILY:
         dropped = f"{heads.kind} heads on layers of {family}"
     found: Arrays = {}
     if cfg.n_future_tokens > 1 and not dropped:
-        found = _contiguous(_head_weights(cfg, jax.device_get(model.params)))
-    return Parts(model, plain, _contiguous(llama), found, dropped, family)
+        params = jax.device_get(model.params)
+        places = places_of(cfg, hf_names(family, mtp_heads.NAMES), params)
+        of_heads = [place for place in places if place.name not in llama]
+        found = _tensors(of_heads, params)
+    return Parts(model, plain, llama, found, dropped, family)
+
+
+def _tensors(places: Iterable[Place], params: Any) -> Arrays:
+    """The tensors of places, of parameters that are NumPy arrays."""
+    found: Arrays = {}
+    for place in places:
+        rows = to_file(place, _entry(place, params))
+        there = found.get(place.name)
+        found[place.name] = rows if there is None else np.concatenate([there, rows])
+    return {name: np.ascontiguousarray(x) for name, x in found.items()}
 
 
 def _entry(place: Place, params: Any) -> np.ndarray:
@@ -96,66 +96,3 @@ def _entry(place: Place, params: Any) -> np.ndarray:
     for key in place.path:
         params = params[key]
     return params if place.entry is None else params[place.entry]
-
-
-def layer_weights(layer: Any) -> Arrays:
-    """The weights of one layer of a Llama by the names of Hugging Face.
-
-    Args:
-      layer: nested dict of a layer, NumPy arrays without a stack's axis.
-    """
-    found = {}
-    for ours, theirs in hf_names("llama").layer.items():
-        leaf = layer
-        for key in ours.split("/"):
-            leaf = leaf.get(key) if leaf is not None else None
-        if leaf is not None:
-            form: Any = "matrix" if ours.rpartition("/")[2][0] == "w" else "vector"
-            path = tuple(ours.split("/"))
-            found[theirs] = to_file(Place(theirs, path, None, leaf.shape, form), leaf)
-    return found
-
-
-def _head_weights(cfg: ModelConfig, params: Any) -> Arrays:
-    heads, found = cfg.heads, {}
-    first = 1 if heads.wiring.first else 0
-    for number in range(cfg.n_future_tokens - 1):
-        body = jax.tree.map(lambda x, i=number + first: x[i], params["heads"])
-        prefix = f"heads.{number}."
-        for name, x in _body_weights(cfg, body).items():
-            found[prefix + name] = x
-        if heads.norm == "own":
-            found[f"{prefix}norm.weight"] = params["norm"][number + 1]
-        if heads.unembedding == "own":
-            found[f"{prefix}unembedding.weight"] = params["w_unembedding"][number + 1]
-    if heads.markov_rank:
-        found["markov_in.weight"] = params["w_markov_in"]
-        found["markov_out.weight"] = params["w_markov_out"]
-    return found
-
-
-def _body_weights(cfg: ModelConfig, body: Any) -> Arrays:
-    """The weights of one head besides norm and tables."""
-    heads = cfg.heads
-    if heads.kind == "linear":
-        return {"map.weight": body["w_map"].T}
-    if heads.kind == "residual":
-        return {
-            f"blocks.{i}.{name}": x
-            for i in range(heads.layers)
-            for name, x in (
-                ("weight", body[f"w_{i}"].T),
-                ("bias", body[f"bias_{i}"]),
-            )
-        }
-    several = heads.layers > 1
-    layers = [body[f"layer_{i}"] for i in range(heads.layers)] if several else [body]
-    return {
-        f"layers.{i}.{name}": x
-        for i, layer in enumerate(layers)
-        for name, x in layer_weights(layer).items()
-    }
-
-
-def _contiguous(arrays: Arrays) -> Arrays:
-    return {name: np.ascontiguousarray(x) for name, x in arrays.items()}

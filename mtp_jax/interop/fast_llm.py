@@ -13,11 +13,12 @@ from mtp_jax.config import HeadsConfig, ModelConfig
 from mtp_jax.errors import UserError
 from mtp_jax.interop.hf_config import from_hf, to_hf
 from mtp_jax.interop.hf_names import hf_names
-from mtp_jax.interop.places import Names
+from mtp_jax.interop.places import HeadNames, Names
 
 MODEL_TYPE = "mtp_llama"
 NAMES: Names = dataclasses.replace(
-    hf_names("llama", heads="model.mtp_heads.{}."), norm="model.mtp_norms.{}.weight"
+    hf_names("llama", HeadNames("model.mtp_heads.{}.")),
+    norm="model.mtp_norms.{}.weight",
 )
 
 

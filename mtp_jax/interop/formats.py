@@ -11,9 +11,17 @@ import numpy as np
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.errors import UserError
-from mtp_jax.interop import fast_llm, gguf_file, hf_config, hf_names, llama2c, meta
+from mtp_jax.interop import (
+    fast_llm,
+    gguf_file,
+    hf_config,
+    hf_names,
+    llama2c,
+    meta,
+    mtp_heads,
+)
 from mtp_jax.interop.places import Names
-from mtp_jax.interop.sources import Shards, Source
+from mtp_jax.interop.sources import Joined, Shards, Source
 
 # Tensors that follow from the config; older programs wrote them.
 _FOLLOWING = "self_attn.rotary_emb.inv_freq"
@@ -77,10 +85,24 @@ def _of_hugging_face(folder: pathlib.Path) -> Foreign:
     if config.get("model_type") == fast_llm.MODEL_TYPE:
         model, tied = fast_llm.from_fast_llm(config, str(file))
         return _decided("fastllm", "llama", model, fast_llm.NAMES, Shards(folder), tied)
-    model, tied = hf_config.from_hf(config, str(file))
+    more = frozenset({mtp_heads.FIELD})
+    model, tied = hf_config.from_hf(config, str(file), more)
     family: str = config["model_type"]
-    names = hf_names.hf_names(family)
-    return _decided("hf", family, model, names, Shards(folder), tied)
+    about, beside = config.get(mtp_heads.FIELD), folder / mtp_heads.FOLDER
+    if about is None and not beside.exists():
+        names = hf_names.hf_names(family)
+        return _decided("hf", family, model, names, Shards(folder), tied)
+    if about is None or not beside.is_dir() or family != mtp_heads.FAMILY:
+        raise UserError(
+            f"{file} is of a {family} and has "
+            f"{'no' if about is None else 'an'} entry {mtp_heads.FIELD}, and a folder "
+            f"of that name is {'' if beside.is_dir() else 'not '}beside it; heads are "
+            f"read where both are there, of a {mtp_heads.FAMILY}."
+        )
+    model = mtp_heads.from_mtp_heads(model, tied, about, str(file))
+    names = hf_names.hf_names(family, mtp_heads.NAMES)
+    source = Joined(str(folder), [Shards(folder), Shards(beside)])
+    return _decided("hf", family, model, names, source, tied)
 
 
 def _of_meta(folder: pathlib.Path) -> Foreign:
@@ -109,6 +131,8 @@ def _decided(
         if name.endswith(_FOLLOWING)
     }  # fmt: skip
     has = names.unembedding in source.shapes
+    if model.heads.unembedding == "own":
+        said = False  # whatever head 1's table is equal to
     tied = not has or (said is not False and _equal(source, names))
     if not has and said is False:
         raise UserError(

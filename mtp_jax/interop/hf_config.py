@@ -51,7 +51,6 @@ _NO_MEANING = frozenset(
         "is_llama_config",
         "keys_to_ignore_at_inference",
         "model_type",
-        "mtp_heads",
         "pad_token_id",
         "resid_pdrop",
         "torch_dtype",

@@ -1,6 +1,6 @@
 """Names of tensors in Hugging Face's folders, by family."""
 
-from mtp_jax.interop.places import Names
+from mtp_jax.interop.places import HeadNames, Names
 
 _LAYER = {
     "norm_attention": "input_layernorm.weight",
@@ -38,13 +38,12 @@ _OTHERS = {
 }
 
 
-def hf_names(family: str, heads: str | None = None) -> Names:
+def hf_names(family: str, heads: HeadNames | None = None) -> Names:
     """The names of a family, a key of `hf_config.FAMILIES`.
 
     Args:
       family: which one.
-      heads: prefix of the layer of a further head, `{}` its number from 0 on; None:
-        the files hold none.
+      heads: names of further heads; None: the files hold none.
     """
     return Names(
         embedding="model.embed_tokens.weight",

@@ -14,7 +14,7 @@ import numpy as np
 
 from mtp_jax.config import ModelConfig, RopeConfig
 from mtp_jax.errors import UserError
-from mtp_jax.interop.places import Names
+from mtp_jax.interop.places import HeadNames, Names
 from mtp_jax.interop.sources import Arrays
 
 NAMES = Names(
@@ -22,7 +22,7 @@ NAMES = Names(
     norm="norm.weight",
     unembedding="output.weight",
     layers="layers.{}.",
-    heads="extra_heads.{}.",
+    heads=HeadNames("extra_heads.{}."),
     layer={
         "norm_attention": "attention_norm.weight",
         "w_q": "attention.wq.weight",

@@ -22,6 +22,7 @@ from mtp_jax.errors import UserError
 Form = Literal["table", "vector", "matrix"]
 # Axes of inputs of our matrices, the first ones; 1 where not named.
 _INPUT_AXES = {"w_o": 2}
+_MARKOV = ("w_markov_in", "w_markov_out")  # of our tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +57,30 @@ class Place:
 
 
 @dataclasses.dataclass(frozen=True)
+class HeadNames:
+    """How a format calls the tensors of heads after the first.
+
+    `{}` is the number of a head, 0 for head 2, and a second one that of a layer or a
+    block within it. What is None has no place in the format.
+    """
+
+    layers: str  # prefix of a layer; without a second {} a head has one
+    kinds: tuple[str, ...] = ("parallel",)  # of `config.heads.kind`
+    norm: str | None = None  # of a head whose norm is its own
+    unembedding: str | None = None
+    map: str | None = None  # of a linear head
+    blocks: str | None = None  # prefix of a block of a residual head
+    markov: tuple[str, str] | None = None  # tables of the bias, in and out
+
+
+@dataclasses.dataclass(frozen=True)
 class Names:
     """How a format calls the tensors of a model.
 
     `layer` has names within a layer by our paths, as {"mlp/w_gate": "mlp.gate_proj"};
     several of ours under one name lie in it one after another, in the order of the
-    table. `{}` in `layers` is the number of a layer of the ordinary model, whose last
-    one is head 1, and in `heads` that of a further head, from 0 on.
+    table. `{}` in `layers` is the number of a layer of the ordinary model, which ends
+    with head 1.
     """
 
     embedding: str
@@ -70,14 +88,37 @@ class Names:
     unembedding: str
     layers: str
     layer: Mapping[str, str]
-    heads: str | None = None
+    heads: HeadNames | None = None
     interleaved: bool = False  # queries and keys are in Meta's order
+
+    def norm_of(self, cfg: ModelConfig, head: int) -> str:
+        """The name of the last norm of a head, 0 for head 1."""
+        own = cfg.heads.norm == "own" and head > 0
+        if own and self.heads is not None and self.heads.norm is not None:
+            return self.heads.norm.format(head - 1)
+        return self.norm.format(head)
+
+    def unembedding_of(self, cfg: ModelConfig, head: int) -> str:
+        """The name of the output matrix of a head, 0 for head 1."""
+        if cfg.tie_embeddings:
+            return self.embedding
+        if head == 0 or cfg.heads.unembedding == "shared":
+            return self.unembedding
+        assert self.heads is not None and self.heads.unembedding is not None
+        return self.heads.unembedding.format(head - 1)
+
+    def layer_prefix(self, cfg: ModelConfig, head: int, layer: int) -> str:
+        """The prefix of a layer of a head, both counted from 0."""
+        if head == 0:
+            return self.layers.format(cfg.num_trunk_layers + layer)
+        assert self.heads is not None
+        return self.heads.layers.format(head - 1, layer)
 
 
 def places_of(
     cfg: ModelConfig, names: Names, expected: Mapping[str, Any]
 ) -> list[Place]:
-    """The places of all tensors of a model with parallel heads of one layer each.
+    """The places of all tensors of a model.
 
     Args:
       cfg: of the model.
@@ -88,49 +129,87 @@ def places_of(
     Raises:
       UserError: the format has no place for heads of this kind or number.
     """
-    n = cfg.n_future_tokens
+    n, heads = cfg.n_future_tokens, cfg.heads
     _refuse_heads(cfg, names)
-    found = [
-        Place(names.embedding, ("w_embedding",), None, _shape(expected["w_embedding"]),
-              "table"),
-    ]  # fmt: skip
+
+    def place(name: str, key: str, entry: int | None, form: Form) -> Place:
+        shape = _shape(expected[key])
+        return Place(name, (key,), entry, shape[entry is not None :], form)
+
+    found = [place(names.embedding, "w_embedding", None, "table")]
+    each = [(i, i) for i in range(n)]
     if not cfg.tie_embeddings:
-        shape = _shape(expected["w_unembedding"])
-        place = Place(names.unembedding, ("w_unembedding",), None, shape, "table")
-        found.append(place)
-    own = cfg.heads.norm == "own"
-    for i in range(n if own else 1):
-        entry = i if own else None
-        shape = _shape(expected["norm"])[1 if own else 0 :]
-        found.append(Place(names.norm.format(i), ("norm",), entry, shape, "vector"))
-    trunk = cfg.num_trunk_layers
-    for i in range(trunk):
+        for i, entry in each if heads.unembedding == "own" else [(0, None)]:
+            name = names.unembedding_of(cfg, i)
+            found.append(place(name, "w_unembedding", entry, "table"))
+    for i, entry in each if heads.norm == "own" else [(0, None)]:
+        found.append(place(names.norm_of(cfg, i), "norm", entry, "vector"))
+    for i in range(cfg.num_trunk_layers):
         prefix = names.layers.format(i)
-        found += _of_layer(cfg, names, prefix, ("trunk",), i, expected["trunk"])
-    for i in range(n):
-        last = names.layers.format(trunk)
-        prefix = last if i == 0 else (names.heads or "").format(i - 1)
-        found += _of_layer(cfg, names, prefix, ("heads",), i, expected["heads"])
+        found += _of_layer(names, prefix, ("trunk",), i, expected["trunk"])
+    for i in range(0 if heads.wiring.first else 1, n):
+        found += _of_body(cfg, names, i, expected["heads"])
+    if heads.markov_rank and n > 1:
+        assert names.heads is not None and names.heads.markov is not None
+        for name, key in zip(names.heads.markov, _MARKOV, strict=True):
+            found.append(place(name, key, None, "table"))
     return found
 
 
 def _refuse_heads(cfg: ModelConfig, names: Names) -> None:
-    n, heads = cfg.n_future_tokens, cfg.heads
-    fits = heads.kind == "parallel" and heads.layers == 1 and not heads.markov_rank
-    fits = fits and heads.unembedding == "shared"
-    if not fits or (n > 1 and names.heads is None):
+    n, heads, of = cfg.n_future_tokens, cfg.heads, names.heads
+    if n == 1:
+        return
+    fits = of is not None and heads.kind in of.kinds and not heads.shared
+    if of is not None and heads.wiring.layered:
+        fits = fits and (heads.layers == 1 or of.layers.count("{}") == 2)
+    if of is not None and heads.markov_rank:
+        fits = fits and of.markov is not None
+    if of is not None and heads.unembedding == "own":
+        fits = fits and of.unembedding is not None
+    if not fits:
         raise UserError(
             f"this format holds no {n} {heads.kind} heads as config.heads has them; "
-            "keep head 1 of parallel heads alone."
+            "keep head 1 alone."
         )
-    if heads.norm == "own" and "{}" not in names.norm:
+    assert of is not None
+    if heads.norm == "own" and "{}" not in names.norm and of.norm is None:
         raise UserError(
             "config.heads.norm is own, and this format has one norm for all heads."
         )
 
 
+def _of_body(
+    cfg: ModelConfig, names: Names, head: int, bodies: Mapping[str, Any]
+) -> list[Place]:
+    """The places of a head besides its norm and table, 0 for head 1."""
+    heads, entry = cfg.heads, head - (0 if cfg.heads.wiring.first else 1)
+    if heads.wiring.layered:
+        found: list[Place] = []
+        path: tuple[str, ...]
+        for i in range(heads.layers):
+            path, stack = ("heads",), bodies
+            if heads.layers > 1:
+                path, stack = ("heads", f"layer_{i}"), bodies[f"layer_{i}"]
+            prefix = names.layer_prefix(cfg, head, i)
+            found += _of_layer(names, prefix, path, entry, stack)
+        return found
+    of = names.heads
+    assert of is not None
+    if heads.kind == "linear":
+        parts = {"w_map": (of.map or "").format(head - 1)}
+    else:
+        parts = {}
+        for i in range(heads.layers):
+            prefix = (of.blocks or "").format(head - 1, i)
+            parts |= {f"w_{i}": f"{prefix}weight", f"bias_{i}": f"{prefix}bias"}
+    return [
+        Place(name, ("heads", key), entry, _shape(bodies[key])[1:], _form(key))
+        for key, name in parts.items()
+    ]
+
+
 def _of_layer(
-    cfg: ModelConfig,
     names: Names,
     prefix: str,
     path: tuple[str, ...],
@@ -152,7 +231,7 @@ def _of_layer(
             (*path, *ours.split("/")),
             entry,
             _shape(leaf)[1:],
-            "matrix" if key.startswith("w_") else "vector",
+            _form(key),
             interleaved=names.interleaved
             and key in ("w_q", "w_k", "bias_q", "bias_k", "norm_q", "norm_k"),
         )
@@ -161,8 +240,11 @@ def _of_layer(
             at[theirs] += place.file_shape[0]
             place = dataclasses.replace(place, rows=(first, at[theirs]))
         found.append(place)
-    del cfg
     return found
+
+
+def _form(key: str) -> Form:
+    return "matrix" if key.startswith("w_") else "vector"
 
 
 def _shape(x: Any) -> tuple[int, ...]:

@@ -22,26 +22,60 @@ def reference_logits(foreign: Foreign, ids_T: np.ndarray) -> np.ndarray:
     """Logits of each head at every position of a text, float32 [N, T, V].
 
     Layers are read one after another, so that memory holds one of them, and tables.
+    Heads that read the token before the one that they predict read 0 after the text.
     """
     cfg, names, source = foreign.model, foreign.names, foreign.source
 
     def wide(name: str) -> np.ndarray:
         return np.asarray(source.read(name), np.float32)
 
-    table_VD = wide(names.embedding)
-    x_TD = table_VD[ids_T]
-    trunk = cfg.num_trunk_layers
+    x_TD = wide(names.embedding)[ids_T]
     for i, window in enumerate(cfg.trunk_windows):
         x_TD = _layer(foreign, _reader(foreign, names.layers.format(i)), x_TD, window)
-    out_VD = table_VD if cfg.tie_embeddings else wide(names.unembedding)
-    found = []
+    trunk_TD, found, last = x_TD, [], ""
     for i in range(cfg.n_future_tokens):
-        own = (names.heads or "").format(i - 1)
-        prefix = names.layers.format(trunk) if i == 0 else own
-        y_TD = _layer(foreign, _reader(foreign, prefix), x_TD, cfg.heads_window)
-        norm_D = wide(names.norm.format(i))
-        found.append(_norm(y_TD, norm_D, cfg.norm_eps) @ out_VD.T)
+        norm_D = wide(names.norm_of(cfg, i))
+        x_TD = x_TD if cfg.heads.wiring.reads == "before" else trunk_TD
+        x_TD = _head(foreign, i, x_TD, norm_D, wide)
+        if names.unembedding_of(cfg, i) != last:
+            last = names.unembedding_of(cfg, i)
+            out_VD = wide(last)
+        normed = cfg.heads.kind == "residual"
+        logits_TV = (x_TD if normed else _norm(x_TD, norm_D, cfg.norm_eps)) @ out_VD.T
+        if cfg.heads.markov_rank and i > 0:
+            assert names.heads is not None and names.heads.markov is not None
+            before_T = np.append(ids_T[i:], np.zeros(min(i, len(ids_T)), int))
+            enter_VR, leave_VR = (wide(name) for name in names.heads.markov)
+            logits_TV += enter_VR[before_T] @ leave_VR.T
+        found.append(logits_TV)
     return np.stack(found)
+
+
+def _head(
+    foreign: Foreign,
+    head: int,
+    x_TD: np.ndarray,
+    norm_D: np.ndarray,
+    wide: Callable[[str], np.ndarray],
+) -> np.ndarray:
+    """The stream of a head, 0 for head 1, of what it reads; normed if residual."""
+    cfg, of = foreign.model, foreign.names.heads
+    if cfg.heads.wiring.layered:
+        for j in range(cfg.heads.layers):
+            prefix = foreign.names.layer_prefix(cfg, head, j)
+            x_TD = _layer(foreign, _reader(foreign, prefix), x_TD, cfg.heads_window)
+        return x_TD
+    residual = cfg.heads.kind == "residual"
+    x_TD = _norm(x_TD, norm_D, cfg.norm_eps) if residual else x_TD
+    if head == 0:
+        return x_TD
+    assert of is not None
+    if not residual:
+        return x_TD @ wide((of.map or "").format(head - 1)).T
+    for j in range(cfg.heads.layers):
+        prefix = (of.blocks or "").format(head - 1, j)
+        x_TD = x_TD + _silu(x_TD @ wide(f"{prefix}weight").T + wide(f"{prefix}bias"))
+    return x_TD
 
 
 def _reader(foreign: Foreign, prefix: str) -> _Read:
@@ -93,9 +127,13 @@ def _layer(foreign: Foreign, read: _Read, x_TD: np.ndarray, window: int) -> np.n
     h_TD = normed(x_TD, "norm_mlp", not after)
     gate = linear(h_TD, "mlp/w_gate", "mlp/bias_gate")
     up = linear(h_TD, "mlp/w_up", "mlp/bias_up")
-    inner = gate / (1 + np.exp(-np.clip(gate, -80, None))) * up
+    inner = _silu(gate) * up
     out_TD = linear(inner, "mlp/w_down", "mlp/bias_down")
     return x_TD + normed(out_TD, "norm_mlp", after)
+
+
+def _silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-np.clip(x, -80, None)))
 
 
 def _norm(x: np.ndarray, scale: np.ndarray, eps: float) -> np.ndarray:

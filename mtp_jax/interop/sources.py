@@ -3,7 +3,7 @@
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -110,3 +110,28 @@ class Shards:
                     f"{file.path} lacks {lost[0]}, which {index.name} says is in it."
                 )
         return {tensor: files[name] for tensor, name in where.items()}
+
+
+class Joined:
+    """The tensors of several sources as those of one."""
+
+    def __init__(self, where: str, parts: Sequence[Source]):
+        """Opens nothing; `where` is for errors.
+
+        Raises:
+          UserError: a tensor is in two of them.
+        """
+        self.where = where
+        self._part_of: dict[str, Source] = {}
+        for part in parts:
+            if twice := sorted(self._part_of.keys() & part.shapes.keys()):
+                raise UserError(f"{part.where} has {twice[0]} once more.")
+            self._part_of |= dict.fromkeys(part.shapes, part)
+        self.files = [file for part in parts for file in part.files]
+        self.shapes = {name: of.shapes[name] for name, of in self._part_of.items()}
+
+    def read(
+        self, name: str, rows: slice = slice(None), columns: slice = slice(None)
+    ) -> np.ndarray:
+        """Some rows and columns of a tensor, from the source that has it."""
+        return self._part_of[name].read(name, rows, columns)

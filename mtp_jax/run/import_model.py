@@ -63,7 +63,7 @@ class ImportReport:
     source: str  # the folder or file, from the root
     format: str  # "hf", "fastllm", "meta", "llama2c" or "gguf"
     family: str  # model_type, as "llama"
-    sha256: dict[str, str]  # of each file with weights, by name
+    sha256: dict[str, str]  # of each file with weights, by its path in the folder
     used: list[str]  # names of tensors
     ignored: dict[str, str]  # names of tensors, and why
     made: list[str]  # parameters that no tensor is behind
@@ -88,7 +88,8 @@ def import_model(
     Formats: folders of Hugging Face (safetensors, one or many; Llama, Mistral, Qwen 2,
     2.5 and 3, Phi-3, OLMo 2, SmolLM2, TinyLlama), of Fast-LLM (`mtp_llama`) and of Meta
     (`consolidated.pth`, several heads), files of llama2.c and GGUF. Layers keep their
-    order: the last one is head 1, those before it are the trunk. Every tensor must have
+    order: the last one is head 1, those before it are the trunk. A folder that `export`
+    wrote has its further heads, too. Every tensor must have
     its place and every place its tensor. At the end head outputs are compared with a
     forward pass in NumPy straight from the file.
 
@@ -129,7 +130,10 @@ def import_model(
         source=str(pathlib.Path(source).resolve()),
         format=foreign.format,
         family=foreign.family,
-        sha256={path.name: _sha256(path) for path in foreign.source.files},
+        sha256={
+            os.path.relpath(path, folder): _sha256(path)
+            for path in foreign.source.files
+        },
         used=used,
         ignored=foreign.ignored,
         made=[],
@@ -184,8 +188,9 @@ def _tokenizer_for(
 
 
 def _mesh_for(cfg: Config) -> MeshConfig:
-    """As many fsdp shards as the width divides into, and copies else."""
-    fsdp = math.gcd(cfg.model.d_model, jax.device_count())
+    """As many fsdp shards as widths divide into, and copies else."""
+    rank = cfg.model.heads.markov_rank  # 0, which everything divides, without a bias
+    fsdp = math.gcd(cfg.model.d_model, rank, jax.device_count())
     return MeshConfig(replica=-1, fsdp=fsdp)
 
 

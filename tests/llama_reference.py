@@ -1,9 +1,10 @@
-"""A Llama in NumPy, to compare what was written with what the model says.
+"""A Llama and its heads in NumPy, to compare exported folders with the model.
 
 It reads tensors by the names of Hugging Face, and shares nothing with the model but the
 formulas (arXiv:2302.13971, section 2.2).
 
-Axes: T positions, D model width, H query heads, G key-value heads, K head width.
+Axes: T positions, D model width, H query heads, G key-value heads, K head width,
+V vocabulary.
 """
 
 from typing import Any
@@ -89,3 +90,51 @@ def _turned(x_THK: np.ndarray, about: dict[str, Any]) -> np.ndarray:
         ],
         axis=-1,
     )
+
+
+def all_logits(
+    ids_T: np.ndarray, llama: Arrays, heads: Arrays, about: dict[str, Any]
+) -> list[np.ndarray]:
+    """Logits of head 1 and of each exported head, float64 [T, V], in NumPy.
+
+    Args:
+      ids_T: one text.
+      llama, heads: tensors of the folder, by name.
+      about: the content of config.json.
+    """
+    wide = {name: x.astype(np.float64) for name, x in (llama | heads).items()}
+    found_TD = streams(ids_T, wide, about)
+    eps, scale_D = about["rms_norm_eps"], wide["model.norm.weight"]
+    table_VD = wide.get("lm_head.weight", wide["model.embed_tokens.weight"])
+    found = [norm(found_TD[-1], scale_D, eps) @ table_VD.T]
+    of = about.get("mtp_heads", {})
+    kind = of.get("kind")
+    trunk_TD = found_TD[-1]
+    if kind in ("parallel", "causal"):
+        trunk_TD = found_TD[about["num_hidden_layers"] - of["layers"]]
+    stream_TD = found_TD[-1]
+    for number in range(of.get("n_future_tokens", 1) - 1):
+        prefix = f"heads.{number}."
+        own_D = wide.get(f"{prefix}norm.weight", scale_D)
+        if kind == "residual":
+            hidden_TD = norm(trunk_TD, own_D, eps)
+            for i in range(of["layers"]):
+                w, b = (wide[f"{prefix}blocks.{i}.{x}"] for x in ("weight", "bias"))
+                hidden_TD = hidden_TD + silu(hidden_TD @ w.T + b)
+        elif kind == "linear":
+            stream_TD = trunk_TD @ wide[f"{prefix}map.weight"].T
+        else:
+            stream_TD = trunk_TD if kind == "parallel" else stream_TD
+            for i in range(of["layers"]):
+                name = f"{prefix}layers.{i}."
+                stream_TD = layer(stream_TD, wide, name, about)
+        if kind != "residual":
+            hidden_TD = norm(stream_TD, own_D, eps)
+        logits_TV = hidden_TD @ wide.get(f"{prefix}unembedding.weight", table_VD).T
+        if "markov_in.weight" in wide:
+            before_T = np.append(ids_T[number + 1 :], np.zeros(number + 1, int))
+            logits_TV += (
+                wide["markov_in.weight"][before_T] @ wide["markov_out.weight"].T
+            )
+        found.append(logits_TV)
+    return found

@@ -31,7 +31,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--tokenizer",
         metavar="PATH",
-        help="bytes, or a tokenizer's file; default: the one beside the weights",
+        help="bytes, or a tokenizer's file, tok*.bin of llama2.c too; default: that "
+        "beside the weights, or in their .gguf",
     )
     parser.add_argument(
         "--seq_len",

@@ -13,9 +13,18 @@ import tokenizers
 from mtp_jax.data.json_tokenizer import byte_letters
 from mtp_jax.data.tokenizer import Tokenizer, save_tokenizer
 from mtp_jax.errors import UserError
+from mtp_jax.interop.tokenizer_rules import (
+    Added,
+    Json,
+    Pieces,
+    byte_level,
+    byte_pairs,
+    rules,
+    rules_of_pieces,
+)
 
-_SPACE = "\u2581"
 _BYTE_NAMES = ("<s>", "</s>")
+_BYTE_PAIRS = 2  # the number of that type of SentencePiece models
 _SAMPLES = (
     "Once upon a time, there was a naïve fox.",
     "def f(x):\n    return x ** 2  # 3.14\n\n",
@@ -47,14 +56,10 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, positions: int) 
         _name_class(folder / "tokenizer_config.json")
         return
     if tokenizer.kind == "sentencepiece":
-        pieces = _Pieces(tokenizer.model_bytes)  # type: ignore[attr-defined]
-        about |= {
-            "bos_token": pieces.names[tokenizer.bos_id],
-            "eos_token": pieces.names[tokenizer.eos_id],
-            "unk_token": pieces.names[pieces.unk_id],
-        }
-        if pieces.is_bpe:
-            content = _of_pieces(pieces, tokenizer)
+        model_bytes = tokenizer.model_bytes  # type: ignore[attr-defined]
+        about |= _named(model_bytes)
+        if (pieces := _pieces(model_bytes)) is not None:
+            content = rules_of_pieces(pieces, tokenizer.bos_id)
         else:
             about |= {"tokenizer_class": "LlamaTokenizer", "legacy": False}
     else:
@@ -65,159 +70,60 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, positions: int) 
         _compare_ids(folder / "tokenizer.json", tokenizer)
 
 
+def _named(model_bytes: bytes) -> dict[str, str]:
+    """The texts of begin and end of text and of the unknown."""
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
+    ids = {"bos": model.bos_id(), "eos": model.eos_id(), "unk": model.unk_id()}
+    return {f"{name}_token": model.id_to_piece(i) for name, i in ids.items()}
+
+
 def _name_class(path: pathlib.Path) -> None:
     """Names the class that takes tokenizer.json as it is, whatever a file named."""
     about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     _write_json(path, {**about, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
-def _of_bytes(tokenizer: Tokenizer) -> dict[str, Any]:
+def _of_bytes(tokenizer: Tokenizer) -> Json:
     """tokenizer.json of the 256 bytes, two of which begin and end a text."""
     ends = dict(zip((tokenizer.bos_id, tokenizer.eos_id), _BYTE_NAMES, strict=True))
     letters = sorted((byte, letter) for letter, byte in byte_letters().items())
     vocab = {ends.get(byte, letter): byte for byte, letter in letters}
-    split = {"add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    return _content(
-        tokenizer,
-        _BYTE_NAMES[0],
-        {i: name for i, name in ends.items()},
-        model={
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": vocab,
-            "merges": [],
-        },
-        pre_tokenizer={"type": "ByteLevel", **split},
-        decoder={"type": "ByteLevel", **split},
+    return rules(
+        (tokenizer.bos_id, _BYTE_NAMES[0]),
+        Added(ends),
+        model=byte_pairs(vocab, []),
+        pre_tokenizer=byte_level(use_regex=False),
+        decoder=byte_level(use_regex=False),
     )
 
 
-def _of_pieces(pieces: "_Pieces", tokenizer: Tokenizer) -> dict[str, Any]:
-    """tokenizer.json of a SentencePiece model of byte pairs.
+def _pieces(model_bytes: bytes) -> Pieces | None:
+    """The pieces of a SentencePiece model; None if it is not one of byte pairs."""
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
 
-    It joins the two neighbours whose joined piece has the best score, which is the
-    order of merges that is written.
-    """
-    ids = {name: i for i, name in enumerate(pieces.names)}
-    merges = []
-    for i, name in enumerate(pieces.names):
-        if i in pieces.special or pieces.is_byte(i):
-            continue
-        cuts = [(name[:k], name[k:]) for k in range(1, len(name))]
-        found = [(a, b) for a, b in cuts if a in ids and b in ids]
-        merges += [(pieces.scores[i], ids[a], ids[b], a, b) for a, b in found]
-    merges.sort(key=lambda m: (-m[0], m[1], m[2]))
-    prefix = [{"type": "Prepend", "prepend": _SPACE}] if pieces.adds_space else []
-    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
-    decoders = [
-        {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-        *([strip] if pieces.adds_space else []),
-    ]
-    return _content(
-        tokenizer,
-        pieces.names[tokenizer.bos_id],
-        {i: pieces.names[i] for i in pieces.special},
-        user={i: pieces.names[i] for i in pieces.user},
-        model={
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": pieces.names[pieces.unk_id],
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": ids,
-            "merges": [[a, b] for _, _, _, a, b in merges],
-        },
-        normalizer={
-            "type": "Sequence",
-            "normalizers": [
-                *prefix,
-                {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
-            ],
-        },
-        decoder={"type": "Sequence", "decoders": decoders},
+    messages: Any = sentencepiece_model_pb2
+
+    proto = messages.ModelProto.FromString(model_bytes)
+    if proto.trainer_spec.model_type != _BYTE_PAIRS:
+        return None
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
+    kinds = [int(piece.type) for piece in proto.pieces]
+
+    def of(*wanted: int) -> frozenset[int]:
+        return frozenset(i for i, kind in enumerate(kinds) if kind in wanted)
+
+    return Pieces(
+        [piece.piece for piece in proto.pieces],
+        [piece.score for piece in proto.pieces],
+        special=of(2, 3),  # unknown, control
+        user=of(4),
+        of_bytes=of(6),
+        unk_id=processor.unk_id(),
+        adds_space=proto.normalizer_spec.add_dummy_prefix,
     )
-
-
-def _content(
-    tokenizer: Tokenizer,
-    bos: str,
-    special: dict[int, str],
-    *,
-    model: dict[str, Any],
-    user: dict[int, str] | None = None,
-    **parts: Any,
-) -> dict[str, Any]:
-    """The content of tokenizer.json; a text begins with its begin of text."""
-
-    def added(i: int, text: str, is_special: bool) -> dict[str, Any]:
-        sides = {"single_word": False, "lstrip": False, "rstrip": False}
-        return {
-            "id": i,
-            "content": text,
-            **sides,
-            "normalized": False,
-            "special": is_special,
-        }
-
-    both = [added(i, text, True) for i, text in special.items()]
-    both += [added(i, text, False) for i, text in (user or {}).items()]
-    begin = {"SpecialToken": {"id": bos, "type_id": 0}}
-    a, b = ({"Sequence": {"id": x, "type_id": t}} for x, t in (("A", 0), ("B", 1)))
-    begin_b = {"SpecialToken": {"id": bos, "type_id": 1}}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": sorted(both, key=lambda token: token["id"]),
-        "normalizer": parts.get("normalizer"),
-        "pre_tokenizer": parts.get("pre_tokenizer"),
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [begin, a],
-            "pair": [begin, a, begin_b, b],
-            "special_tokens": {
-                bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}
-            },
-        },
-        "decoder": parts.get("decoder"),
-        "model": model,
-    }
-
-
-class _Pieces:
-    """The pieces of a SentencePiece model, and what its processor does not tell."""
-
-    def __init__(self, model_bytes: bytes):
-        import sentencepiece
-        from sentencepiece import sentencepiece_model_pb2
-
-        messages: Any = sentencepiece_model_pb2
-
-        proto = messages.ModelProto.FromString(model_bytes)
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
-        self.names = [piece.piece for piece in proto.pieces]
-        self.scores = [piece.score for piece in proto.pieces]
-        self.is_bpe = proto.trainer_spec.model_type == 2
-        self.adds_space = proto.normalizer_spec.add_dummy_prefix
-        self.unk_id = self._processor.unk_id()
-        kinds = [piece.type for piece in proto.pieces]  # 2 unknown, 3 control, 4 user
-        self.special = [i for i, kind in enumerate(kinds) if kind in (2, 3)]
-        self.user = [i for i, kind in enumerate(kinds) if kind == 4]
-
-    def is_byte(self, i: int) -> bool:
-        """True for a piece that stands for one byte."""
-        return self._processor.is_byte(i)
 
 
 def _compare_ids(path: pathlib.Path, tokenizer: Tokenizer) -> None:

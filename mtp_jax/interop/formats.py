@@ -4,7 +4,9 @@ The format is told by the files of a folder, or by the end of a file's name.
 """
 
 import dataclasses
+import functools
 import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,9 +16,11 @@ from mtp_jax.errors import UserError
 from mtp_jax.interop import (
     fast_llm,
     gguf_file,
+    gguf_tokenizer,
     hf_config,
     hf_names,
     llama2c,
+    llama2c_tokenizer,
     meta,
     mtp_heads,
 )
@@ -38,6 +42,8 @@ class Foreign:
     names: Names
     source: Source
     ignored: dict[str, str]  # tensors that are not needed, and why
+    # Makes the files of its tokenizer, by name, where the format carries one.
+    tokenizer: Callable[[], Mapping[str, bytes]] | None = None
 
     @property
     def needed(self) -> dict[str, tuple[int, ...]]:
@@ -59,7 +65,11 @@ def open_foreign(path: pathlib.Path) -> Foreign:
             return _of_hugging_face(path)
         if (path / "params.json").exists():
             return _of_meta(path)
-        found = sorted(p for p in path.iterdir() if p.suffix in (".gguf", ".bin"))
+        found = sorted(
+            p
+            for p in path.iterdir()
+            if p.suffix in (".gguf", ".bin") and not llama2c_tokenizer.is_tokenizer(p)
+        )
         if len(found) != 1:
             raise UserError(
                 f"--from={path} has no config.json (Hugging Face, Fast-LLM), no "
@@ -67,12 +77,21 @@ def open_foreign(path: pathlib.Path) -> Foreign:
             )
         path = found[0]
     if path.suffix == ".gguf":
-        model, arch, source, _ = gguf_file.read_gguf(path)
+        model, arch, source, fields = gguf_file.read_gguf(path)
         names = gguf_file.gguf_names(arch)
-        return _decided("gguf", arch, model, names, source, None)
+        foreign = _decided("gguf", arch, model, names, source, None)
+        make = functools.partial(
+            gguf_tokenizer.gguf_tokenizer, fields, str(path), model.rope.context
+        )
+        return dataclasses.replace(foreign, tokenizer=make)
     if path.suffix == ".bin":
         model, tied, source = llama2c.read_llama2c(path)
-        return _decided("llama2c", "llama", model, llama2c.NAMES, source, tied)
+        foreign = _decided("llama2c", "llama", model, llama2c.NAMES, source, tied)
+        beside = llama2c_tokenizer.tokenizer_beside(path)
+        if beside is None:
+            return foreign
+        make = functools.partial(llama2c_tokenizer.llama2c_tokenizer, beside)
+        return dataclasses.replace(foreign, tokenizer=make)
     raise UserError(
         f"--from={path} is no folder and ends in none of .gguf (llama.cpp), .bin "
         "(llama2.c)."

@@ -33,10 +33,12 @@ from mtp_jax.data.tokenizer import (
     load_tokenizer,
     save_tokenizer,
     tokenizer_identity,
+    tokenizer_of,
 )
 from mtp_jax.errors import RunFailed, UserError, disk_errors_told
 from mtp_jax.eval.outputs import head_outputs
 from mtp_jax.interop.formats import Foreign, open_foreign
+from mtp_jax.interop.llama2c_tokenizer import is_tokenizer, llama2c_tokenizer
 from mtp_jax.interop.places import check_names, places_of
 from mtp_jax.interop.read_params import read_params
 from mtp_jax.interop.reference import reference_logits
@@ -96,7 +98,8 @@ def import_model(
     Args:
       source: the folder or file.
       workdir: folder to be made, here; it must not be there, or be empty.
-      tokenizer: `bytes`, a file or a folder; None: the one beside the weights.
+      tokenizer: `bytes`, a file or a folder, or one of llama2.c (tok*.bin); None: the
+        one beside the weights, or the one that their file carries.
       seq_len: of the run's rows; None: the model's context, at most 1024.
       param_dtype: of the parameters that are kept.
       compute_dtype: of products and activations.
@@ -109,6 +112,11 @@ def import_model(
     target = pathlib.Path(os.path.abspath(workdir))
     _refuse_taken(target, os.fspath(workdir))
     foreign = open_foreign(pathlib.Path(source))
+    if foreign.model.num_trunk_layers == 0:
+        raise UserError(
+            f"{foreign.source.where} has no layers besides those of head 1; a model "
+            "here has a trunk below them."
+        )
     folder = pathlib.Path(source)
     folder = folder if folder.is_dir() else folder.parent
     found = _tokenizer_for(foreign, folder, tokenizer)
@@ -165,20 +173,27 @@ def _there(folder: pathlib.Path) -> pathlib.Path:
 def _tokenizer_for(
     foreign: Foreign, folder: pathlib.Path, given: str | None
 ) -> Tokenizer:
-    """The tokenizer that is asked for, or the one beside the weights.
+    """The tokenizer that is asked for, the one beside the weights, or theirs.
 
     Raises:
       UserError: there is none, it cannot be read, or has more ids than the model.
     """
     if given is None:
         there = [name for name in _TOKENIZERS if (folder / name).exists()]
-        if not there:
-            raise UserError(
-                f"{folder} has no tokenizer ({' or '.join(_TOKENIZERS)}); give one "
-                "with --tokenizer=PATH."
-            )
-        given = str(folder / there[0])
-    tokenizer = load_tokenizer(given)
+        given = str(folder / there[0]) if there else None
+    if given is not None and is_tokenizer(pathlib.Path(given)):
+        files = llama2c_tokenizer(pathlib.Path(given))
+        tokenizer = tokenizer_of("tokenizer.json", files, given)
+    elif given is not None:
+        tokenizer = load_tokenizer(given)
+    elif foreign.tokenizer is not None:
+        given = f"of {foreign.source.where}"
+        tokenizer = tokenizer_of("tokenizer.json", foreign.tokenizer(), given)
+    else:
+        raise UserError(
+            f"{folder} has no tokenizer ({', '.join(_TOKENIZERS)}, or tokenizer.bin "
+            "of llama2.c); give one with --tokenizer=PATH."
+        )
     if tokenizer.vocab_size > foreign.model.vocab_size:
         raise UserError(
             f"tokenizer {given} has {tokenizer.vocab_size} ids, and the model in "

@@ -341,3 +341,20 @@ def test_hbm_traffic(cfg):
         )
         traffic = costs.hbm_traffic(changed, compiled, tensor=2)
         assert traffic == 128 + 2 * read * 4 / 2
+
+
+def test_hbm_traffic_of_what_is_frozen(cfg):
+    compiled = dataclasses.replace(
+        FITS, params=1000, argument_bytes=64, frozen_bytes=24
+    )
+    layer = layer_entries(cfg.model)
+    for frozen, read in (
+        (("trunk", "embedding"), 2000 - 3 * layer),  # and nothing is computed again
+        (("trunk",), 2000 + 3 * layer),
+        (("trunk", "embedding", "heads"), 2000 - 5 * layer),
+    ):
+        optim = dataclasses.replace(cfg.optim, frozen=frozen)
+        compute = dataclasses.replace(cfg.compute, remat="full")
+        changed = dataclasses.replace(cfg, optim=optim, compute=compute)
+        traffic = costs.hbm_traffic(changed, compiled, tensor=1)
+        assert traffic == 128 - 24 + read * 4

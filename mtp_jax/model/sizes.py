@@ -5,7 +5,7 @@ Axes: D model width, V vocabulary, r rank of the Markov bias.
 
 import dataclasses
 
-from mtp_jax.config import Config, ModelConfig
+from mtp_jax.config import Config, ModelConfig, OptimConfig
 from mtp_jax.model.flops import train_flops
 from mtp_jax.model.heads import kind_of
 from mtp_jax.model.heads.base import layer_entries, layer_vectors
@@ -85,13 +85,15 @@ def equal_models(cfg: Config) -> EqualModels:
     of_layer = layer_entries(model)
     tables = (1 if model.tie_embeddings else 2) * model.vocab_size * d
     flops = train_flops(cfg)
-    # Of a layer: what a trunk of one more would add.
+    # Of a layer that learns: what a trunk of one more would add.
     longer = model.resized(model.num_layers + 1, model.n_future_tokens)
-    of_one = train_flops(dataclasses.replace(cfg, model=longer)).trunk - flops.trunk
+    whole = dataclasses.replace(cfg, optim=OptimConfig())
+    with_one = train_flops(dataclasses.replace(whole, model=longer))
+    of_one = with_one.trunk - train_flops(whole).trunk
     unembedding = 6.0 * model.vocab_size * d
     return EqualModels(
         params=(sizes_of(model).total - tables - d) / (of_layer + layer_vectors(model)),
-        training=(flops.total - unembedding) / of_one,
+        training=max(flops.total - unembedding, 0.0) / of_one,
         drafting=(drafting_entries(model) - model.vocab_size * d) / of_layer,
     )
 

@@ -24,6 +24,7 @@ from mtp_jax.errors import UserError
 from mtp_jax.parallel.sharding import abstract_tree, check_divisible, make_mesh
 from mtp_jax.parallel.to_devices import batch_sharding
 from mtp_jax.planning.hlo import HloProgram, read_hlo
+from mtp_jax.training.groups import trained
 from mtp_jax.training.train_step import TrainState, make_init, make_step
 
 _EXAMPLES = (
@@ -53,6 +54,7 @@ class Compiled:
     hbm_bytes: int  # arguments, temporaries and code
     limit_bytes: int | None  # memory of a device, if the compiler tells
     program: HloProgram | None  # None: it does not fit
+    frozen_bytes: int = 0  # of the arguments: parameters that stay as they are
 
 
 @contextlib.contextmanager
@@ -149,7 +151,8 @@ def compile_step(cfg: Config, devices: list[jax.Device]) -> Compiled:
         with _silenced_stderr():
             compiled: Any = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        return _refused(str(error), state, batch)
+        refused = _refused(str(error), state, batch)
+        return dataclasses.replace(refused, frozen_bytes=_frozen_bytes(cfg, state))
     found = compiled.memory_analysis()
     return Compiled(
         params=_count(state.params),
@@ -159,6 +162,7 @@ def compile_step(cfg: Config, devices: list[jax.Device]) -> Compiled:
         hbm_bytes=found.peak_memory_in_bytes + found.generated_code_size_in_bytes,
         limit_bytes=None,
         program=read_hlo(compiled.as_text()),
+        frozen_bytes=_frozen_bytes(cfg, state),
     )
 
 
@@ -190,10 +194,7 @@ def _refused(message: str, state: TrainState, batch: dict[str, Any]) -> Compiled
         re.DOTALL,
     )
     params = _count(state.params)
-    arguments = sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in jax.tree.leaves((state, batch))
-    )
+    arguments = _bytes((state, batch))
     if used:
         total, limit, program, arguments = map(_size, used.groups())
         return Compiled(params, arguments, program, program, total, limit, None)
@@ -203,6 +204,21 @@ def _refused(message: str, state: TrainState, batch: dict[str, Any]) -> Compiled
         rest = total - arguments
         return Compiled(params, arguments, rest, rest, total, limit, None)
     raise jax.errors.JaxRuntimeError(message)
+
+
+def _frozen_bytes(cfg: Config, state: TrainState) -> int:
+    """Bytes on a device of the parameters that no step changes."""
+    frozen = cfg.optim.frozen
+    both = [x for x in (state.params, state.rounded_off) if x is not None]
+    return sum(_bytes(x) - _bytes(trained(x, frozen)) for x in both)
+
+
+def _bytes(tree: Any) -> int:
+    """Bytes on a device of all arrays."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )
 
 
 def _count(tree: Any) -> int:

@@ -110,19 +110,26 @@ def figures_of(topology: str, devices: list[jax.Device]) -> chips.Chip:
 def hbm_traffic(cfg: Config, compiled: Compiled, tensor: int) -> float:
     """Bytes that a device must move to and from its memory in a step, at least.
 
-    The state is read and written once; of every microbatch the forward and the backward
-    pass each read all gathered weights, in the compute dtype, and where layers are
-    computed again, theirs once more. Activations are left out: kernels may keep them on
-    the chip.
+    The state is read and written once, what is frozen of it read alone; of every
+    microbatch the forward and the backward pass each read the gathered weights that
+    they need, in the compute dtype, and where layers are computed again, theirs once
+    more. Activations are left out: kernels may keep them on the chip.
     """
-    read = 2 * compiled.params
-    if cfg.compute.remat in ("full", "offload"):
-        read += cfg.model.num_trunk_layers * layer_entries(cfg.model)
-    if cfg.compute.head_loss == "remat":
-        heads = cfg.model.heads.runs(cfg.model.n_future_tokens)
-        read += heads * kind_of(cfg.model).entries(cfg.model)
-    weights = read * _ITEMSIZE[cfg.model.compute_dtype] / tensor
-    return 2 * compiled.argument_bytes + cfg.train.accumulation * weights
+    model, read = cfg.model, 2 * compiled.params
+    of_trunk, of_heads, _ = flops.backward_of(cfg)
+    trunk = model.num_trunk_layers * layer_entries(model)
+    heads = model.heads.runs(model.n_future_tokens) * kind_of(model).entries(model)
+    if not of_trunk.runs:
+        read -= trunk
+    elif cfg.compute.remat in ("full", "offload"):
+        read += trunk
+    if not of_heads.runs:
+        read -= heads
+    elif cfg.compute.head_loss == "remat":
+        read += heads
+    weights = read * _ITEMSIZE[model.compute_dtype] / tensor
+    state = 2 * compiled.argument_bytes - compiled.frozen_bytes
+    return state + cfg.train.accumulation * weights
 
 
 def run_cost(row: Row, tokens: float, chip_hour_dollars: float | None) -> Row:

@@ -11,6 +11,7 @@ STUDIES = {
     "notebook": "sequences of even steps: one head or three, loss, accuracy, samples",
     "induction": "names of two tokens that come again: one head or two, over sizes",
     "polynomials": "arithmetic of polynomials, in and out of the domain of training",
+    "star_graph": "paths through star graphs, over heads and lengths, and controls",
     "bytes": "one, four and eight heads on bytes: head 1, drafts, speed",
     "scaling": "sizes and vocabularies: what heads 2 to n do for head 1, and its slope",
     "diffusion": "four tokens by masked refinement in one, two or four passes",

@@ -18,7 +18,7 @@ import numpy as np
 from mtp_jax.config import Config, ModelConfig, OptimConfig, TrainConfig
 from mtp_jax.eval.outputs import head_outputs
 from mtp_jax.studies import progressions
-from mtp_jax.studies.in_memory import fit, padded
+from mtp_jax.studies.in_memory import Rows, fit, padded
 from mtp_jax.studies.progressions import BATCH, VOCABULARY
 from mtp_jax.studies.study import (
     Claim,
@@ -145,7 +145,7 @@ def _of_transformer(trial: Trial, steps: int) -> Figures:
     tokens = progressions.sequences(np.random.default_rng(trial.seed), SET)
     n = _TRANSFORMERS[trial.arm]
 
-    def make_rows(rng: np.random.Generator):
+    def make_rows(rng: np.random.Generator) -> Rows:
         return padded(tokens[rng.integers(0, SET, BATCH)], n)
 
     model = fit(config_of(trial, steps), make_rows, trial.seed)

@@ -33,11 +33,11 @@ from mtp_jax.studies.study import (
 # Training sequences. The notebook has 2,000, in which the two steps are not equally
 # frequent from each start, so that a reader of their shares is .9 % above the floor.
 SET = 10_000
-# Steps with the whole set, as many as 30 epochs of 2,000, and with each smaller one.
+# Steps with the whole set, and with each smaller one.
 _STEPS: dict[Size, tuple[int, int]] = {
     "tiny": (6, 5),
-    "quick": (1875, 300),
-    "full": (1875, 300),
+    "quick": (1500, 150),
+    "full": (1500, 150),
 }
 SIZES = (5, 10, 25, 50, 100, 200)
 _ENOUGH = 0.9  # accuracy of head 1 that counts as learned

@@ -11,6 +11,7 @@ from mtp_jax.eval.intervals import (
     mean_interval,
     pass_at_k,
     series_interval,
+    share_interval,
 )
 
 
@@ -127,3 +128,18 @@ def test_the_interval_of_a_dependent_series_covers_its_mean():
         naive += low <= 0.0 <= high
     assert covered > 160 and naive < 130
     assert series_interval([2.0]) == (2.0, 2.0, 2.0)
+
+
+def test_ends_of_the_interval_of_a_share_are_its_tails():
+    for of, total in [(0, 5), (2, 5), (5, 5), (13, 40)]:
+        share, low, high = share_interval(of, total)
+
+        assert share == of / total
+        rng = np.random.default_rng(0)
+        if of:
+            as_many = (rng.random((200_000, total)) < low).sum(axis=1) >= of
+            assert abs(as_many.mean() - 0.025) < 0.002
+        if of < total:
+            as_few = (rng.random((200_000, total)) < high).sum(axis=1) <= of
+            assert abs(as_few.mean() - 0.025) < 0.002
+    assert share_interval(0, 5)[1] == 0.0 and share_interval(5, 5)[2] == 1.0

@@ -1,10 +1,12 @@
 """Tasks of the studies, rings and names, by second implementations; their configs."""
 
+import dataclasses
 import functools
 
 import numpy as np
 import pytest
 
+from mtp_jax.data.batches import train_batches
 from mtp_jax.eval.outputs import HeadOutputs
 from mtp_jax.studies import bytes as bytes_study
 from mtp_jax.studies import (
@@ -216,6 +218,50 @@ def test_the_slope_is_that_of_least_squares():
     ]
     expected, _ = np.polyfit(np.log(scaling._WIDTHS), y, 1)
     assert scaling.slope(arms, 4) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_epochs_go_over_the_same_rows_in_another_order(corpus_dir, tmp_path, n):
+    of = trial(tmp_path, f"e=4, n={n}", steps=12, data=(str(corpus_dir),))
+    cfg = scaling.config_of(of)
+    make_rows = scaling.again_and_again(cfg, 4, seed=3)
+    rng = np.random.default_rng(0)
+    steps = [make_rows(rng) for _ in range(12)]
+    made = np.stack([rows.tokens for rows in steps]).reshape(4, 6, -1)
+
+    assert made.shape[-1] == cfg.row_len == 32 + n
+    epochs = [sorted(row.tobytes() for row in epoch) for epoch in made]
+    assert epochs[0] == epochs[1] == epochs[2] == epochs[3]
+    assert len({epoch.tobytes() for epoch in made}) > 1
+    of_seed = dataclasses.replace(
+        cfg,
+        model=dataclasses.replace(cfg.model, n_future_tokens=4),
+        data=dataclasses.replace(cfg.data, seed=3),
+    )
+    batches = train_batches(of_seed, np.arange(2), 0)
+    first = np.concatenate([next(batches)["tokens"] for _ in range(3)])
+    assert sorted(row[: 32 + n].tobytes() for row in first) == epochs[0]
+    again = scaling.again_and_again(cfg, 4, seed=3)(np.random.default_rng(0))
+    assert (again.tokens == steps[0].tokens).all()
+
+
+@pytest.mark.slow
+def test_models_of_several_epochs_are_measured(corpus_dir, tmp_path):
+    of = trial(tmp_path, "e=4, n=4", steps=4, data=(str(corpus_dir),))
+    figures = scaling.measure(of)
+
+    assert 6 < figures["bits_per_byte"] < 10 and 1 <= figures["accepted"] <= 4
+    assert figures["accepted_bytes"] == pytest.approx(figures["accepted"], rel=0.05)
+
+
+def test_the_slope_over_epochs_is_that_of_least_squares():
+    y = {1: 0.5, 4: 0.2, 16: 0.3}
+    arms = {f"e={e}, n=4": {"bits_per_byte": x + 2.0} for e, x in y.items()}
+    arms |= {f"e={e}, n=1": {"bits_per_byte": 2.0} for e in y}
+
+    # Steps of equal length, ln 4: the slope is that from end to end.
+    expected = (0.3 - 0.5) / np.log(16)
+    assert scaling.slope_of_epochs(arms, 4) == pytest.approx(expected)
 
 
 def of_chain(p_VV):

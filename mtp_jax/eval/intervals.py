@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import scipy.special
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -27,6 +28,19 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
     assert 0 <= passed <= samples and 1 <= k <= samples
     # math.comb is exact, and 0 where fewer than k samples failed.
     return 1.0 - math.comb(samples - passed, k) / math.comb(samples, k)
+
+
+def share_interval(of: int, total: int) -> tuple[float, float, float]:
+    """A share of trials, and the ends of its exact 95% interval.
+
+    Of Clopper and Pearson (1934): the shares with which so few, or so many, of that
+    many independent trials have a probability of 2.5% or more.
+    """
+    assert 0 <= of <= total and total > 0
+    tail = (1 - LEVEL) / 2
+    low = scipy.special.betaincinv(of, total - of + 1, tail) if of else 0.0
+    high = scipy.special.betaincinv(of + 1, total - of, 1 - tail) if of < total else 1.0
+    return of / total, float(low), float(high)
 
 
 @functools.lru_cache(maxsize=2)

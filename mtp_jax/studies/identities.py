@@ -19,7 +19,7 @@ from mtp_jax.config import (
 )
 from mtp_jax.eval.outputs import head_outputs
 from mtp_jax.studies import markov
-from mtp_jax.studies.in_memory import fit
+from mtp_jax.studies.in_memory import Rows, fit
 from mtp_jax.studies.markov import entropy
 from mtp_jax.studies.study import Claim, Figures, Size, Study, Trial, figure_of
 
@@ -144,9 +144,9 @@ def _trained(trial: Trial) -> Figures:
     """
     p_VV, law_V = markov.chain(_CHAIN)
 
-    def make_rows(rng: np.random.Generator):
+    def make_rows(rng: np.random.Generator) -> Rows:
         tokens = markov.text(p_VV, law_V, rng, _ROWS, _T + _N)
-        return tokens, np.ones_like(tokens)
+        return Rows(tokens, np.ones_like(tokens))
 
     model = fit(config_of(trial), make_rows, trial.seed)
     rng = np.random.default_rng(1000 + trial.seed)

@@ -5,6 +5,7 @@ Axes: R rows, S = T + N tokens of a row.
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -16,8 +17,16 @@ from mtp_jax.parallel.sharding import make_mesh
 from mtp_jax.training.batches import batch_of
 from mtp_jax.training.train_step import make_init, make_step
 
-# Tokens and document numbers of a step's rows, int [R, S] each.
-MakeRows = Callable[[np.random.Generator], tuple[np.ndarray, np.ndarray]]
+
+class Rows(NamedTuple):
+    """The rows of a step, int [R, S] each, as `batch_of` takes them."""
+
+    tokens: np.ndarray
+    segments: np.ndarray  # document numbers, 0 in padding
+    learned: np.ndarray | None = None  # 1 for tokens that count as targets; None: all
+
+
+MakeRows = Callable[[np.random.Generator], Rows]
 
 
 def fit(cfg: Config, make_rows: MakeRows, seed: int) -> Restored:
@@ -37,15 +46,18 @@ def fit(cfg: Config, make_rows: MakeRows, seed: int) -> Restored:
     with jax.set_mesh(mesh):
         state, step = make_init(cfg)(jax.random.key(seed)), make_step(cfg)
         for _ in range(cfg.train.steps):
-            state, _ = step(state, batch_of(*make_rows(rng)))
+            rows = make_rows(rng)
+            batch = batch_of(rows.tokens, rows.segments, learned_RS=rows.learned)
+            state, _ = step(state, batch)
     config = dataclasses.replace(cfg, mesh=Config().mesh)
     return Restored(config, state.params, mesh, cfg.train.steps, ByteTokenizer())
 
 
-def padded(tokens_RT: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows as one document each and n tokens of padding, tokens and segments [R, S].
+def padded(tokens_RT: np.ndarray, n: int, learned_RT: np.ndarray | None = None) -> Rows:
+    """Rows as one document each and n tokens of padding.
 
     So every position of a row is trained, whatever n is.
     """
     pad = ((0, 0), (0, n))
-    return np.pad(tokens_RT, pad), np.pad(np.ones_like(tokens_RT), pad)
+    learned = None if learned_RT is None else np.pad(learned_RT, pad)
+    return Rows(np.pad(tokens_RT, pad), np.pad(np.ones_like(tokens_RT), pad), learned)

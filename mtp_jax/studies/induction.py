@@ -12,7 +12,7 @@ import numpy as np
 
 from mtp_jax.config import Config, ModelConfig, OptimConfig, TrainConfig
 from mtp_jax.eval.outputs import head_outputs
-from mtp_jax.studies.in_memory import fit, padded
+from mtp_jax.studies.in_memory import Rows, fit, padded
 from mtp_jax.studies.study import Claim, Figures, Size, Study, Trial, difference
 
 FILLERS, FIRSTS, SECONDS, NAMES = 16, 32, 32, 4
@@ -109,7 +109,7 @@ def measure(trial: Trial) -> Figures:
     count, _, tests = _SIZES[trial.size]
     n = _ARMS[trial.arm][1]
 
-    def make_rows(rng: np.random.Generator):
+    def make_rows(rng: np.random.Generator) -> Rows:
         return padded(rows_of(rng, count, _T, held_out=False)[0], n)
 
     model = fit(config_of(trial), make_rows, trial.seed)

@@ -13,7 +13,7 @@ import numpy as np
 
 from mtp_jax.config import Config, ModelConfig, OptimConfig, TrainConfig
 from mtp_jax.eval.outputs import head_outputs
-from mtp_jax.studies.in_memory import fit
+from mtp_jax.studies.in_memory import Rows, fit
 from mtp_jax.studies.rings import Ring, longest, packed
 from mtp_jax.studies.study import Claim, Figures, Size, Study, Trial, difference
 
@@ -66,10 +66,10 @@ def measure(trial: Trial) -> Figures:
     ring, most, farthest, n, pauses = _ARMS[trial.arm]
     _, rows, _, tests = _SIZES[trial.size]
 
-    def make_rows(rng: np.random.Generator):
+    def make_rows(rng: np.random.Generator) -> Rows:
         tokens, segments = packed(ring, rng, rows, _ROW, most, pauses)
         pad = ((0, 0), (0, n))
-        return np.pad(tokens, pad), np.pad(segments, pad)
+        return Rows(np.pad(tokens, pad), np.pad(segments, pad))
 
     model = fit(config_of(trial), make_rows, trial.seed)
     length = longest(ring, farthest, pauses)

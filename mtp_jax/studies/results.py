@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from mtp_jax.errors import counted
-from mtp_jax.eval.intervals import mean_interval
+from mtp_jax.eval.intervals import mean_interval, share_interval
 from mtp_jax.studies.study import Figures, Judged, Study, judge
 
 Rows = Sequence[Mapping[str, Any]]  # of a study's JSONL file
@@ -43,7 +43,7 @@ def page(name: str, study: Study, rows: Rows) -> str:
         f"{seconds / 60:.1f} minutes; means, and 95% intervals by resampling seeds.\n",
         _table(
             ("arm", "seeds", *study.shown),
-            [(arm, *_figures(rows, arm, study.shown)) for arm in arms],
+            [(arm, *_figures(rows, arm, study)) for arm in arms],
         ),
     ]
     compared = [arm for arm in arms if arm != study.base]
@@ -75,12 +75,13 @@ def _claim(judged: Judged) -> tuple[str, ...]:
     )
 
 
-def _figures(rows: Rows, arm: str, shown: Sequence[str]) -> list[str]:
+def _figures(rows: Rows, arm: str, study: Study) -> list[str]:
     of_arm = [row["figures"] for row in rows if row["arm"] == arm]
-    return [
-        str(len(of_arm)),
-        *(_mean([x[name] for x in of_arm if name in x]) for name in shown),
-    ]
+    told = [str(len(of_arm))]
+    for name in study.shown:
+        tell = _share if name in study.shares else _mean
+        told.append(tell([x[name] for x in of_arm if name in x]))
+    return told
 
 
 def _apart(rows: Rows, arm: str, study: Study) -> list[str]:
@@ -100,6 +101,12 @@ def _apart(rows: Rows, arm: str, study: Study) -> list[str]:
 
 def _mean(values: Sequence[float]) -> str:
     return _told(mean_interval(np.array(values)), len(values)) if values else ""
+
+
+def _share(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    return _told(share_interval(round(sum(values)), len(values)), len(values))
 
 
 def _told(interval: tuple[float, float, float], seeds: int) -> str:

@@ -67,6 +67,7 @@ class Study:
     arms: Callable[[Size], tuple[str, ...]]  # those that run if none are named
     measure: Callable[[Trial], Figures]
     shown: tuple[str, ...]  # figures of the table, the primary one first
+    shares: tuple[str, ...] = ()  # of these, which are 0 or 1: a share of seeds
     base: str = ""  # the arm with which the others are compared, seed by seed
     claims: tuple[Claim, ...] = ()
     seeds: Callable[[Size], int] = lambda size: 3 if size == "full" else 1

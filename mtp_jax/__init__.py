@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mtp_jax.growth.grow import grow
     from mtp_jax.planning.plan import plan
     from mtp_jax.rehearsal.rehearsal import rehearse
+    from mtp_jax.reports.report import report
     from mtp_jax.run.audit import audit
     from mtp_jax.run.import_model import import_model
     from mtp_jax.run.train import train
@@ -47,6 +48,7 @@ __all__ = [
     "plan",
     "prepare",
     "rehearse",
+    "report",
     "restore_model",
     "study",
     "train",
@@ -70,6 +72,7 @@ _MODULES = {
     "plan": "mtp_jax.planning.plan",
     "prepare": "mtp_jax.data.prepare",
     "rehearse": "mtp_jax.rehearsal.rehearsal",
+    "report": "mtp_jax.reports.report",
     "restore_model": "mtp_jax.checkpoint.restore",
     "study": "mtp_jax.studies.runner",
     "train": "mtp_jax.run.train",

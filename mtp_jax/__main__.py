@@ -47,6 +47,7 @@ Multi-token prediction: train a model with n heads, and let it draft for itself.
   plan      what a training step costs on a TPU, without one
   rehearse  faults of a pod, injected into a small run on this machine
   study     a claim about multi-token prediction, run and judged
+  report    a page about runs: curves, tables, coloured text
 
 mtp-jax VERB --help tells the options of a verb; mtp-jax --version tells the versions
 that a bug report needs, and what else to send with it."""
@@ -67,6 +68,7 @@ _MODULES = {
     "plan": "mtp_jax.cli.plan",
     "rehearse": "mtp_jax.cli.rehearse",
     "study": "mtp_jax.cli.study",
+    "report": "mtp_jax.cli.report",
 }
 _VERBS = tuple(_MODULES)
 _TIDY = (

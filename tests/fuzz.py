@@ -62,6 +62,7 @@ def import_all():
     import mtp_jax.planning.plan
     import mtp_jax.rehearsal.rehearsal
     import mtp_jax.reports.compare
+    import mtp_jax.reports.report
     import mtp_jax.run.audit
     import mtp_jax.run.train
     import mtp_jax.verification.verifier  # noqa: F401

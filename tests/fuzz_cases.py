@@ -34,6 +34,7 @@ BASE = {
     "plan": ["--config=config.py", "--topology=v5e:2x2"],
     "rehearse": ["--config=config.py", "--only=nothing_of_that_name"],
     "study": ["curricula", "--arm=nothing_of_that_name"],
+    "report": ["--workdir=run", "--output=report.html", "--files_only"],
     "grow": ["--workdir=run", "--output=grown", "--heads=3", "--start=random"],
     "export": ["--workdir=run", "--output=exported"],
     "import": ["--from=stories.jsonl", "--workdir=imported", "--tokenizer=bytes"],
@@ -44,6 +45,7 @@ DUE = {
     "train": ("run/run.json",),
     "evaluate": ("run/eval.json",),
     "calibrate": ("tree.json",),
+    "report": ("report.html",),
     "grow": ("grown/run.json",),
     "export": ("exported/config.json",),
 }
@@ -138,7 +140,8 @@ def _parser_of(verb):
 
 
 def odd_flag(random):
-    verb = random.choices(list(BASE), (8, 4, 4, 3, 2, 2, 3, 1, 1, 3, 3, 2, 4, 3, 2))[0]
+    weights = (8, 4, 4, 3, 2, 2, 3, 1, 1, 3, 3, 2, 3, 4, 3, 2)
+    verb = random.choices(list(BASE), weights)[0]
     base = list(BASE[verb])
     expect = "refused" if verb in ("rehearse", "study", "import") else "either"
     how = random.random()
@@ -275,7 +278,8 @@ def odd_run(random):
     files = sorted(p for p in (OLD_RUN / "run").rglob("*") if p.is_file())
     path = random.choice([*files, *[OLD_RUN / "run" / "run.json"] * 4])
     name = path.relative_to(OLD_RUN)
-    verbs = (*("audit", "runs") * 3, *("evaluate", "train", "generate", "calibrate"))
+    verbs = (*("audit", "runs") * 3, *("evaluate", "train", "generate"))
+    verbs += ("calibrate", "report", "report")
     verb = random.choice(verbs)
     luck = random.getrandbits(32)
 

@@ -19,7 +19,7 @@ SHARED = pathlib.Path(
     os.environ.get("MTP_JAX_TEST_DATA", ROOT.parent / "shared" / "data")
 )
 CACHE = ROOT / ".pytest_cache" / "jax"
-TIMINGS = ("tokens_per_s", "step_s", "data_wait_share")
+TIMINGS = ("tokens_per_s", "step_s", "data_wait_share", "goodput", "time")
 SLOWEST = ("slowest_host", "slowest_host_s")
 TINY_FILE = ROOT / "configs" / "tiny.py"
 SMALL = ("--config.data.seq_len=32", "--config.optim.peak_lr=3e-3")

@@ -54,7 +54,7 @@ def test_a_run_logs_every_metric_of_every_step(finished):
 
     heads = [f"{kind}/head_{i}" for kind in ("loss", "accuracy") for i in (1, 2, 3)]
     wanted = {"step", "batch_hash", "loss", *heads, "accept/length", "grad_norm", "lr"}
-    timings = {"tokens_per_s", "step_s", "data_wait_share"}
+    timings = {"tokens_per_s", "step_s", "data_wait_share", "goodput", "time"}
     assert [row["step"] for row in rows] == list(range(1, 41))
     assert wanted | timings <= rows[0].keys()
     assert rows[-1]["loss/head_1"] < rows[0]["loss/head_1"]

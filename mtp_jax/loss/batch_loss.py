@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import ComputeConfig, LossConfig
+from mtp_jax.loss.cross_entropy import TokenScores
 from mtp_jax.loss.head_loss import head_loss
 from mtp_jax.loss.metrics import HeadSums, sums_over_targets
 from mtp_jax.loss.scored import teacher_of
@@ -42,6 +43,22 @@ def batch_loss(
       few_documents: True if `attention.few_documents` holds for the rows.
       teacher: the model whose head 1 teaches; None for the model itself.
     """
+    total, scores, token_NBT, valid_NBT = _scored(
+        model, batch, weights, loss, compute, few_documents, teacher
+    )
+    return total, sums_over_targets(scores, token_NBT, valid_NBT, weights.active_N)
+
+
+def _scored(
+    model: LanguageModel,
+    batch: dict[str, jax.Array],
+    weights: StepWeights,
+    loss: LossConfig,
+    compute: ComputeConfig,
+    few_documents: bool = False,
+    teacher: LanguageModel | None = None,
+) -> tuple[jax.Array, TokenScores, jax.Array, jax.Array]:
+    """The loss of `batch_loss`, scores, and the targets that they are of, [N, B, T]."""
     n = model.cfg.n_future_tokens
     # Every device has its rows whole, and so whatever its positions must predict.
     token_NBT, valid_NBT = map(
@@ -71,7 +88,7 @@ def batch_loss(
         other_rows, other_BTD = run(teacher)
         of_other = teacher_of(teacher, other_BTD, other_rows, compute)
     total, scores = head_loss(model, trunk_BTD, rows, targets, loss, compute, of_other)
-    return total, sums_over_targets(scores, token_NBT, valid_NBT, weights.active_N)
+    return total, scores, token_NBT, valid_NBT
 
 
 def targets_of(
@@ -163,3 +180,17 @@ def head_sums(
     loss = LossConfig(acceptance=n > 1)
     unweighted = StepWeights(jnp.zeros(n))
     return batch_loss(model, batch, unweighted, loss, compute)[1]
+
+
+def head_hits(
+    model: LanguageModel, batch: dict[str, jax.Array], compute: ComputeConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Where the most likely token of each head is its target, and where there is one.
+
+    Both are bool [N, B, T], over the batch of `batch_loss`.
+    """
+    unweighted = StepWeights(jnp.zeros(model.cfg.n_future_tokens))
+    _, scores, token_NBT, valid_NBT = _scored(
+        model, batch, unweighted, LossConfig(), compute
+    )
+    return scores.predicted == token_NBT, valid_NBT

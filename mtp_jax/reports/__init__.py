@@ -1,1 +1,1 @@
-"""Reports for people: texts coloured by head, decoders side by side."""
+"""Reports for people: runs as pages, texts coloured by head, decoders side by side."""

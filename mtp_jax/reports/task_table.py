@@ -43,8 +43,8 @@ def drafting_line(drafting: dict[str, Any]) -> str:
     )
 
 
-def comparison_lines(rows: Sequence[Compared], names: Sequence[str]) -> list[str]:
-    """A table, a line a task and metric; differences are to the first run."""
+def comparison_table(rows: Sequence[Compared], names: Sequence[str]) -> list[list[str]]:
+    """Cells of tasks by runs, a header first; differences are to the first run."""
     header = ["task", "metric", *names]
     header += [f"{name} - {names[0]}" for name in names[1:]]
     table = [header]
@@ -52,7 +52,13 @@ def comparison_lines(rows: Sequence[Compared], names: Sequence[str]) -> list[str
         cells = [row.task, row.metric]
         cells += ["-" if x is None else f"{x:.4f}" for x in row.values]
         table.append([*cells, *map(_difference, row.differences)])
-    widths = [max(len(line[i]) for line in table) for i in range(len(header))]
+    return table
+
+
+def comparison_lines(rows: Sequence[Compared], names: Sequence[str]) -> list[str]:
+    """A table, a line a task and metric; differences are to the first run."""
+    table = comparison_table(rows, names)
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
              for line in table]  # fmt: skip
     return [*lines, "differences with 95% intervals; *: the interval leaves out 0"]

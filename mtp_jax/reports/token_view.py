@@ -18,6 +18,19 @@ _BACK = "\x1b[0m"
 _TERMINAL = (229, 222, 215, 216, 217, 218, 219, 183, 147, 153, 159, 158, 157, 156)
 
 
+# CSS of texts; pages that use it have the colours --ink, --paper, --faint, --line.
+TOKEN_STYLE = """\
+pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--line);
+  border-radius: .4rem; padding: .8rem; font: .9rem/1.7 ui-monospace, monospace }
+.prompt { color: var(--faint) }
+.t { position: relative; border-radius: .15rem }
+pre .p { box-shadow: -1px 0 var(--faint) }
+.t[data-note]:is(:hover, :focus)::after { content: attr(data-note);
+  position: absolute; left: 0; top: 1.6em; z-index: 1; white-space: nowrap;
+  padding: .1rem .5rem; border-radius: .3rem; background: var(--ink);
+  color: var(--paper); font: .8rem/1.5 system-ui, sans-serif }"""
+
+
 @dataclasses.dataclass(frozen=True)
 class Span:
     """A piece of text, and the tokens that make it: a character may take several."""
@@ -65,11 +78,12 @@ def terminal_legend(results: Sequence[Generation]) -> str:
 def page(results: Sequence[Generation], tokenizer: Tokenizer, title: str) -> str:
     """Texts as a HTML page: legend, figures, and a note on every token."""
     heads = max([1, *_counts(results)])
-    texts = "\n".join(_article(r, tokenizer, i) for i, r in enumerate(results, 1))
+    texts = "\n".join(article(r, tokenizer, i) for i, r in enumerate(results, 1))
     return (
         _PAGE.replace("@TITLE@", html.escape(title))
-        .replace("@COLOURS@", "\n".join(_colour(h, heads) for h in range(2, heads + 1)))
-        .replace("@LEGEND@", _legend(results, heads))
+        .replace("@TOKENS@", TOKEN_STYLE)
+        .replace("@COLOURS@", head_styles(heads))
+        .replace("@LEGEND@", legend(results, heads))
         .replace("@FIGURES@", _figures(results))
         .replace("@TEXTS@", texts)
     )
@@ -92,15 +106,28 @@ def _coloured(text: str, head: int) -> str:
                      text.split("\n"))  # fmt: skip
 
 
-def _colour(head: int, heads: int) -> str:
-    """CSS of a head's colour: yellow to violet with the distance, light or dark."""
-    hue = 48 + (head - 2) * (285 - 48) // max(1, heads - 2)
-    return (
-        f".h{head} {{ background: light-dark(hsl({hue} 85% 82%), hsl({hue} 55% 27%)) }}"
+def hue_of(head: int, heads: int) -> int:
+    """The hue of a head from 2 on, in degrees: yellow to violet with the distance."""
+    return 48 + (head - 2) * (285 - 48) // max(1, heads - 2)
+
+
+def head_styles(heads: int, within: str = "") -> str:
+    """CSS of the colours of heads 2 to n, light or dark.
+
+    Args:
+      heads: n.
+      within: a selector with a space after it, of the part of a page that it is for.
+    """
+    return "\n".join(
+        f"{within}.h{head} {{ background: light-dark("
+        f"hsl({hue} 85% 82%), hsl({hue} 55% 27%)) }}"
+        for head in range(2, heads + 1)
+        for hue in [hue_of(head, heads)]
     )
 
 
-def _legend(results: Sequence[Generation], heads: int) -> str:
+def legend(results: Sequence[Generation], heads: int) -> str:
+    """HTML items of a list: the colour of each head, and the number of its tokens."""
     counts = _counts(results)
     total = max(1, sum(counts.values()))
     items = []
@@ -130,7 +157,10 @@ def _figures(results: Sequence[Generation]) -> str:
     return "\n".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in figures)
 
 
-def _article(result: Generation, tokenizer: Tokenizer, number: int) -> str:
+def article(
+    result: Generation, tokenizer: Tokenizer, number: int, level: int = 2
+) -> str:
+    """A text as HTML, with a note on every token, under a heading of this level."""
     accepted = " ".join(f"{share:.2f}" for share in result.accepted_by_head)
     note = (
         f"{counted(len(result.tokens), 'token')}, "
@@ -147,7 +177,7 @@ def _article(result: Generation, tokenizer: Tokenizer, number: int) -> str:
             f'data-note="{html.escape(_note(span))}">{_escaped(span.text)}</span>'
         )
     return (
-        f"<article>\n<h2>Text {number}</h2>\n<p>{note}</p>\n"
+        f"<article>\n<h{level}>Text {number}</h{level}>\n<p>{note}</p>\n"
         f'<pre><span class="prompt">{_escaped(result.prompt)}</span>'
         f"{''.join(parts)}</pre>\n</article>"
     )
@@ -179,18 +209,11 @@ _PAGE = """<!DOCTYPE html>
 body { margin: 2rem auto; max-width: 60rem; padding: 0 1rem; background: var(--paper);
   color: var(--ink); font: 1rem/1.5 system-ui, sans-serif }
 h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem }
-p, .prompt, dt { color: var(--faint) }
+p, dt { color: var(--faint) }
 ul { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .3rem 1.5rem }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem }
 dd { margin: 0; font-variant-numeric: tabular-nums }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--line);
-  border-radius: .4rem; padding: .8rem; font: .9rem/1.7 ui-monospace, monospace }
-.t { position: relative; border-radius: .15rem }
-pre .p { box-shadow: -1px 0 var(--faint) }
-.t[data-note]:is(:hover, :focus)::after { content: attr(data-note);
-  position: absolute; left: 0; top: 1.6em; z-index: 1; white-space: nowrap;
-  padding: .1rem .5rem; border-radius: .3rem; background: var(--ink);
-  color: var(--paper); font: .8rem/1.5 system-ui, sans-serif }
+@TOKENS@
 @COLOURS@
 </style>
 </head>

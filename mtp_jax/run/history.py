@@ -71,6 +71,29 @@ def changes(
       corpora: its corpora.
       step: steps done before; those are compared with that did the last of them.
     """
+    return _changes(history, cfg, [corpus.fingerprint for corpus in corpora], step)
+
+
+def changes_of_starts(history: dict[str, Any]) -> list[list[str]]:
+    """For each start in `run.json`, the lines that `changes` gave when it was made.
+
+    A start whose config cannot be read has none.
+    """
+    starts, found = starts_with_configs(history), list[list[str]]()
+    for i, start in enumerate(starts):
+        try:
+            cfg = config_from_json(start["config"], "run.json")
+        except UserError:
+            found.append([])
+            continue
+        contents, step = start.get("corpora", []), start.get("after", 0)
+        found.append(_changes({"runs": starts[:i]}, cfg, contents, step))
+    return found
+
+
+def _changes(
+    history: dict[str, Any], cfg: Config, contents: list[str], step: int
+) -> list[str]:
     did = [s for s in starts_with_configs(history) if s.get("after", 0) < step]
     if not did or did[-1]["config"] is None:
         return []
@@ -78,7 +101,6 @@ def changes(
         before = config_from_json(did[-1]["config"], "run.json")
     except UserError:  # of a later version
         return []
-    contents = [corpus.fingerprint for corpus in corpora]
     same_text = did[-1].get("corpora", contents) == contents
     lines = [
         f"{path} is {now}, was {was}: {_effect(path, same_text)}"

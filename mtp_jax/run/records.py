@@ -143,6 +143,7 @@ def heldout_record(step: int, figures: dict[str, Any]) -> dict[str, Any]:
         **{f"accuracy/head_{head['offset']}": head["accuracy"] for head in heads},
         "bits_per_byte": figures["bits_per_byte"],
         "accept/length": figures["accept"]["length"],
+        **_numbered("accept", [1.0, *figures["accept"]["by_head"]], 2),
         **_sampled(figures["accept"]),
         "batches": figures["batches"],
     }

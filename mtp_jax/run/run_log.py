@@ -1,7 +1,7 @@
 """The log of a run: files of records for tools, lines for people.
 
 `metrics.jsonl` has one object a logged step, `heldout.jsonl` one an evaluation;
-TensorBoard gets the same scalars.
+TensorBoard gets the same scalars, and the time in a form of its own.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ class RunLog:
             scalars = {
                 f"{group}/{key}": value
                 for key, value in record.items()
-                if key != "step" and isinstance(value, (int, float))
+                if key not in ("step", "time") and isinstance(value, (int, float))
             }
             self._tensorboard.add(record["step"], scalars)
 

@@ -5,6 +5,7 @@ work on meanwhile. A record is of one step, a line for people the mean since the
 """
 
 import contextlib
+import time
 from collections.abc import Iterator
 
 import jax
@@ -107,10 +108,12 @@ class StepLog:
         self._window_end = step
         if slow is not None:
             record |= {"slowest_host": slow[0], "slowest_host_s": slow[1]["own_s"]}
+        share = self._goodput.share()
+        record |= {"goodput": round(share, 4), "time": round(time.time(), 3)}
         self._log.screen.note = f"loss {record['loss/head_1']:.3f}"
         self._log.write("metrics.jsonl", record)
         mean = mean_of_steps(metrics)
-        self._log.say(step_line(self._cfg, record, mean, self._goodput.share()))
+        self._log.say(step_line(self._cfg, record, mean, share))
         if slow is not None:
             self._log.say(straggler_line(hosts.name_of(slow[0]), slow[1]))
         self._run_file.write_sometimes()

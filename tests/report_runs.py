@@ -39,7 +39,7 @@ def record(step, heads=4, seed=0):
         "step_s": 0.08,
         "data_wait_share": 0.02,
         "goodput": 1 - 0.5 / step,
-        "time": BEGIN + 10 + 0.1 * step,
+        "time": BEGIN + 10 + 4.0 * step,
     }
 
 

@@ -41,7 +41,7 @@ class PositionAccuracy:
 
     @property
     def accuracy_N(self) -> np.ndarray:
-        """The same over all positions, as `evaluate` has it."""
+        """The share over all positions, as `evaluate` has it."""
         return self.correct_NK.sum(1) / np.maximum(self.count_NK.sum(1), 1)
 
 

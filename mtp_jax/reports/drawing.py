@@ -226,7 +226,7 @@ def _draw_curve(axes: Axes, palette: Palette, curve: Curve) -> None:
 def _label(text: str) -> str:
     """A text as a label; one that begins with an underscore would be hidden."""
     text = printable(text).replace("\n", " ").replace("\t", " ")
-    text = text if len(text) <= 40 else f"{text[:18]}...{text[-18:]}"
+    text = text if len(text) <= 25 else f"{text[:11]}...{text[-11:]}"
     return f"\u200b{text}" if text.startswith("_") else text or "_"
 
 

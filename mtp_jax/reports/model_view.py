@@ -4,6 +4,8 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
+import numpy as np
+
 from mtp_jax.checkpoint.restore import Restored, restore_model
 from mtp_jax.data.prompts import heldout_prompts
 from mtp_jax.data.tokenizer import Tokenizer
@@ -45,6 +47,7 @@ def look_at_model(
       What was found; or one line on why there is nothing, where the checkpoint or the
       corpora are not there, do not fit, or memory does not suffice.
     """
+    restored = None
     try:
         restored = restore_model(workdir).with_data(data)
         accuracy = accuracy_by_position(restored)
@@ -53,7 +56,9 @@ def look_at_model(
         known = error if isinstance(error, UserError) else as_known(error)
         if known is None:
             raise
-        return str(known)
+        of_corpora = restored is not None and data is None
+        hint = " Give --data=DIR for held-out text of another corpus."
+        return f"{known}{hint}" if of_corpora and known is error else str(known)
     return ModelView(
         restored.step,
         accuracy,
@@ -65,19 +70,23 @@ def look_at_model(
 
 def _written(restored: Restored, texts: int) -> list[Generation]:
     """Continuations of held-out prompts, shorter ones where documents are short."""
-    cfg = restored.config
-    longest = max(1, min(_PROMPT_TOKENS, cfg.context // 2))
-    prompts = None
-    while prompts is None:
+    context = restored.config.context
+    prompts = _prompts(restored, texts, max(1, min(_PROMPT_TOKENS, context // 2)))
+    generator = Generator.from_restored(restored)
+    new = max(1, min(_NEW_TOKENS, context - len(prompts[0]) - 1))
+    return generator.generate(prompts, max_new_tokens=new)
+
+
+def _prompts(restored: Restored, texts: int, tokens: int) -> list[np.ndarray]:
+    """Held-out prompts: fewer if there are not so many, shorter if none is so long."""
+    sources, count = restored.config.data.sources, texts
+    while True:
         try:
-            prompts = heldout_prompts(cfg.data.sources, texts, longest)
+            return heldout_prompts(sources, count, tokens)
         except UserError:
-            if longest > 1:
-                longest //= 2
-            elif texts > 1:
-                texts -= 1
+            if count > 1:
+                count //= 2
+            elif tokens > 1:
+                tokens, count = tokens // 2, texts
             else:
                 raise
-    generator = Generator.from_restored(restored)
-    new = max(1, min(_NEW_TOKENS, cfg.context - longest - 1))
-    return generator.generate(prompts, max_new_tokens=new)

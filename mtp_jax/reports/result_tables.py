@@ -69,7 +69,7 @@ def _figure(value: Any, digits: int = 4) -> str:
 
 
 def evaluation_rows(content: dict[str, Any]) -> tuple[str, Rows]:
-    """What an evaluation was of, in a line, and a row a head.
+    """A line on what was evaluated, and a row a head.
 
     Raises:
       ValueError: the content is not that of an evaluation.

@@ -212,7 +212,7 @@ def _seconds(seconds: dict[str, Any]) -> dict[str, float]:
 
 
 def _facts(run: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the run ran on, in lines."""
+    """Lines on what the run ran on."""
     facts = []
     device = run.get("device")
     if isinstance(device, dict):

@@ -99,7 +99,7 @@ def _drawn(panels: Sequence[Panel], key: str) -> list[dict[str, Any]]:
 def _run(
     run: RunData, view: ModelView | str, key: str, also: Sequence[str]
 ) -> dict[str, Any]:
-    """What the template shows of a run."""
+    """A run as the template shows it."""
     notes = [*run.notes, *also]
     if isinstance(view, str):
         notes.append(f"accuracy on held-out text, and texts: {view}")

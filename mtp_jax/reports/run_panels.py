@@ -38,7 +38,7 @@ class _Along:
     skipped: np.ndarray  # steps that were not finite
 
     def marks(self) -> dict[str, object]:
-        """What every panel along this axis shows."""
+        """Arguments of every panel along this axis."""
         return {"x": self.name, "restarts": self.restarts, "skipped": self.skipped}
 
 

@@ -47,18 +47,17 @@ def look_at_model(
       What was found; or one line on why there is nothing, where the checkpoint or the
       corpora are not there, do not fit, or memory does not suffice.
     """
-    restored = None
     try:
         restored = restore_model(workdir).with_data(data)
+    except Exception as error:
+        return _why(error)
+    try:
         accuracy = accuracy_by_position(restored)
         written = _written(restored, texts) if texts else []
     except Exception as error:
-        known = error if isinstance(error, UserError) else as_known(error)
-        if known is None:
-            raise
-        of_corpora = restored is not None and data is None
+        of_corpora = data is None and isinstance(error, UserError)
         hint = " Give --data=DIR for held-out text of another corpus."
-        return f"{known}{hint}" if of_corpora and known is error else str(known)
+        return _why(error) + (hint if of_corpora else "")
     return ModelView(
         restored.step,
         accuracy,
@@ -66,6 +65,14 @@ def look_at_model(
         default_decoder(restored.config.model.n_future_tokens),
         restored.tokenizer,
     )
+
+
+def _why(error: Exception) -> str:
+    """The reason why there is no model to look at; what is a bug is raised again."""
+    known = error if isinstance(error, UserError) else as_known(error)
+    if known is None:
+        raise error
+    return str(known)
 
 
 def _written(restored: Restored, texts: int) -> list[Generation]:

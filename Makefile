@@ -1,7 +1,7 @@
 # make quickstart: from nothing but Python to a trained model that drafts for itself.
-# make test: the tests that are fast and need no other packages, in under ten minutes.
-# make test-all: every test but those that take an hour, with what they need, in under
-# thirty; TESTS='-m slow': only what make test leaves out.
+# make test: the tests that are fast and need no other packages, about twenty minutes.
+# make test-all: every test but those that take an hour, with what they need, about an
+# hour; TESTS='-m slow': only what make test leaves out.
 # make check: formatter, linter, type checker.
 PYTHON ?= python3
 BIN := .venv/bin

@@ -50,6 +50,7 @@ def total(
             xp.minimum(softmax(logits_NBTV[i], xp), softmax(teacher_NBTV[i], xp)), -1
         )
         for i in range(1, n)
+        if weights[i]
     ]
     joint = 0.0
     for i in range(n):

@@ -7,7 +7,7 @@ import pytest
 from models import TINY
 
 from mtp_jax.config import HeadsConfig, ModelConfig
-from mtp_jax.decode.calibrate import Calibration
+from mtp_jax.decode.calibrate import choose
 from mtp_jax.errors import UserError
 from mtp_jax.parallel.chips import Chip, chip_named
 from mtp_jax.planning.drafting import by_heads, least_pass_s, pays_most
@@ -71,12 +71,14 @@ def test_heads_that_read_each_other_are_kept_as_far_as_they_can_be():
     assert least_pass_s(cfg, Chip(1e12, 1e9, 1e9, 1e9), 1) > 0
 
 
-def test_what_a_pass_accepts_is_the_product_of_first_candidates():
-    measured = Calibration(
-        positions=10, nodes=[], top_k=[[0.8, 0.9], [0.5, 0.6], [0.25, 1.0]], chain=2.3
-    )
+@pytest.mark.parametrize("nodes", [1, 24])
+def test_what_a_pass_accepts_is_the_share_of_right_first_candidates(nodes):
+    ranks = np.array([[0, 0], [1, 5], [0, 3], [0, 0], [1, 0]] * 20)
 
-    np.testing.assert_allclose(measured.accepted, [0.8, 0.4, 0.1])
+    measured = choose(ranks, nodes)
+
+    np.testing.assert_allclose(measured.accepted, [0.6, 0.4])
+    assert measured.chain == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("name", ["TPU v5e", "v5e", "V5E", "tpu v5 lite"])

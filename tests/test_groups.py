@@ -20,6 +20,7 @@ from mtp_jax.checkpoint.checkpoints import (
 from mtp_jax.config import (
     CheckpointConfig,
     Config,
+    HeadsConfig,
     LossConfig,
     OptimConfig,
     TrainConfig,
@@ -27,6 +28,7 @@ from mtp_jax.config import (
 from mtp_jax.errors import UserError
 from mtp_jax.run.records import step_record
 from mtp_jax.run.stopwatch import Window
+from mtp_jax.training.groups import check_frozen, groups_there
 from mtp_jax.training.train_step import make_gradients, make_init, make_step
 
 LR = 0.02
@@ -44,9 +46,9 @@ def config_of(loss=None, model=MODEL, **of_optim):
     )
 
 
-def batch(seed=0):
+def batch(seed=0, n=N):
     rng = np.random.default_rng(seed)
-    rows = naive.packed_rows(rng, 8, 10 + N, TINY.vocab_size, padding=2)
+    rows = naive.packed_rows(rng, 8, 10 + n, TINY.vocab_size, padding=2)
     rows["hash"] = rng.integers(2**31, 2**32, (8, 2), dtype=np.uint32)
     return placed_batch(rows, 1)
 
@@ -106,8 +108,43 @@ def test_a_step_treats_every_group_as_it_was_told(one_device):
         np.testing.assert_allclose(
             after[name], before[name] - rate * update, atol=3e-6, err_msg=name
         )
-    np.testing.assert_allclose(metrics["norm_G"][1], norms[True], rtol=1e-4)
+    np.testing.assert_allclose(metrics["norm/heads"], norms[True], rtol=1e-4)
     assert metrics["clipped"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "tied"),
+    [("linear", 1, False), ("serial", 1, True), ("residual", 1, False)],
+)
+def test_groups_that_a_model_lacks_have_no_norm(one_device, name, n, tied):
+    model = dataclasses.replace(
+        MODEL, n_future_tokens=n, tie_embeddings=tied, heads=HeadsConfig(kind=name)
+    )
+    cfg = config_of(model=model, rates=(("trunk", 0.5),))
+    state = make_init(cfg)(jax.random.key(0))
+    there = {group(name) for name in leaves(state.params)}
+
+    _, metrics = make_step(cfg)(state, batch(n=n))
+
+    record = step_record(cfg, 1, jax.device_get(metrics), Window(1.0, 0.0, 0.0))
+    told = {key.split("/")[1] for key in record if key.startswith("grad_norm/")}
+    assert told == there == set(groups_there(model)) and "heads" not in told
+    frozen = dataclasses.replace(cfg.optim, frozen=tuple(there))
+    with pytest.raises(UserError, match=r"every group of this model \(.*embedding"):
+        check_frozen(dataclasses.replace(cfg, optim=frozen))
+    check_frozen(cfg)
+
+
+@pytest.mark.parametrize(("bound", "clipped"), [(1e-3, 1), (1e3, 0)])
+def test_a_clip_of_a_group_is_told_by_its_own_bound(one_device, bound, clipped):
+    clips = tuple((g, bound) for g in ("trunk", "heads", "norms"))
+    clips += (("unembedding", 1e3), ("embedding", 1e3))
+    cfg = config_of(clips=clips, clip_norm=1e-3)
+    state = make_init(cfg)(jax.random.key(0))
+
+    _, metrics = make_step(cfg)(state, batch())
+
+    assert metrics["clipped"] == clipped
 
 
 def test_nothing_runs_backward_through_a_trunk_that_nothing_trains(one_device):

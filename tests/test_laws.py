@@ -98,7 +98,8 @@ def test_slopes_of_the_end_to_end_loss_are_those_of_finite_differences(n):
     alpha_NBT = np.random.default_rng(n).uniform(0.05, 1, size=(n, 2, 3))
     alpha_NBT[1, 0, 0] = 0.0  # where a division by alpha would fail
     with jax.enable_x64(True):
-        loss_BT, slope_NBT = jax.device_get(laws.end_to_end(jnp.asarray(alpha_NBT)))
+        alphas, all_count = jnp.asarray(alpha_NBT), jnp.full(alpha_NBT.shape, True)
+        loss_BT, slope_NBT = jax.device_get(laws.end_to_end(alphas, all_count))
 
     np.testing.assert_allclose(loss_BT, naive_losses.end_to_end(alpha_NBT[1:]))
     np.testing.assert_array_equal(slope_NBT[0], 0)
@@ -109,3 +110,22 @@ def test_slopes_of_the_end_to_end_loss_are_those_of_finite_differences(n):
         down[i] -= h
         slope_BT = naive_losses.end_to_end(down[1:]) - naive_losses.end_to_end(up[1:])
         np.testing.assert_allclose(slope_NBT[i], slope_BT / (2 * h), atol=1e-9)
+
+
+@pytest.mark.parametrize("waiting", [1, 2, 3])
+def test_the_end_to_end_loss_is_as_if_heads_that_wait_were_not_there(waiting):
+    alpha_NBT = np.random.default_rng(5).uniform(0.05, 1, size=(4, 2, 3))
+    others = [i for i in range(4) if i != waiting]
+    counts_NBT = np.broadcast_to(np.arange(4)[:, None, None] != waiting, (4, 2, 3))
+    with_nan = np.where(counts_NBT, alpha_NBT, np.nan)
+
+    loss_BT, slope_NBT = laws.end_to_end(jnp.asarray(with_nan), jnp.asarray(counts_NBT))
+    of_others = laws.end_to_end(
+        jnp.asarray(alpha_NBT[others]), jnp.full((3, 2, 3), True)
+    )
+
+    np.testing.assert_allclose(loss_BT, of_others[0], rtol=1e-6)
+    np.testing.assert_allclose(
+        np.delete(slope_NBT, waiting, 0), of_others[1], rtol=1e-6
+    )
+    np.testing.assert_array_equal(slope_NBT[waiting], 0)

@@ -8,7 +8,7 @@ import pytest
 from models import tiny_config
 
 from mtp_jax.cli.overrides import plain_overrides
-from mtp_jax.config import LossConfig, default, freeze
+from mtp_jax.config import HeadsConfig, LossConfig, default, freeze
 from mtp_jax.errors import UserError
 from mtp_jax.loss.weights import at_step, weights_at
 
@@ -120,6 +120,16 @@ REFUSED = [
     ({"balance": "occ"}, {"n_future_tokens": 1}, "config.loss.balance is occ"),
     ({"mask": "entropy"}, {"n_future_tokens": 1}, "config.loss.mask is entropy"),
     ({"balance": "occ", "trunk_gradient": (1.0, 0.0)}, {}, "nothing to balance"),
+    (
+        {"trunk_gradient": (1.0, 0.0)},
+        {"heads": HeadsConfig(kind="anticausal")},
+        "trunk_gradient detaches head 2, .* anticausal",
+    ),
+    (
+        {"acceptance": True},
+        {"heads": HeadsConfig(kind="anticausal")},
+        "config.loss.acceptance is True, and anticausal",
+    ),
     ({"extra_targets": (0.5,)}, {}, "extra_targets are of one head"),
     ({"extra_targets": ("linear",)}, {"n_future_tokens": 1}, "has no names"),
     ({"head_z_loss": (0.1,)}, {}, "head_z_loss has 1 values for 2"),

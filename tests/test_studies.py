@@ -383,6 +383,9 @@ def test_a_run_tells_which_heads_help(tmp_path):
     assert verdicts == ["helps", "hinders", "not decided"]
     assert helping(tmp_path / "nothing") == []
 
+    (tmp_path / "metrics.jsonl").write_text("".join(map(as_line, lines[:4])))
+    assert helping(tmp_path)[0].count("(2 records: not decided)") == 3
+
 
 def as_line(record):
     return json.dumps(record) + "\n"

@@ -38,6 +38,9 @@ LOSSES["hard, smooth"] = LossConfig(
     label_smoothing=0.1, head_z_loss=(0.0, 0.02, 0.01), head_weights=WEIGHTS
 )
 LOSSES["tv alone"] = LossConfig(kind="tv", head_weights=WEIGHTS)
+LOSSES["e2e, one waits"] = LossConfig(
+    kind="e2e", soft_mix=0.7, head_weights=(1.0, 0.5, 0.0)
+)
 MESHES = {
     "one device": (1, 1, 1),
     "fsdp x tensor": (1, 4, 2),
@@ -88,8 +91,8 @@ def expected(loss, name, kind):
         )
         teacher_NBTV = jax.lax.stop_gradient(taught_logits(logits_NBTV, jnp))
         return naive_losses.total(
-            cfg.loss, logits_NBTV, teacher_NBTV, target_NBT, valid_NBT, WEIGHTS, jnp,
-            jax.lax.stop_gradient,
+            cfg.loss, logits_NBTV, teacher_NBTV, target_NBT, valid_NBT,
+            cfg.loss.head_weights, jnp, jax.lax.stop_gradient,
         )  # fmt: skip
 
     with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
@@ -187,6 +190,7 @@ def test_an_entropy_mask_trains_heads_up_to_the_end_of_a_group(mesh):
 
 # The others, each of which takes ten seconds, are slow.
 USUAL = {("kl", 0, 1), ("tv", 2, 0), ("e2e", 0, 3), ("hard, smooth", 1, 2)}
+USUAL |= {("e2e, one waits", 0, 1)}
 
 
 def cases():

@@ -177,17 +177,24 @@ class LossConfig:
                 "n, and config.model.n_future_tokens is 1.",
             )
         self._check_kind(heads)
+        detached = [i for i, x in enumerate(pulls.always_zero(), 1) if x and i > 1]
+        require(
+            not detached or heads.wiring.reads != "after",
+            f"config.loss.trunk_gradient detaches head {', '.join(map(str, detached))},"
+            f" and head 1 of {heads.kind} heads reads the trunk through it; nothing "
+            "would train the trunk.",
+        )
         require(
             self.mask == "none" or self.kind != "e2e",
             "config.loss.kind is e2e, which is of all heads of a token together, and "
             "config.loss.mask takes some of them; keep one of them.",
         )
         if self.balance != "none":
-            detached = [i for i, x in enumerate(pulls.always_zero(), 1) if x and i > 1]
             require(
                 not detached,
                 f"config.loss.balance is {self.balance}, and config.loss.trunk_gradient"
-                f" detaches head {detached[:1]}; there is nothing to balance.",
+                f" detaches head {', '.join(map(str, detached))}; there is nothing to "
+                "balance.",
             )
         require(
             order == "fused" or not self.needs_fused,
@@ -210,11 +217,14 @@ class LossConfig:
 
     def _check_kind(self, heads: HeadsConfig) -> None:
         reads = heads.wiring.reads
-        require(
-            reads != "after" or not (self.needs_teacher or self.mask != "none"),
-            f"config.loss.kind is {self.kind} and config.loss.mask {self.mask}, and "
-            f"{heads.kind} heads make head 1 last, so it cannot teach the others.",
-        )
+        asked = {"kind": self.kind != "hard", "mask": self.mask != "none"}
+        asked["acceptance"] = self.acceptance
+        for name in (name for name, is_set in asked.items() if is_set):
+            require(
+                reads != "after",
+                f"config.loss.{name} is {getattr(self, name)}, and {heads.kind} heads "
+                "make head 1 last, so it cannot be compared with the others.",
+            )
         require(
             reads == "trunk" or not self.measures_gradients,
             f"config.loss.balance and gradient_meter compare what heads give the trunk,"

@@ -21,7 +21,7 @@ from typing import Any
 from mtp_jax.config.checks import require
 
 Entries = tuple[str | float | tuple[float, ...], ...]
-_KNOTS = 256  # of a curve; lines between them are off by less than 1e-5 of its height
+_KNOTS = 256  # of a curve; lines between them are off by less than 1e-4 of its height
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,6 @@ positions of all passages, M = n - 1 drafting heads, D model width, V vocabulary
 import collections
 import dataclasses
 import itertools
-import operator
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -50,7 +49,9 @@ class Calibration:
     # By head from 2 on: share of positions where one of the best k candidates is right,
     # of those where the path before it is in the tree.
     top_k: list[list[float]]
-    chain: float  # tokens a forward pass with the heads' first candidates alone
+    # Share of positions at which the first candidates of heads 2 to i are right, for
+    # each i from 2 on: what a blockwise pass accepts of each draft.
+    accepted: list[float]
     step: int | None = None  # checkpoint that was measured
     data: tuple[str, ...] = ()  # folders of the corpora
 
@@ -60,12 +61,9 @@ class Calibration:
         return 1.0 + sum(share for _, share in self.nodes)
 
     @property
-    def accepted(self) -> list[float]:
-        """Share of positions at which the first candidates of heads 2 to i are right.
-
-        A number for each i from 2 on: what a blockwise pass accepts of each draft.
-        """
-        return list(itertools.accumulate((k[0] for k in self.top_k), operator.mul))
+    def chain(self) -> float:
+        """Tokens a forward pass with the heads' first candidates alone."""
+        return 1.0 + sum(self.accepted)
 
     def content(self) -> dict[str, Any]:
         """The tree and its figures in JSON's types, as decoders read them."""
@@ -213,5 +211,5 @@ def choose(ranks_XM: np.ndarray, nodes: int) -> Calibration:
         positions=positions,
         nodes=[(path, counts[path] / positions) for path in order],
         top_k=top_k,
-        chain=1.0 + sum(float(np.mean(right_X)) for right_X in first),
+        accepted=[float(np.mean(right_X)) for right_X in first],
     )

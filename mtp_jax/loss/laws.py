@@ -111,7 +111,9 @@ def _kl(student: Law, teacher: Law) -> tuple[jax.Array, jax.Array]:
     return cross_C - surprise_C, student.probability_Cv - p_Cv
 
 
-def end_to_end(alpha_NBT: jax.Array) -> tuple[jax.Array, jax.Array]:
+def end_to_end(
+    alpha_NBT: jax.Array, counts_NBT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """The share of drafts that are not accepted, and its slopes in 1 - alpha.
 
     loss = 1 - (1/(n-1)) sum over j = 2..n of the product of alpha_2 .. alpha_j
@@ -121,21 +123,22 @@ def end_to_end(alpha_NBT: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     Args:
       alpha_NBT: acceptance of each head's draft; that of head 1 is not read.
+      counts_NBT: False for heads that wait: n is as if they were not there.
 
     Returns:
-      the loss, [B, T], and the slopes, [N, B, T], 0 for head 1.
+      the loss, [B, T], and the slopes, [N, B, T], 0 for head 1 and heads that wait.
     """
-    n = len(alpha_NBT)
-    length_BT = jnp.zeros_like(alpha_NBT[0])
-    for alpha_BT in alpha_NBT[:0:-1]:
-        length_BT = alpha_BT * (1.0 + length_BT)
-    loss_BT = 1.0 - length_BT / (n - 1)
-    # Slope of i: alpha_2 .. alpha_(i-1) (1 + alpha_(i+1) (1 + alpha_(i+2) (1 + ...))).
-    after = [jnp.ones_like(length_BT)]
-    for alpha_BT in alpha_NBT[:1:-1]:
-        after.append(1.0 + alpha_BT * after[-1])
-    slopes, before_BT = [jnp.zeros_like(length_BT)], jnp.ones_like(length_BT)
-    for alpha_BT, after_BT in zip(alpha_NBT[1:], after[::-1], strict=True):
-        slopes.append(before_BT * after_BT / (n - 1))
+    counts_MBT = counts_NBT[1:].astype(jnp.float32)
+    alpha_MBT = jnp.where(counts_NBT[1:], alpha_NBT[1:], 1.0)
+    number_BT = jnp.maximum(jnp.sum(counts_MBT, axis=0), 1.0)
+    # Drafts taken from head i on, if those before are: alpha_i (1 + alpha_(i+1) (...)).
+    lengths = [jnp.zeros_like(alpha_NBT[0])]
+    for alpha_BT, counts_BT in zip(alpha_MBT[::-1], counts_MBT[::-1], strict=True):
+        lengths.append(alpha_BT * (counts_BT + lengths[-1]))
+    loss_BT = 1.0 - lengths[-1] / number_BT
+    slopes, before_BT = [jnp.zeros_like(loss_BT)], jnp.ones_like(loss_BT)
+    of_heads = zip(alpha_MBT, counts_MBT, lengths[-2::-1], strict=True)
+    for alpha_BT, counts_BT, after_BT in of_heads:
+        slopes.append(counts_BT * before_BT * (1.0 + after_BT) / number_BT)
         before_BT = before_BT * alpha_BT
     return loss_BT, jnp.stack(slopes)

@@ -205,5 +205,6 @@ def weighted(scores: TokenScores, targets: Targets, loss: LossConfig) -> jax.Arr
     if loss.kind == "e2e" and targets.soft_NBT is not None:
         assert scores.alpha is not None
         joint_BT = jnp.sum(targets.soft_NBT, axis=0)
-        total += jnp.sum(joint_BT * end_to_end(scores.alpha)[0])
+        lost_BT, _ = end_to_end(scores.alpha, targets.soft_NBT > 0)
+        total += jnp.sum(joint_BT * lost_BT)
     return total

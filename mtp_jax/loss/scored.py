@@ -111,7 +111,7 @@ def _end_to_end_weights(scores: TokenScores, targets: Targets) -> Targets:
     """The slopes of the end-to-end loss, times the weight that all heads have of it."""
     assert scores.alpha is not None and targets.soft_NBT is not None
     joint_1BT = jnp.sum(targets.soft_NBT, axis=0, keepdims=True)
-    slope_NBT = joint_1BT * end_to_end(scores.alpha)[1]
+    slope_NBT = joint_1BT * end_to_end(scores.alpha, targets.soft_NBT > 0)[1]
     return dataclasses.replace(targets, slope_NBT=slope_NBT)
 
 

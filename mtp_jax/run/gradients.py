@@ -8,10 +8,12 @@ import json
 import os
 import re
 
+from mtp_jax.errors import counted
 from mtp_jax.eval.intervals import series_interval
 from mtp_jax.storage import workdir_at
 
 Interval = tuple[float, float, float]  # mean, ends of the 95% interval
+_FEWEST = 10
 _COSINE = re.compile(r"gradient/cosine/head_(\d+)")
 
 
@@ -19,16 +21,18 @@ def helping(workdir: str | os.PathLike[str]) -> list[str]:
     """A line that tells which heads help head 1; none if no cosines are logged.
 
     A head helps if the interval of its mean cosine lies above 0, and hinders if it lies
-    below.
+    below. Fewer than ten records have no interval to speak of.
     """
-    cosines = mean_cosines(workdir)
-    if not cosines:
-        return []
     parts = []
-    for head, (mean, low, high) in cosines.items():
+    for head, found in _cosines(workdir, 0.5).items():
+        mean, low, high = series_interval(found)
         verdict = "helps" if low > 0 else "hinders" if high < 0 else "not decided"
-        parts.append(f"head {head} {mean:.3f} ({low:.3f}..{high:.3f}) {verdict}")
-    return [f"cosine with head 1's gradient into the trunk: {', '.join(parts)}"]
+        told = f"({low:.3f}..{high:.3f}) {verdict}"
+        if len(found) < _FEWEST:
+            told = f"({counted(len(found), 'record')}: not decided)"
+        parts.append(f"head {head} {mean:.3f} {told}")
+    told = f"cosine with head 1's gradient into the trunk: {', '.join(parts)}"
+    return [told] if parts else []
 
 
 def mean_cosines(
@@ -41,6 +45,14 @@ def mean_cosines(
         another one is empty.
       first_share: of the run's steps, which are left out.
     """
+    values = _cosines(workdir, first_share)
+    return {head: series_interval(found) for head, found in values.items()}
+
+
+def _cosines(
+    workdir: str | os.PathLike[str], first_share: float
+) -> dict[int, list[float]]:
+    """The cosines of each head, a number a record."""
     path = workdir_at(os.fspath(workdir)) / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     records = {}
@@ -57,4 +69,4 @@ def mean_cosines(
             match = _COSINE.fullmatch(name)
             if match and step > first_share * last and value == value:
                 values.setdefault(int(match[1]), []).append(value)
-    return {head: series_interval(found) for head, found in sorted(values.items())}
+    return dict(sorted(values.items()))

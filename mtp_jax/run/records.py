@@ -38,7 +38,7 @@ def step_record(
         "accept/length": float(metrics["accept_length"]),
         **_of_heads(metrics),
         "grad_norm": float(metrics["grad_norm"]),
-        **_of_groups(cfg, metrics),
+        **_of_groups(metrics),
         "lr": float(metrics["lr"]),
         "bad_steps": int(metrics["bad_steps"]),
         "tokens": int(metrics["tokens"]),
@@ -70,18 +70,11 @@ def _of_heads(metrics: dict[str, np.ndarray]) -> dict[str, float]:
     return found
 
 
-def _of_groups(cfg: Config, metrics: dict[str, np.ndarray]) -> dict[str, float]:
-    """The norm of each group's gradient, and 1 where the global clip bound."""
-    if "norm_G" not in metrics:
-        return {}
-    groups = [g for g in GROUPS if g not in cfg.optim.frozen]
-    if not cfg.optim.lora_rank:
-        groups.remove("lora")
-    if cfg.model.tie_embeddings and not cfg.heads.markov_rank:
-        groups = [g for g in groups if g != "unembedding"]
-    norms = metrics["norm_G"].tolist()
-    found = {f"grad_norm/{g}": x for g, x in zip(groups, norms, strict=True)}
-    return {**found, "clipped": float(metrics["clipped"])}
+def _of_groups(metrics: dict[str, np.ndarray]) -> dict[str, float]:
+    """The norm of each group's gradient, and 1 where one was clipped."""
+    norms = {g: metrics[f"norm/{g}"] for g in GROUPS if f"norm/{g}" in metrics}
+    found = {f"grad_norm/{g}": float(x) for g, x in norms.items()}
+    return found | {k: float(metrics[k]) for k in ("clipped",) if k in metrics}
 
 
 def mean_of_steps(metrics: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

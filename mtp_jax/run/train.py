@@ -33,6 +33,7 @@ from mtp_jax.run.loop import run
 from mtp_jax.run.run_file import lock
 from mtp_jax.run.teacher import load_teacher
 from mtp_jax.storage import workdir_at
+from mtp_jax.training.groups import check_frozen
 
 
 def train(
@@ -78,6 +79,7 @@ def _train(cfg: Config, name: str, cluster: ProcessInfo | None) -> None:
     mesh = make_mesh(cfg.mesh)
     check_divisible(cfg, mesh)
     check_attention(cfg, mesh)
+    check_frozen(cfg)
     part = (jax.process_index(), jax.process_count())
     tokenizer = _tokenizer_of_run(cfg.model, workdir)
     if tokenizer is None:

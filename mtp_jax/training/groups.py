@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtp_jax.config import ModelConfig
+from mtp_jax.config import Config, ModelConfig
 from mtp_jax.config.optim import GROUPS
+from mtp_jax.errors import UserError
 
 _GROUP_OF = {
     "trunk": "trunk",
@@ -29,6 +30,33 @@ _GROUP_OF = {
 def group_of(name: str) -> str:
     """The group of a parameter of the model, or of a stack of them, by its name."""
     return _GROUP_OF[name]
+
+
+def groups_there(model: ModelConfig) -> list[str]:
+    """The groups that the parameters of a model are of."""
+    n, heads = model.n_future_tokens, model.heads
+    there = {
+        "trunk": model.num_trunk_layers > 0,
+        "heads": heads.bodies(n) > 0,
+        "unembedding": not model.tie_embeddings or (heads.markov_rank > 0 and n > 1),
+        "embedding": True,
+        "norms": True,
+    }
+    return [group for group, is_there in there.items() if is_there]
+
+
+def check_frozen(cfg: Config) -> None:
+    """Refuses a run that trains nothing.
+
+    Raises:
+      UserError: all groups that the model has are frozen.
+    """
+    there = groups_there(cfg.model)
+    if set(there) <= set(cfg.optim.frozen) and not cfg.optim.lora_rank:
+        raise UserError(
+            f"config.optim.frozen has every group of this model ({', '.join(there)}); "
+            "leave one to train."
+        )
 
 
 def trained(params: dict[str, Any], frozen: tuple[str, ...]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtp_jax.config import Config, ModelConfig
+from mtp_jax.config import Config, ModelConfig, OptimConfig
+from mtp_jax.config.optim import by_group
 from mtp_jax.errors import UserError
 from mtp_jax.loss.batch_loss import batch_loss
 from mtp_jax.loss.metrics import HeadSums, no_sums, summarize
@@ -20,7 +21,13 @@ from mtp_jax.loss.weights import StepWeights, at_step, weights_at
 from mtp_jax.model.attention import few_documents
 from mtp_jax.model.language_model import model_builder
 from mtp_jax.training.balance import factors, start_of_balance, updated
-from mtp_jax.training.groups import group_norms, together, trained, unless_waiting
+from mtp_jax.training.groups import (
+    group_norms,
+    group_of,
+    together,
+    trained,
+    unless_waiting,
+)
 from mtp_jax.training.lora import merged, with_lora
 from mtp_jax.training.optim import learning_rate, make_optimizer
 from mtp_jax.training.wide import join, split
@@ -271,7 +278,7 @@ def make_step(
             "bad_steps": new_state.bad_steps,
             "tokens": sums.count_N[0],
             "hash": jnp.sum(batch["hash"], axis=(0, 1)),
-            **_of_gradients(cfg, grads, grad_norm, weights),
+            **_of_gradients(cfg, grads, weights),
         }
         if weights.active_N is not None:
             told = {"loss_N", "accuracy_N", "alpha_N", "cosine_N", "ratio_N"}
@@ -290,20 +297,30 @@ def _averaged(cfg: Config, teacher: Any, after: Any) -> Any:
     return jax.tree.map(lambda mean, x: kept * mean + (1.0 - kept) * x, teacher, after)
 
 
+def _is_clipped(optim: OptimConfig, grads: Any) -> jax.Array:
+    """True if the optimizer scales gradients down, those of any group."""
+    bounds = by_group(optim.clips)
+    rest = {k: v for k, v in grads.items() if group_of(k) not in bounds}
+    found = optax.tree.norm(rest) > optim.clip_norm
+    for group, norm in group_norms(grads).items():
+        if group in bounds:
+            found |= norm > bounds[group]
+    return found
+
+
 def _of_gradients(
-    cfg: Config, grads: Any, grad_norm: jax.Array, weights: StepWeights
+    cfg: Config, grads: Any, weights: StepWeights
 ) -> dict[str, jax.Array]:
     """Figures of gradients, where they are measured or treated by group.
 
-    `clipped`, 1 if the clip of the global norm bound; `norm_G` of the groups in the
-    order of `GROUPS`, those that have parameters; with a balance `pull_N`.
+    `norm/GROUP` of those that have parameters that learn; `clipped`, 1 if a bound of
+    gradients' norms was met; with a balance `pull_N`.
     """
     optim, found = cfg.optim, {}
     measured = cfg.loss.gradient_meter or cfg.loss.balance != "none"
     if measured or optim.rates or optim.decays or optim.clips:
-        norms = group_norms(grads)
-        found["norm_G"] = jnp.stack(list(norms.values()))
-        found["clipped"] = (grad_norm > optim.clip_norm).astype(jnp.float32)
+        found = {f"norm/{group}": x for group, x in group_norms(grads).items()}
+        found["clipped"] = jnp.float32(_is_clipped(optim, grads))
     if cfg.loss.balance != "none" and weights.pull_N is not None:
         found["pull_N"] = weights.pull_N
     return found

@@ -177,10 +177,12 @@ class LossConfig:
                 "n, and config.model.n_future_tokens is 1.",
             )
         self._check_kind(heads)
-        detached = [i for i, x in enumerate(pulls.always_zero(), 1) if x and i > 1]
+        detached = ", ".join(
+            str(i) for i, x in enumerate(pulls.always_zero(), 1) if x and i > 1
+        )
         require(
             not detached or heads.wiring.reads != "after",
-            f"config.loss.trunk_gradient detaches head {', '.join(map(str, detached))},"
+            f"config.loss.trunk_gradient detaches head {detached},"
             f" and head 1 of {heads.kind} heads reads the trunk through it; nothing "
             "would train the trunk.",
         )
@@ -193,8 +195,7 @@ class LossConfig:
             require(
                 not detached,
                 f"config.loss.balance is {self.balance}, and config.loss.trunk_gradient"
-                f" detaches head {', '.join(map(str, detached))}; there is nothing to "
-                "balance.",
+                f" detaches head {detached}; there is nothing to balance.",
             )
         require(
             order == "fused" or not self.needs_fused,
@@ -217,11 +218,13 @@ class LossConfig:
 
     def _check_kind(self, heads: HeadsConfig) -> None:
         reads = heads.wiring.reads
-        asked = {"kind": self.kind != "hard", "mask": self.mask != "none"}
-        asked["acceptance"] = self.acceptance
-        for name in (name for name, is_set in asked.items() if is_set):
+        for name, usual in {
+            "kind": "hard",
+            "mask": "none",
+            "acceptance": False,
+        }.items():
             require(
-                reads != "after",
+                reads != "after" or getattr(self, name) == usual,
                 f"config.loss.{name} is {getattr(self, name)}, and {heads.kind} heads "
                 "make head 1 last, so it cannot be compared with the others.",
             )

@@ -123,7 +123,8 @@ def catch_up(
     text_BE = state.tokens_BE
     # Heads of a chain have read drafts where they were left, not what came to stand
     # there.
-    back = cfg.heads.lookback(len(build(cfg, params).heads))
+    model = build(cfg, params, ids)
+    back = cfg.heads.lookback(len(model.heads))
     since_B = jnp.maximum(alone.since_B - back, 0)
 
     def behind(carry):
@@ -131,17 +132,16 @@ def catch_up(
 
     def chunk(carry):
         from_B, cache = carry
-        model = build(cfg, params)  # in the loop
+        in_loop = build(cfg, params)
         source_BEX = cache.trunk_BSD if back else alone.source_BEX
         source_BWX = part(source_BEX, from_B, CATCH_UP)
         nothing_BW = jnp.zeros(
             source_BWX.shape[:2], jnp.int32, out_sharding=_TOKEN_SPEC
         )
-        cache = extend(model, source_BWX, chain(nothing_BW, from_B), text_BE, cache)
+        cache = extend(in_loop, source_BWX, chain(nothing_BW, from_B), text_BE, cache)
         return jnp.minimum(from_B + CATCH_UP, last_B + 1), cache
 
     _, cache = lax.while_loop(behind, chunk, (since_B, state.cache))
-    model = build(cfg, params, ids)
     sampler = Sampler(state.keys, state.length_B)
     last_token_B1 = at_slot(text_BE, last_B)[:, None]
     anchor = Anchor(

@@ -72,9 +72,11 @@ def _of_heads(metrics: dict[str, np.ndarray]) -> dict[str, float]:
 
 def _of_groups(metrics: dict[str, np.ndarray]) -> dict[str, float]:
     """The norm of each group's gradient, and 1 where one was clipped."""
+    if "clipped" not in metrics:
+        return {}
     norms = {g: metrics[f"norm/{g}"] for g in GROUPS if f"norm/{g}" in metrics}
     found = {f"grad_norm/{g}": float(x) for g, x in norms.items()}
-    return found | {k: float(metrics[k]) for k in ("clipped",) if k in metrics}
+    return {**found, "clipped": float(metrics["clipped"])}
 
 
 def mean_of_steps(metrics: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -35,7 +35,7 @@ from mtp_jax.studies.study import (
     difference,
     distance,
 )
-from mtp_jax.studies.training import byte_model, python_text, trained
+from mtp_jax.studies.training import byte_model, python_text, trained, with_seed
 
 _N = 4
 _TABLES = ("trunk", "embedding", "unembedding")
@@ -164,9 +164,7 @@ def _curve(workdir: pathlib.Path) -> dict[int, float]:
 
 def _started(cfg: Config, seed: int) -> Restored:
     """The model with which a run begins."""
-    train = dataclasses.replace(cfg.train, seed=seed)
-    data = dataclasses.replace(cfg.data, seed=seed)
-    cfg = dataclasses.replace(cfg, train=train, data=data)
+    cfg = with_seed(cfg, seed)
     mesh = make_mesh(cfg.mesh, jax.devices())
     corpora = open_sources(cfg, splits=["train"])
     params = initial_params(cfg, mesh, corpora)

@@ -63,6 +63,13 @@ def python_text(trial: Trial) -> tuple[str, ...]:
     return (str(folder),)
 
 
+def with_seed(cfg: Config, seed: int) -> Config:
+    """The run with this seed, of parameters and of the order of the data."""
+    train_part = dataclasses.replace(cfg.train, seed=seed)
+    data = dataclasses.replace(cfg.data, seed=seed)
+    return dataclasses.replace(cfg, train=train_part, data=data)
+
+
 def trained(trial: Trial, cfg: Config) -> Restored:
     """The model of a run with the seed of the trial, trained where it is not yet.
 
@@ -72,11 +79,7 @@ def trained(trial: Trial, cfg: Config) -> Restored:
     Raises:
       RunFailed: the run was told to stop.
     """
-    cfg = dataclasses.replace(
-        cfg,
-        train=dataclasses.replace(cfg.train, seed=trial.seed),
-        data=dataclasses.replace(cfg.data, seed=trial.seed),
-    )
+    cfg = with_seed(cfg, trial.seed)
     train(cfg, trial.folder)
     jax.clear_caches()  # every arm has programs of its own
     restored = restore_model(trial.folder)

@@ -297,12 +297,17 @@ def _averaged(cfg: Config, teacher: Any, after: Any) -> Any:
     return jax.tree.map(lambda mean, x: kept * mean + (1.0 - kept) * x, teacher, after)
 
 
-def _is_clipped(optim: OptimConfig, grads: Any) -> jax.Array:
-    """True if the optimizer scales gradients down, those of any group."""
+def _is_clipped(
+    optim: OptimConfig, grads: Any, norms: dict[str, jax.Array]
+) -> jax.Array:
+    """True if the optimizer scales gradients down, those of any group.
+
+    `norms` are those of `group_norms`.
+    """
     bounds = by_group(optim.clips)
     rest = {k: v for k, v in grads.items() if group_of(k) not in bounds}
     found = optax.tree.norm(rest) > optim.clip_norm
-    for group, norm in group_norms(grads).items():
+    for group, norm in norms.items():
         if group in bounds:
             found |= norm > bounds[group]
     return found
@@ -319,8 +324,9 @@ def _of_gradients(
     optim, found = cfg.optim, {}
     measured = cfg.loss.gradient_meter or cfg.loss.balance != "none"
     if measured or optim.rates or optim.decays or optim.clips:
-        found = {f"norm/{group}": x for group, x in group_norms(grads).items()}
-        found["clipped"] = jnp.float32(_is_clipped(optim, grads))
+        norms = group_norms(grads)
+        found = {f"norm/{group}": x for group, x in norms.items()}
+        found["clipped"] = jnp.float32(_is_clipped(optim, grads, norms))
     if cfg.loss.balance != "none" and weights.pull_N is not None:
         found["pull_N"] = weights.pull_N
     return found

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import all_logits
+from head_cases import model_of
+from models import all_logits, placed_params, random_params
 from test_decode import init, on_mesh, one_device, tiny
 
 from mtp_jax.checkpoint.restore import Restored
@@ -17,7 +18,13 @@ from mtp_jax.config import Config, DataConfig
 from mtp_jax.data.prompts import heldout_passages
 from mtp_jax.data.tokenizer import ByteTokenizer
 from mtp_jax.decode import calibrate
+from mtp_jax.decode.batch import DecodeBatch
+from mtp_jax.decode.decode_model import unstack
+from mtp_jax.decode.decoders.blockwise import Blockwise
+from mtp_jax.decode.decoders.plain import Plain
+from mtp_jax.decode.decoders.sampling import Sampling
 from mtp_jax.decode.decoders.token_tree import read_tree
+from mtp_jax.decode.programs import Programs
 from mtp_jax.errors import UserError
 from mtp_jax.model.language_model import model_builder
 
@@ -46,6 +53,38 @@ def test_ranks_are_those_of_sorted_logits():
         expected.append(path)
     np.testing.assert_array_equal(ranks_XM, expected)
     assert len({tuple(path) for path in expected}) > 10
+
+
+@pytest.mark.parametrize("name", ["serial", "serial, shared, one cache"])
+def test_right_first_candidates_are_the_drafts_that_a_pass_accepts(name):
+    """At every beginning of texts that head 1 wrote."""
+    vocab, new = 4, 20
+    cfg = model_of(name, vocab_size=vocab)
+    rows = [np.array([i % vocab, i // vocab], np.int32) for i in range(12)]
+    with jax.set_mesh(one_device()):
+        params = placed_params(cfg, random_params(cfg))
+        programs, unstacked = Programs(cfg, eos_id=vocab), unstack(cfg, params)
+
+        def begun(decoder, rows):
+            batch = DecodeBatch(programs, unstacked, decoder, rows, new, Sampling())
+            batch.begin()
+            return batch
+
+        written = begun(Plain(), rows).advance(new).tokens_BE[: len(rows), : 2 + new]
+        ranks_XM = calibrate.measure_ranks(
+            cfg, params, [*written[:, :-1]], one_device()
+        )
+        # The end of a prompt commits a token of head 1 and drafts three.
+        ends = [(text[:k], text[k + 1 : k + 4]) for text in written
+                for k in range(1, new - 1)]  # fmt: skip
+        drafts_XM = begun(Blockwise(), [text for text, _ in ends])._at().carry
+    right_XM = np.asarray(drafts_XM)[: len(ends)] == [after for _, after in ends]
+    accepted_X, first_X = (
+        np.cumprod(found, axis=1).sum(axis=1) for found in (right_XM, ranks_XM == 0)
+    )
+    own_X = np.array([len(text) > 1 for text, _ in ends])  # the next token is head 1's
+    np.testing.assert_array_equal(first_X[own_X], accepted_X[own_X])
+    assert len(set(accepted_X[own_X])) > 2
 
 
 RANKS_XM = np.random.default_rng(3).geometric(0.5, (60, 2)) - 1

@@ -62,6 +62,11 @@ def test_a_name_that_means_nothing_gets_no_guess():
         ("c.model.update(n_heads=2)", "config.model has no field 'n_heads'; did you"),
         ("c.train.steps = 1e3", "steps is 1000.0; it must be of type int."),
         ("c.data.sources = 'a b'", "sources is a b; it must be of type tuple."),
+        (
+            "c.optim.rates = {'heads': 2}",
+            "a field is set to a dict, and it must be of "
+            "type tuple; pairs of names and numbers are tuples, as (('heads', 10),).",
+        ),
     ],
 )
 def test_a_wrong_line_of_a_file_is_told(tmp_path, line, words):
@@ -96,6 +101,26 @@ def test_every_meaning_is_of_a_field():
 def test_a_whole_number_may_be_written_with_an_exponent(value, steps):
     assert config_from(TINY, [f"--config.train.steps={value}"]).train.steps == steps
     assert config_from(TINY, ["--config.train.steps", value]).train.steps == steps
+
+
+@pytest.mark.parametrize("value", ["('heads',2)", "(('heads',2),)", "['heads', 2.0]"])
+def test_one_group_and_its_number_need_no_second_pair_of_brackets(value):
+    rates = config_from(TINY, [f"--config.optim.rates={value}"]).optim.rates
+    assert rates == (("heads", 2),)
+
+
+@pytest.mark.parametrize(
+    ("value", "tied"), [("yes", True), ("True", True), ("no", False), ("0", False)]
+)
+def test_truth_has_several_words(value, tied):
+    option = f"--config.model.tie_embeddings={value}"
+    assert config_from(TINY, [option]).model.tie_embeddings is tied
+    assert config_from(TINY, ["--config.model.tie_embeddings"]).model.tie_embeddings
+
+
+def test_other_words_are_no_truth():
+    with pytest.raises(UserError, match="tie_embeddings is 'maybe'; it must be True"):
+        config_from(TINY, ["--config.model.tie_embeddings=maybe"])
 
 
 def test_a_flag_may_be_written_with_an_exponent():

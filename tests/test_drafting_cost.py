@@ -2,15 +2,23 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
-from models import TINY
+from compiled_dots import dot_flops
+from models import TINY, mesh_of
 
 from mtp_jax.config import HeadsConfig, ModelConfig
+from mtp_jax.decode.batch import _prompts
 from mtp_jax.decode.calibrate import choose
+from mtp_jax.decode.decode_model import build, unstack
+from mtp_jax.decode.decoders.blockwise import Blockwise
+from mtp_jax.decode.decoders.sampling import Sampling
+from mtp_jax.decode.programs import Programs
 from mtp_jax.errors import UserError
+from mtp_jax.model.language_model import model_builder
 from mtp_jax.parallel.chips import Chip, chip_named
-from mtp_jax.planning.drafting import by_heads, least_pass_s, pays_most
+from mtp_jax.planning.drafting import by_heads, least_pass_s, pass_products, pays_most
 
 LARGE = ModelConfig(
     vocab_size=32_000,
@@ -31,8 +39,9 @@ def by_hand(batch_size, n, chip):
     trunk, head = 28 * LAYER, LAYER
     entries = trunk + n * head + TABLE + (TABLE if n > 1 else 0)
     flops = 2 * batch_size * (n * (trunk + head + TABLE))
-    if n > 1:
-        flops += 2 * batch_size * ((n - 1) * head + TABLE)
+    # Of a drafting head keys and values are made at all positions, the rest at one.
+    of_keys, rest = 2 * 4096 * 4096, 2 * 4096 * 4096 + 3 * 4096 * 11_008
+    flops += 2 * batch_size * (n - 1) * (n * of_keys + rest + TABLE)
     return max(2 * entries / chip.hbm_bytes_per_s, flops / chip.peak_flops)
 
 
@@ -90,3 +99,46 @@ def test_chips_are_found_by_their_names(name):
 def test_what_is_no_chip_is_refused(name):
     with pytest.raises(UserError, match="is not a chip; there are TPU v4"):
         chip_named(name)
+
+
+HEADS = {
+    "parallel of two layers": {"layers": 2},
+    "own tables": {"unembedding": "own"},
+    "bias": {"markov_rank": 8},
+    "linear": {"kind": "linear"},
+    "residual": {"kind": "residual", "layers": 2},
+    "causal": {"kind": "causal"},
+    "causal, shared": {"kind": "causal", "shared": True},
+    "anticausal": {"kind": "anticausal"},
+    "serial": {"kind": "serial"},
+    "serial of two layers": {"kind": "serial", "layers": 2},
+    "one cache": {"kind": "serial", "shared": True, "draft_cache": "shared"},
+}
+
+
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+def test_arithmetic_of_a_pass_is_that_of_its_program(heads):
+    of_heads = HeadsConfig(**heads)
+    cfg = dataclasses.replace(
+        TINY, vocab_size=96, d_model=32, d_head=8, d_ff=80, heads=of_heads,
+        num_layers=1 + of_heads.counted_layers(3), n_future_tokens=3,
+    )  # fmt: skip
+    # What attention multiplies grows with the cache, and is not counted.
+    short, long = (flops_of_a_pass(cfg, slots) for slots in (32, 64))
+
+    assert 2 * short - long == 2 * pass_products(cfg)
+
+
+def flops_of_a_pass(cfg, slots):
+    """FLOPs of the products in a compiled pass, of one text."""
+    decoder = Blockwise()
+    with jax.set_mesh(mesh_of(replica=2)):  # a text on each of them
+        params = unstack(cfg, model_builder(cfg)[0](jax.random.key(0)))
+        rows = [np.zeros(8, np.int32)] * 2
+        prompts = _prompts(rows, 8, Sampling(), 0, params)
+        programs = Programs(cfg, eos_id=0)
+        _, (state, _) = programs.begin(decoder, params, prompts, 32, slots)
+        step = jax.jit(
+            lambda params, state: decoder.step(build(cfg, params), state, depth=3)
+        )
+        return dot_flops(step.lower(params, state).compile().as_text())

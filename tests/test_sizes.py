@@ -80,7 +80,8 @@ def test_a_model_of_equal_training_costs_as_much():
         ({}, 4, 2),
         ({"unembedding": "own"}, 4, 4),
         ({"kind": "serial"}, 3, 4),
-        ({"kind": "serial", "shared": True}, 1, 4),
+        ({"kind": "serial", "shared": True}, 3, 4),
+        ({"kind": "causal", "shared": True}, 4, 2),
         ({"kind": "anticausal"}, 4, 2),
     ],
 )

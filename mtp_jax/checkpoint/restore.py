@@ -14,6 +14,7 @@ import jax
 
 from mtp_jax.checkpoint.checkpoints import Checkpoints, restore_newest
 from mtp_jax.config import Config, MeshConfig, config_from_json
+from mtp_jax.config.heads import DraftCache
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.tokenizer import Tokenizer, tokenizer_from_dir
 from mtp_jax.errors import UserError
@@ -54,6 +55,27 @@ class Restored:
         data = dataclasses.replace(self.config.data, sources=names, weights=())
         config = dataclasses.replace(self.config, data=data)
         return dataclasses.replace(self, config=config)
+
+    def with_draft_cache(self, draft_cache: DraftCache | None) -> "Restored":
+        """This model with other caches of serial heads (docs/heads.md); None: its own.
+
+        Raises:
+          UserError: its heads are not serial ones that share their weights.
+        """
+        if draft_cache is None:
+            return self
+        model = self.config.model
+        if not (model.heads.wiring.reads_tokens and model.heads.shared):
+            raise UserError(
+                f"draft_cache={draft_cache}: serial heads of shared weights alone have "
+                f"the choice, and the model has {model.heads.kind} heads"
+                f"{' with weights of their own' * model.heads.wiring.reads_tokens}."
+            )
+        heads = dataclasses.replace(model.heads, draft_cache=draft_cache)
+        model = dataclasses.replace(model, heads=heads)
+        return dataclasses.replace(
+            self, config=dataclasses.replace(self.config, model=model)
+        )
 
     def keep_heads(self, n: int) -> "Restored":
         """This model with its first n heads.

@@ -73,7 +73,17 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         "--data",
         action="append",
         metavar="DIR",
-        help="another prepared corpus instead of the run's own; may be repeated",
+        help="another corpus than the run's own; may be repeated",
+    )
+
+
+def add_draft_cache(parser: argparse.ArgumentParser) -> None:
+    """Adds --draft_cache, the caches of serial heads to use instead of the run's."""
+    parser.add_argument(
+        "--draft_cache",
+        choices=("per_depth", "shared"),
+        metavar="C",
+        help="per_depth or shared, of serial heads",
     )
 
 
@@ -194,6 +204,12 @@ def _what_is_wrong(path: str, overrides: list[str], error: BaseException) -> str
         if wrong:
             kind = wrong[3].rpartition(".")[2]
             return f"{path}: {wrong[1]} is {wrong[2]}; it must be of type {kind}."
+        if "cannot be casted to type" in last:
+            kind = last.rpartition("'")[0].rpartition("'")[2]
+            return (
+                f"{path}: a field is set to a dict, and it must be of type {kind}; "
+                "pairs of names and numbers are tuples, as (('heads', 10),)."
+            )
         return f"{path}: {last}"
     if isinstance(error, absl.flags.Error):
         flag, separator, _ = text.partition(": Failed to parse ")

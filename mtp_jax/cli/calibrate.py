@@ -2,7 +2,13 @@
 
 from typing import TYPE_CHECKING
 
-from mtp_jax.cli.args import Parser, add_data, output_file, positive_int
+from mtp_jax.cli.args import (
+    Parser,
+    add_data,
+    add_draft_cache,
+    output_file,
+    positive_int,
+)
 from mtp_jax.errors import UserError, counted
 
 if TYPE_CHECKING:
@@ -44,6 +50,7 @@ def main(argv: list[str]) -> int:
         help="texts decoded there at once (1)",
     )
     add_data(parser)
+    add_draft_cache(parser)
     args = parser.parse_args(argv)
     output = output_file("output", args.output)
 
@@ -55,7 +62,8 @@ def main(argv: list[str]) -> int:
     from mtp_jax.storage import write_json
 
     chip = chip_named(args.chip) if args.chip else None
-    restored = restore.restore_model(args.workdir, step=args.step).with_data(args.data)
+    restored = restore.restore_model(args.workdir, step=args.step)
+    restored = restored.with_data(args.data).with_draft_cache(args.draft_cache)
     result = calibrate(restored, passages=args.passages, nodes=args.nodes)
     print(_table(result))
     if chip is not None:

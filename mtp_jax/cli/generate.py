@@ -9,7 +9,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mtp_jax.cli.args import Parser, add_data, output_file, positive_int, unescape
+from mtp_jax.cli.args import (
+    Parser,
+    add_data,
+    add_draft_cache,
+    output_file,
+    positive_int,
+    unescape,
+)
 from mtp_jax.errors import UserError, counted, on_terminal
 
 
@@ -39,6 +46,7 @@ def main(argv: list[str]) -> int:
     prompts = [] if args.chat else _prompts_from(args)
     asked = _asked_from(args) if args.chat else None
     restored = restore.restore_model(args.workdir, step=args.step, heads=args.heads)
+    restored = restored.with_draft_cache(args.draft_cache)
     if args.heads is None and args.decoder == "plain" and not args.compare:
         restored = restored.needed_for_one()  # the others would only take memory
     run = restored.config
@@ -177,6 +185,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "options after it, or NAME:OPTION=VALUE,...")  # fmt: skip
     add("--decoders", action=_Decoders, nargs=0, help="list them and their options")
     add("--heads", type=positive_int, metavar="K", help="use the first so many; all")
+    add_draft_cache(parser)
     add("--adaptive", action="store_true", help="use as many as is fastest")
     add("--max_new_tokens", type=positive_int, default=128, metavar="N", help="(128)")
     add("--batch_size", type=positive_int, metavar="B",

@@ -8,9 +8,13 @@ import typing
 from typing import Any
 
 from mtp_jax.config import Config, sections_of
+from mtp_jax.config.optim import ByGroup
 from mtp_jax.config.schedules import Entries
+from mtp_jax.errors import UserError
 
 _MOST_DIGITS = 18
+_TRUTHS = {"true": "True", "1": "True", "yes": "True", "on": "True",
+           "false": "False", "0": "False", "no": "False", "off": "False"}  # fmt: skip
 # An item of a list: quoted, or up to the next comma.
 _ITEM = re.compile(r"""\s*(?:'([^']*)'|"([^"]*)"|([^,]*?))\s*(?:,|$)""")
 
@@ -19,7 +23,11 @@ def plain_overrides(arguments: list[str]) -> list[str]:
     """Returns the arguments, with values as the config library reads them.
 
     A whole number may be written 1e3; texts in a tuple need no quotes, whatever they
-    look like; a text may have quotes around it.
+    look like; a text may have quotes around it; of one group and its number the outer
+    brackets may be missing.
+
+    Raises:
+      UserError: a value of a field that is true or false is neither.
     """
     made = []
     rest = list(arguments)
@@ -28,6 +36,8 @@ def plain_overrides(arguments: list[str]) -> list[str]:
         hint = _hint_of(name)
         if not is_set and hint not in (None, bool) and rest:
             is_set, value = "=", rest.pop(0)
+        if is_set and hint is bool:
+            value = _truth(name, value)
         made.append(f"{name}={_plain(hint, value)}" if is_set else name)
     return made
 
@@ -48,9 +58,27 @@ def _plain(hint: Any, value: str) -> str:
         return _unquoted(value)
     if hint == Entries and re.fullmatch(r"[a-z_]+", value.strip()):
         return repr((value.strip(),))  # a schedule by its name
+    if hint == ByGroup and _is_one_pair(value):
+        return f"({value},)"
     if hint == tuple[str, ...]:
         return repr(_texts(value)) if value.strip() else value
     return value
+
+
+def _is_one_pair(value: str) -> bool:
+    try:
+        read = ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return False
+    return isinstance(read, tuple | list) and isinstance(next(iter(read), None), str)
+
+
+def _truth(name: str, value: str) -> str:
+    word = _TRUTHS.get(_unquoted(value.strip()).lower())
+    if word is None:
+        field = name.lstrip("-")
+        raise UserError(f"{field} is {value!r}; it must be True or False.")
+    return word
 
 
 def whole(value: str) -> str:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from mtp_jax.cli.args import Parser, add_data, positive_int
+from mtp_jax.cli.args import Parser, add_data, add_draft_cache, positive_int
 from mtp_jax.errors import counted
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
 
     asked = {spec: decoder_of(spec) for spec in args.decoder}
     restored = restore.restore_model(args.workdir, step=args.step, heads=args.heads)
-    restored = restored.with_data(args.data)
+    restored = restored.with_data(args.data).with_draft_cache(args.draft_cache)
     chosen, left_out = exact_decoders(restored.config.model, asked)
     given = {name: getattr(args, flag) for flag, name in _SETTINGS.items()}
     given = {name: value for name, value in given.items() if value is not None}
@@ -121,6 +121,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="p-value below which it fails (1e-4)")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object, no more")
     add_data(parser)
+    add_draft_cache(parser)
     return parser.parse_args(argv)
 
 

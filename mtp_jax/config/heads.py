@@ -7,6 +7,7 @@ from mtp_jax.errors import UserError
 
 Kind = Literal["parallel", "linear", "residual", "causal", "anticausal", "serial"]
 Owner = Literal["shared", "own"]
+DraftCache = Literal["per_depth", "shared"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,7 @@ class HeadsConfig:
         "hidden_first"  # of serial ones
     )
     # In decoding serial heads of shared weights can have one cache, not one each.
-    draft_cache: Literal["per_depth", "shared"] = "per_depth"  # of serial heads
+    draft_cache: DraftCache = "per_depth"  # of serial heads
 
     def __post_init__(self):
         wiring, kind = self.wiring, self.kind

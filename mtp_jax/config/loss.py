@@ -44,8 +44,13 @@ class LossConfig:
             "keep one.",
         )
         require(
-            all(w >= 0 for w in self.head_weights) and self.head_decay > 0,
-            "config.loss.head_weights must be 0 or more, head_decay above 0.",
+            all(w >= 0 for w in self.head_weights),
+            f"config.loss.head_weights has {min(self.head_weights or (0,))}; they must "
+            "be 0 or more.",
+        )
+        require(
+            self.head_decay > 0,
+            f"config.loss.head_decay is {self.head_decay}; it must be above 0.",
         )
         require_at_least(
             "loss",
@@ -56,7 +61,8 @@ class LossConfig:
         )
         require(
             all(z >= 0 for z in self.head_z_loss),
-            "config.loss.head_z_loss must be 0 or more.",
+            f"config.loss.head_z_loss has {min(self.head_z_loss or (0,))}; they must "
+            "be 0 or more.",
         )
         require(
             bool(self.teacher),
@@ -116,6 +122,18 @@ class LossConfig:
         """The factor of each head's weight over the steps."""
         return table_of("config.loss.schedule", self.schedule, n, steps)
 
+    def waits(self, n: int, steps: int) -> tuple[bool, ...]:
+        """For each head whether it has no weight at some step, and does no work."""
+        return self._without_weight(n, self.weights(n, steps).ever_zero())
+
+    def weightless(self, n: int, steps: int) -> tuple[bool, ...]:
+        """For each head whether it has no weight at any step."""
+        return self._without_weight(n, self.weights(n, steps).always_zero())
+
+    def _without_weight(self, n: int, by_table: tuple[bool, ...]) -> tuple[bool, ...]:
+        own = [weight == 0 for weight in self.head_weights] or [False] * n
+        return tuple(a or b for a, b in zip(by_table, own, strict=True))
+
     def pulls(self, n: int, steps: int) -> Table:
         """The factor of each head's gradient into what it reads, over the steps."""
         return table_of("config.loss.trunk_gradient", self.trunk_gradient, n, steps)
@@ -124,14 +142,15 @@ class LossConfig:
         """The weights of extra targets over the steps, where there are any."""
         first = self.extra_targets[0]
         count = len(first) - 1 if isinstance(first, tuple) else len(self.extra_targets)
-        return table_of("config.loss.extra_targets", self.extra_targets, count, steps)
+        name = "config.loss.extra_targets"
+        return table_of(name, self.extra_targets, count, steps, "targets, as its first")
 
     def keep_heads(self, n: int) -> "LossConfig":
         """The loss of a model with the first n heads alone: what is one a head is cut.
 
         What n heads cannot have is dropped; it decides nothing that a model computes.
         """
-        return dataclasses.replace(
+        kept = dataclasses.replace(
             self,
             head_weights=self.head_weights[:n],
             head_z_loss=self.head_z_loss[:n],
@@ -139,10 +158,15 @@ class LossConfig:
             trunk_gradient=_cut(self.trunk_gradient, n),
             extra_targets=self.extra_targets if n == 1 else (),
             kind=self.kind if n > 1 else "hard",
+            soft_mix=self.soft_mix if n > 1 else 1.0,
+            teacher=self.teacher if n > 1 else "self",
             balance=self.balance if n > 1 else "none",
             mask=self.mask if n > 1 else "none",
             unembedding_gradient=self.unembedding_gradient if n > 1 else "all",
         )
+        if all(kept.weightless(n, steps=1)):  # those that learned are gone
+            return dataclasses.replace(kept, head_weights=(), schedule=())
+        return kept
 
     def without_lists(self, n: int) -> "LossConfig":
         """The loss of n heads, without what is listed one a head for other heads."""
@@ -167,7 +191,11 @@ class LossConfig:
                 f"config.loss.{name} has {count} values for {n} heads "
                 "(config.model.n_future_tokens).",
             )
-        self.weights(n, steps)
+        require(
+            not all(self.weightless(n, steps)),
+            "config.loss.head_weights and config.loss.schedule leave no head any "
+            "weight at any step; nothing would be trained.",
+        )
         pulls = self.pulls(n, steps)
         self._check_extras(n, steps)
         for name, usual in _OF_SEVERAL.items():

@@ -44,7 +44,12 @@ class Table:
         return all(x == value for row in self.rows for x in row)
 
 
-def table_of(field: str, entries: Entries, n: int, steps: int) -> Table:
+_OF_HEADS = "heads (config.model.n_future_tokens)"
+
+
+def table_of(
+    field: str, entries: Entries, n: int, steps: int, of: str = _OF_HEADS
+) -> Table:
     """The table that the entries of a field stand for.
 
     Args:
@@ -52,6 +57,7 @@ def table_of(field: str, entries: Entries, n: int, steps: int) -> Table:
       entries: what it holds.
       n: numbers of a row, one a head.
       steps: of the run; a named schedule reaches its end with them.
+      of: what the numbers of a row are of, for errors.
 
     Raises:
       UserError: they are none of the forms above, or a number is below 0.
@@ -61,18 +67,21 @@ def table_of(field: str, entries: Entries, n: int, steps: int) -> Table:
     if isinstance(entries[0], str):
         return _named(field, entries[0], entries[1:], n, steps)
     if all(isinstance(x, int | float) for x in entries):
-        _check_row(field, entries, n)
+        _check_row(field, entries, n, of)
         return Table((0,), (entries,))  # type: ignore[arg-type]
-    return _from_rows(field, entries, n)
+    return _from_rows(field, entries, n, of)
 
 
-def _check_row(field: str, row: Any, n: int) -> None:
-    of = "heads (config.model.n_future_tokens)"
+def _check_row(field: str, row: Any, n: int, of: str) -> None:
     require(len(row) == n, f"{field} has {len(row)} values for {n} {of}.")
-    require(all(x >= 0 for x in row), f"{field} must be 0 or more, and has {min(row)}.")
+    require(
+        all(0 <= x < math.inf for x in row),
+        f"{field} must be 0 or more, and has "
+        f"{', '.join(f'{x:g}' for x in row if not 0 <= x < math.inf)}.",
+    )
 
 
-def _from_rows(field: str, rows: Entries, n: int) -> Table:
+def _from_rows(field: str, rows: Entries, n: int, of: str) -> Table:
     for row in rows:
         require(
             isinstance(row, tuple) and len(row) > 0,
@@ -92,7 +101,7 @@ def _from_rows(field: str, rows: Entries, n: int) -> Table:
         "must be whole and rise.",
     )
     for row in found:
-        _check_row(f"{field}, row of step {row[0]:g},", row[1:], n)
+        _check_row(f"{field}, row of step {row[0]:g},", row[1:], n, of)
     return Table(tuple(map(int, starts)), tuple(row[1:] for row in found))
 
 
@@ -201,7 +210,7 @@ def _named(field: str, name: str, settings: Any, n: int, steps: int) -> Table:
     usual, make = NAMED[name]
     require(
         len(settings) in (0, len(usual))
-        and all(isinstance(x, int | float) and x >= 0 for x in settings),
+        and all(isinstance(x, int | float) and 0 <= x < math.inf for x in settings),
         f"{field} is {name} with {settings}; it takes {len(usual)} numbers of 0 or "
         f"more{', as ' + str(usual) if usual else ''}.",
     )

@@ -7,8 +7,10 @@ path before it included, is the share of positions whose path begins with that o
 node.
 Heads that read tokens are given those of the text, and the bias by the token before
 that of the path. The share is the product of the acceptances along the path, each given
-those before it. The nodes with the largest shares are the tree (arXiv:2401.10774,
-section 2.3.3): no tree of as many nodes commits more tokens.
+those before it. Serial heads with one cache read it as in a pass that drafts at that
+position; the others are asked at all positions at once. The nodes with the largest
+shares are the tree (arXiv:2401.10774, section 2.3.3): no tree of as many nodes commits
+more tokens.
 
 Axes: B passages, T tokens of a passage, U positions of it with n - 1 after them, X
 positions of all passages, M = n - 1 drafting heads, D model width, V vocabulary.
@@ -28,9 +30,10 @@ import numpy as np
 from mtp_jax.checkpoint.restore import Restored, as_restored
 from mtp_jax.config import ModelConfig
 from mtp_jax.data.prompts import heldout_passages
-from mtp_jax.decode.cache import chain, decode_trunk, make_cache
+from mtp_jax.decode.cache import Cache, at_slot, chain, decode_trunk, make_cache
 from mtp_jax.decode.decode_model import DecodeModel, build, unstack
 from mtp_jax.decode.decoders.sampling import most_likely
+from mtp_jax.decode.drafting import Anchor, Drafting
 from mtp_jax.decode.head_passes import at_all, read_first
 from mtp_jax.errors import UserError
 from mtp_jax.parallel.sharding import batch_shards, spec
@@ -164,8 +167,11 @@ def _ranks(model: DecodeModel, tokens_BT: jax.Array) -> jax.Array:
     ids_11V = jnp.arange(cfg.vocab_size)[None, None]
     head_BTD, source_BTX, cache = read_first(model, trunk_BTD, new, cache)
     predicted_BT = most_likely(model.logits(head_BTD))
-    others, _ = at_all(model, source_BTX, new, cache, tokens_BT)
     ranks, u = [], t - n + 1
+    if cfg.heads.draft_cache == "shared":
+        others = _at_each(model, source_BTX, cache, tokens_BT)
+    else:
+        others, _ = at_all(model, source_BTX, new, cache, tokens_BT)
     for i, head_BTD in enumerate(others, start=1):
         logits_BUV = model.logits(head_BTD[:, :u], i)
         if model.w_markov_in_Vr is not None:
@@ -181,6 +187,32 @@ def _ranks(model: DecodeModel, tokens_BT: jax.Array) -> jax.Array:
         )
         ranks.append(jnp.sum(before_BUV, axis=-1, dtype=jnp.int32))
     return jnp.stack(ranks, axis=-1)
+
+
+def _at_each(
+    model: DecodeModel, source_BTX: jax.Array, cache: Cache, tokens_BT: jax.Array
+) -> list[jax.Array]:
+    """Normed outputs of serial heads that draft at one position after another.
+
+    With one cache the entries of heads 3 to n are there for one pass alone, so no pass
+    can be made of all positions. [B, U, D] of each head.
+    """
+    n, u = model.cfg.n_future_tokens, tokens_BT.shape[1] - model.cfg.n_future_tokens + 1
+    like_B = jnp.zeros_like(tokens_BT[:, 0])
+
+    def at(cache, position):
+        def one(x_BTX, ahead=0):
+            return at_slot(x_BTX, like_B + position + ahead)[:, None]
+
+        new = chain(one(tokens_BT), like_B + position)
+        anchor = Anchor(one(source_BTX), new, like_B, tokens_BT)
+        drafting = Drafting(model, anchor, cache)
+        found = [drafting.hidden_after(i, one(tokens_BT, i)) for i in range(1, n)]
+        return drafting.cache, jnp.concatenate(found, axis=1)
+
+    _, hidden_UBMD = jax.lax.scan(at, cache, jnp.arange(u))
+    hidden_MBUD = jnp.moveaxis(hidden_UBMD, (0, 2), (2, 0))
+    return [hidden_MBUD[i] for i in range(n - 1)]
 
 
 def choose(ranks_XM: np.ndarray, nodes: int) -> Calibration:

@@ -104,7 +104,7 @@ class Drafting:
         """
         model = self.model
         if model.cfg.heads.wiring.reads_tokens and self._anchor.source_BWX is not None:
-            hidden_B1D = self._serial(head, previous_BP)
+            hidden_B1D = self.hidden_after(head, previous_BP)
         else:
             hidden_B1D = self.all_hidden()[:, head - 1 : head]
         logits_BPV = model.logits(hidden_B1D, head)
@@ -158,8 +158,8 @@ class Drafting:
             for i, x in zip(drafting, streams, strict=True)
         ]
 
-    def _serial(self, head: int, previous_B1: jax.Array) -> jax.Array:
-        """The next head of a serial chain, [B, 1, D]."""
+    def hidden_after(self, head: int, previous_B1: jax.Array) -> jax.Array:
+        """Normed output of the next head of a serial chain after a token, [B, 1, D]."""
         model, cfg, anchor = self.model, self.model.cfg, self._anchor
         if head > 1:  # what head 2 reads is committed
             self._drafts.append(previous_B1)

@@ -2,7 +2,8 @@
 
 AdaMTP (arXiv:2608.00434): a group ends where the next token's law is much less certain
 than this one's. Within it, heads predict as far as its end; at its last token, as far
-as the end of the group after it.
+as the end of the group after it. The law at t is that of token t + 1, so a group of
+positions up to e is of tokens up to e + 1.
 
 Axes: B rows, T positions.
 """

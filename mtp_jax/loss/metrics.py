@@ -71,6 +71,10 @@ def sums_over_targets(
         working_N11 = active_N[:, None, None]
         predicted_NBT = jnp.where(working_N11, predicted_NBT, -1)
         counted_NBT = counted_NBT & working_N11
+        if scores.alpha is not None:
+            # In a chain it may have been run for the heads that read it.
+            alpha_NBT = jnp.where(working_N11, scores.alpha, 0.0)
+            scores = dataclasses.replace(scores, alpha=alpha_NBT)
 
     def total_N(x_NBT):
         return jnp.sum(jnp.where(counted_NBT, x_NBT, 0), (1, 2), dtype=jnp.float32)

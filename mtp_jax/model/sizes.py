@@ -67,10 +67,10 @@ def drafting_entries(cfg: ModelConfig) -> int:
 
     The trunk, all heads, and tables: head 1's, and for drafts the shared one once more,
     or once a draft where the heads have their own or wait for each other's tokens.
-    Weights that all heads share count once: they are read one after another.
+    Weights that all heads share are read once by each of them.
     """
     n, heads = cfg.n_future_tokens, cfg.heads
-    bodies = heads.bodies(n) * kind_of(cfg).entries(cfg)
+    bodies = heads.runs(n) * kind_of(cfg).entries(cfg)
     table = cfg.vocab_size * cfg.d_model
     one_by_one = heads.wait_for_tokens(n) or heads.unembedding == "own"
     drafts = n - 1 if one_by_one else min(n - 1, 1)

@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from mtp_jax.config import ModelConfig
+from mtp_jax.model.heads import kind_of
+from mtp_jax.model.heads.base import layer_entries
 from mtp_jax.model.sizes import drafting_entries, first_entries
 from mtp_jax.parallel.chips import Chip
 
@@ -69,10 +71,39 @@ def least_pass_s(
       drafts: verify n - 1 drafts of each text and make as many; else head 1 alone, one
         token a text.
     """
-    first = first_entries(cfg)
-    read = drafting_entries(cfg) if drafts else first
-    positions = cfg.n_future_tokens if drafts else 1
-    # Drafts are verified at a position each; other heads work at one of them.
-    products = 2.0 * batch_size * (positions * first + read - first)
+    read = drafting_entries(cfg) if drafts else first_entries(cfg)
+    products = pass_products(cfg) if drafts else first_entries(cfg)
     memory_s = read * _ITEMSIZE[cfg.compute_dtype] / chip.hbm_bytes_per_s
-    return max(memory_s, products / chip.peak_flops)
+    return max(memory_s, 2.0 * batch_size * products / chip.peak_flops)
+
+
+def pass_products(cfg: ModelConfig) -> int:
+    """Products with matrix entries in a pass that verifies drafts and drafts again.
+
+    Of one text. The trunk and head 1 work at n positions, the last committed token and
+    its n - 1 drafts. Of the other heads, those that read the trunk and the last of a
+    chain make keys and values at all of them and the rest at one; those that another
+    one reads work at all; serial heads at `HeadsConfig.lookback` more, and with one
+    cache from head 3 on at one alone.
+    """
+    n, heads, wiring = cfg.n_future_tokens, cfg.heads, cfg.heads.wiring
+    table = cfg.vocab_size * (cfg.d_model + heads.markov_rank)
+    found = n * first_entries(cfg) + (n - 1) * table
+    if wiring.reads == "after":
+        return found  # drafting heads are on the way to head 1
+    body = kind_of(cfg).entries(cfg)
+    if not wiring.layered:
+        return found + (n - 1) * body
+    read = n + heads.lookback(n)
+    last_layer = layer_entries(cfg)
+    keys_and_values = 2 * cfg.d_model * cfg.num_kv_heads * cfg.d_head
+    rest = last_layer - keys_and_values
+    one_cache = heads.draft_cache == "shared"
+    for head in range(2, n + 1):
+        if one_cache and head > 2:
+            found += body
+        elif wiring.reads == "trunk" or one_cache or head == n:
+            found += (body - rest) * read + rest
+        else:
+            found += body * read
+    return found

@@ -19,6 +19,7 @@ from mtp_jax.config import (
     as_tree,
     config_from_json,
 )
+from mtp_jax.config.learning import check_learning, idle_options
 from mtp_jax.data.batches import cut_conversations, open_sources
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.tokenizer import save_tokenizer
@@ -33,7 +34,6 @@ from mtp_jax.run.loop import run
 from mtp_jax.run.run_file import lock
 from mtp_jax.run.teacher import load_teacher
 from mtp_jax.storage import workdir_at
-from mtp_jax.training.groups import check_frozen
 
 
 def train(
@@ -79,7 +79,7 @@ def _train(cfg: Config, name: str, cluster: ProcessInfo | None) -> None:
     mesh = make_mesh(cfg.mesh)
     check_divisible(cfg, mesh)
     check_attention(cfg, mesh)
-    check_frozen(cfg)
+    check_learning(cfg)
     part = (jax.process_index(), jax.process_count())
     tokenizer = _tokenizer_of_run(cfg.model, workdir)
     if tokenizer is None:
@@ -87,7 +87,7 @@ def _train(cfg: Config, name: str, cluster: ProcessInfo | None) -> None:
     corpora = open_sources(cfg, part=part, tokenizer=tokenizer)
     _refuse_nothing_held_out(cfg, corpora)
     if jax.process_index() == 0:
-        for line in cut_conversations(cfg, corpora):
+        for line in (*idle_options(cfg), *cut_conversations(cfg, corpora)):
             say(f"mtp-jax: {line}")
     teacher = load_teacher(cfg, mesh, corpora[0].tokenizer)
     _prepare_workdir(workdir, corpora)

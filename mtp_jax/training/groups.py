@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtp_jax.config import Config, ModelConfig
+from mtp_jax.config import ModelConfig
 from mtp_jax.config.optim import GROUPS
-from mtp_jax.errors import UserError
 
 _GROUP_OF = {
     "trunk": "trunk",
@@ -30,33 +29,6 @@ _GROUP_OF = {
 def group_of(name: str) -> str:
     """The group of a parameter of the model, or of a stack of them, by its name."""
     return _GROUP_OF[name]
-
-
-def groups_there(model: ModelConfig) -> list[str]:
-    """The groups that the parameters of a model are of."""
-    n, heads = model.n_future_tokens, model.heads
-    there = {
-        "trunk": model.num_trunk_layers > 0,
-        "heads": heads.bodies(n) > 0,
-        "unembedding": not model.tie_embeddings or (heads.markov_rank > 0 and n > 1),
-        "embedding": True,
-        "norms": True,
-    }
-    return [group for group, is_there in there.items() if is_there]
-
-
-def check_frozen(cfg: Config) -> None:
-    """Refuses a run that trains nothing.
-
-    Raises:
-      UserError: all groups that the model has are frozen.
-    """
-    there = groups_there(cfg.model)
-    if set(there) <= set(cfg.optim.frozen) and not cfg.optim.lora_rank:
-        raise UserError(
-            f"config.optim.frozen has every group of this model ({', '.join(there)}); "
-            "leave one to train."
-        )
 
 
 def trained(params: dict[str, Any], frozen: tuple[str, ...]) -> dict[str, Any]:
@@ -100,7 +72,8 @@ def unless_waiting(cfg: ModelConfig, active_N: jax.Array, new: Any, old: Any) ->
       new, old: parameters, or optimizer states.
     """
     n, heads = cfg.n_future_tokens, cfg.heads
-    # In a chain a body also works for the heads that read it.
+    # In a chain a body also works for the heads that read it, and so does a norm
+    # between them.
     read_N = {
         "trunk": lambda: active_N,
         "before": lambda: jax.lax.cummax(active_N.astype(jnp.int32), reverse=True) > 0,
@@ -115,7 +88,10 @@ def unless_waiting(cfg: ModelConfig, active_N: jax.Array, new: Any, old: Any) ->
             of_bodies = read_N[n - heads.runs(n) :]
             return jnp.any(of_bodies)[None] if heads.shared else of_bodies
         own = {"norm": heads.norm, "w_unembedding": heads.unembedding}
-        return active_N if own.get(names[0]) == "own" else None
+        if own.get(names[0]) != "own":
+            return None
+        between = names[0] == "norm" and heads.hidden == "after"
+        return read_N if between else active_N
 
     def one(path, new, old):
         active = which(path)

@@ -1,0 +1,135 @@
+"""Runs in which nothing learns are refused, and options that change nothing told."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from mtp_jax.config.checks import require
+from mtp_jax.config.loss import LossConfig
+from mtp_jax.config.model import ModelConfig
+from mtp_jax.config.optim import OptimConfig, by_group
+from mtp_jax.config.sections import Config
+
+
+def groups_there(model: ModelConfig) -> list[str]:
+    """The groups that the parameters of a model are of, without low-rank updates."""
+    n, heads = model.n_future_tokens, model.heads
+    there = {
+        "trunk": model.num_trunk_layers > 0,
+        "heads": heads.bodies(n) > 0,
+        "unembedding": not model.tie_embeddings or (heads.markov_rank > 0 and n > 1),
+        "embedding": True,
+        "norms": True,
+    }
+    return [group for group, is_there in there.items() if is_there]
+
+
+def check_learning(cfg: Config) -> None:
+    """Refuses a run that trains nothing.
+
+    Raises:
+      UserError: all groups that the model has are frozen, or have a rate of 0.
+    """
+    there, optim = groups_there(cfg.model), cfg.optim
+    learning = [group for group in there if group not in optim.frozen]
+    learning += ["lora"] * (optim.lora_rank > 0)
+    require(
+        bool(learning),
+        f"config.optim.frozen has every group of this model ({', '.join(there)}); "
+        "leave one to train.",
+    )
+    rates = by_group(optim.rates)
+    require(
+        any(rates.get(group, 1.0) > 0 for group in learning),
+        "config.optim.rates are 0 for every group of this model that is not frozen "
+        f"({', '.join(learning)}); give one of them a rate above 0.",
+    )
+
+
+def idle_options(cfg: Config) -> list[str]:
+    """A line for each option that changes nothing beside the others of a run."""
+    n = cfg.model.n_future_tokens
+    found = [*_of_loss(cfg.loss), *_of_groups(cfg), *_of_trunk(cfg)]
+    if n == 1:
+        found += _of_one_head(cfg.loss)
+    return [
+        f"config.{name} is {value}, and {why}: it changes nothing."
+        for name, value, why in found
+    ]
+
+
+# The field, its value, and why it changes nothing.
+_Idle = Iterator[tuple[str, Any, str]]
+
+
+def _of_loss(loss: LossConfig) -> _Idle:
+    usual = LossConfig()
+    if not loss.needs_teacher and loss.teacher != usual.teacher:
+        yield "loss.teacher", loss.teacher, "with hard targets no teacher is asked"
+    for name, used, why in (
+        ("soft_mix", loss.kind != "hard", "config.loss.kind is hard"),
+        ("teacher_decay", loss.averages_teacher, "no mean over steps teaches"),
+        (
+            "balance_decay",
+            loss.balance in ("encodec", "occ"),
+            f"config.loss.balance is {loss.balance}, which has no means",
+        ),
+        ("balance_budget", loss.balance == "occ", "config.loss.balance is not occ"),
+        ("balance_most", loss.balance == "occ", "config.loss.balance is not occ"),
+        ("mask_threshold", loss.mask != "none", "config.loss.mask is none"),
+    ):
+        value = getattr(loss, name)
+        if not used and value != getattr(usual, name):
+            yield f"loss.{name}", value, why
+
+
+def _of_one_head(loss: LossConfig) -> _Idle:
+    why = "config.model.n_future_tokens is 1"
+    for name in ("head_decay", "acceptance", "gradient_meter"):
+        value = getattr(loss, name)
+        if value != getattr(LossConfig(), name):
+            yield f"loss.{name}", value, why
+    for name in ("schedule", "trunk_gradient"):
+        value = getattr(loss, name)
+        if value and isinstance(value[0], str):
+            yield f"loss.{name}", value[0], f"{why}, which every name gives 1"
+
+
+def _of_trunk(cfg: Config) -> _Idle:
+    """Options of gradients into the trunk, where those train nothing."""
+    loss, optim, n = cfg.loss, cfg.optim, cfg.model.n_future_tokens
+    below = {"trunk", "embedding"} & set(groups_there(cfg.model))
+    if below <= set(optim.frozen) and not optim.lora_rank:
+        why = "nothing that the heads read is trained (config.optim.frozen)"
+        if loss.balance != "none":
+            yield "loss.balance", loss.balance, why
+        if loss.trunk_gradient and cfg.heads.wiring.reads == "trunk":
+            yield "loss.trunk_gradient", loss.trunk_gradient, why
+    if loss.balance != "none" and all(loss.weightless(n, cfg.train.steps)[1:]):
+        yield "loss.balance", loss.balance, "heads 2 to n have no weight at any step"
+    if loss.balance == "occ" and loss.balance_budget > loss.balance_most:
+        yield (
+            "loss.balance_budget",
+            loss.balance_budget,
+            f"no head takes more than config.loss.balance_most ({loss.balance_most}), "
+            "and so no mean of them; what it has beyond that",
+        )
+
+
+def _of_groups(cfg: Config) -> _Idle:
+    optim, there = cfg.optim, groups_there(cfg.model)
+    for name in ("rates", "decays", "clips"):
+        for group, value in by_group(getattr(optim, name)).items():
+            field = f"optim.{name} of {group}"
+            if group == "lora" and not optim.lora_rank:
+                yield field, value, "config.optim.lora_rank is 0"
+            elif group != "lora" and group not in there:
+                tied = cfg.model.tie_embeddings and group == "unembedding"
+                own = ", which is its embedding" if tied else ""
+                yield field, value, f"this model has no {group} of its own{own}"
+            elif group in optim.frozen:
+                yield field, value, f"config.optim.frozen has {group}"
+    usual = OptimConfig()
+    if not optim.lora_rank and optim.lora_alpha != usual.lora_alpha:
+        yield "optim.lora_alpha", optim.lora_alpha, "config.optim.lora_rank is 0"
+    if optim.schedule != "wsd" and optim.decay_share != usual.decay_share:
+        yield "optim.decay_share", optim.decay_share, "config.optim.schedule is not wsd"

@@ -227,7 +227,7 @@ def test_a_head_of_no_weight_stands_still_as_one_that_waits(one_device):
     for name, x in leaves(state.params["heads"]).items():
         np.testing.assert_array_equal(x[1], before[name][1], err_msg=name)
         assert (x[[0, 2]] != before[name][[0, 2]]).any(), name
-    assert np.isnan(metrics["loss_N"]).tolist() == [False, True, False]
+    assert np.isfinite(metrics["loss_N"]).all()  # it is measured
 
 
 @pytest.mark.parametrize("hidden", ["before", "after"])
@@ -248,14 +248,14 @@ def test_a_norm_that_later_heads_read_through_is_trained_with_them(hidden, one_d
 
 
 def test_idle_heads_skip_their_work_and_change_no_gradient(one_device):
-    """Gradients are those of a run in which these heads weigh next to nothing."""
+    """Gradients are those of a run in which these heads weigh nothing."""
     table = ((0, 1, 0, 1),)
     for kind in ("hard", "kl"):
         fields = {"kind": kind, "gradient_meter": True}
         found, skips = [], []
         for loss in (
             LossConfig(schedule=table, **fields),
-            LossConfig(head_weights=(1.0, 1e-30, 1.0), **fields),
+            LossConfig(head_weights=(1.0, 0.0, 1.0), **fields),
         ):
             cfg = config_of(loss)
             params = make_init(cfg)(jax.random.key(0)).params

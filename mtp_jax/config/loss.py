@@ -123,7 +123,7 @@ class LossConfig:
         return table_of("config.loss.schedule", self.schedule, n, steps)
 
     def waits(self, n: int, steps: int) -> tuple[bool, ...]:
-        """For each head whether it has no weight at some step, and does no work."""
+        """For each head whether it has no weight at some step, and stands still."""
         return self._without_weight(n, self.weights(n, steps).ever_zero())
 
     def weightless(self, n: int, steps: int) -> tuple[bool, ...]:

@@ -161,6 +161,7 @@ class LogConfig:
 
     every: int = 10  # steps
     tensorboard: bool = True  # also write its event files
+    wandb: str = ""  # project of Weights & Biases to log to, too; empty: none
     profile_step: int = 0  # first step of a profiler trace; 0: no trace
     profile_steps: int = 3  # how many steps it covers
 

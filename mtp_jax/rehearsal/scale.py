@@ -104,7 +104,9 @@ def scale_down(
         ),
         eval=dataclasses.replace(cfg.eval, every=0),
         init=InitConfig(),
-        log=dataclasses.replace(cfg.log, every=1, tensorboard=False, profile_step=0),
+        log=dataclasses.replace(
+            cfg.log, every=1, tensorboard=False, wandb="", profile_step=0
+        ),
     )
 
 

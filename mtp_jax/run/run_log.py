@@ -1,20 +1,21 @@
 """The log of a run: files of records for tools, lines for people.
 
 `metrics.jsonl` has one object a logged step, `heldout.jsonl` one an evaluation;
-TensorBoard gets the same scalars, and the time in a form of its own.
+the other logs of a run (`scalar_logs`) get their numbers.
 """
 
 import contextlib
 import json
 import math
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from etils import epath
 
+from mtp_jax.run.scalar_logs import ScalarLog
 from mtp_jax.run.screen import Screen
-from mtp_jax.run.tensorboard import TensorBoardFile
 from mtp_jax.storage import is_remote, write_atomically
 
 _REMOTE_EVERY_S = 30.0
@@ -24,36 +25,39 @@ class RunLog:
     """The log files of a workdir; only process 0 writes."""
 
     def __init__(
-        self, workdir: epath.Path, start_step: int, tensorboard: bool, screen: Screen
+        self,
+        workdir: epath.Path,
+        start_step: int,
+        scalar_logs: Callable[[], Sequence[ScalarLog]],
+        screen: Screen,
     ):
         """Opens them, and drops records after `start_step`: those steps come again."""
         self._active = jax.process_index() == 0
         self.screen = screen
         self._files: dict[str, Any] = {}
-        self._tensorboard = None
+        self._scalar_logs: Sequence[ScalarLog] = ()
         if not self._active:
             return
         for name in ("metrics.jsonl", "heldout.jsonl"):
             _keep_until(workdir / name, start_step)
             self._files[name] = _Lines(workdir / name)
-        if tensorboard:
-            self._tensorboard = TensorBoardFile(workdir / "tensorboard", start_step)
+        self._scalar_logs = scalar_logs()
 
     def write(self, name: str, record: dict[str, Any]) -> None:
-        """Appends a record to a file, and its numbers to TensorBoard."""
+        """Appends a record to a file, and gives its numbers to the other logs."""
         if not self._active:
             return
         # JSON has no NaN: a number that is not finite is null there.
         plain = {k: None if _not_finite(v) else v for k, v in record.items()}
         self._files[name].add(json.dumps(plain, allow_nan=False) + "\n")
-        if self._tensorboard is not None:
-            group = name.removesuffix(".jsonl")
-            scalars = {
-                f"{group}/{key}": value
-                for key, value in record.items()
-                if key not in ("step", "time") and isinstance(value, (int, float))
-            }
-            self._tensorboard.add(record["step"], scalars)
+        group = name.removesuffix(".jsonl")
+        scalars = {
+            f"{group}/{key}": value
+            for key, value in record.items()
+            if key not in ("step", "time") and isinstance(value, (int, float))
+        }
+        for log in self._scalar_logs:
+            log.add(record["step"], scalars)
 
     def sync(self) -> None:
         """Writes to the files what an object store has not got yet."""
@@ -70,8 +74,8 @@ class RunLog:
         with contextlib.ExitStack() as stack:  # all of them, also if the disk is full
             for file in self._files.values():
                 stack.callback(file.close)
-            if self._tensorboard is not None:
-                stack.callback(self._tensorboard.close)
+            for log in self._scalar_logs:
+                stack.callback(log.close)
 
 
 class _Lines:

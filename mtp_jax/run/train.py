@@ -32,6 +32,7 @@ from mtp_jax.model.attention import check_attention
 from mtp_jax.parallel.sharding import check_divisible, make_mesh
 from mtp_jax.run.loop import run
 from mtp_jax.run.run_file import lock
+from mtp_jax.run.scalar_logs import check_scalar_logs
 from mtp_jax.run.teacher import load_teacher
 from mtp_jax.storage import workdir_at
 
@@ -75,6 +76,7 @@ def train(
 def _train(cfg: Config, name: str, cluster: ProcessInfo | None) -> None:
     workdir = workdir_at(name)
     check_workers("config.data.workers", cfg.data.workers)
+    check_scalar_logs(cfg)
     _start_jax(cfg, cluster, workdir)
     mesh = make_mesh(cfg.mesh)
     check_divisible(cfg, mesh)

@@ -68,7 +68,7 @@ def unless_waiting(cfg: ModelConfig, active_N: jax.Array, new: Any, old: Any) ->
 
     Args:
       cfg: of the model.
-      active_N: False for heads that wait, bool.
+      active_N: False for heads that wait or have no weight, bool.
       new, old: parameters, or optimizer states.
     """
     n, heads = cfg.n_future_tokens, cfg.heads

@@ -114,7 +114,7 @@ def step_weights(
         factor_N = factors(loss, balance, weight_N)
         pull_N = factor_N if pull_N is None else pull_N * factor_N
     active_N = None
-    if any(loss.waits(n, steps)[1:]):
+    if any(loss.weights(n, steps).ever_zero()[1:]):
         # Head 1 always works: others learn from it, and are compared with it.
         active_N = (weight_N > 0).at[0].set(True)
     return StepWeights(
@@ -249,8 +249,9 @@ def make_step(
         learning = trained(before, cfg.optim.frozen)
         updates, opt_state = optimizer.update(grads, state.opt_state, learning)
         after = optax.apply_updates(learning, updates)
-        if weights.active_N is not None:
-            of_heads = (cfg.model, weights.active_N)
+        if any(cfg.loss.waits(cfg.model.n_future_tokens, cfg.train.steps)[1:]):
+            # Those of no weight do not learn, whether or not they are measured.
+            of_heads = (cfg.model, (weights.weight_N > 0).at[0].set(True))
             after = unless_waiting(*of_heads, after, learning)
             opt_state = unless_waiting(*of_heads, opt_state, state.opt_state)
         after = together(after, before)

@@ -1,0 +1,85 @@
+"""Runs logged to Weights & Biases, offline: what its file holds afterwards."""
+
+import importlib.util
+import json
+import struct
+
+import pytest
+from models import tiny_config
+from runs import complete, train_args
+
+from mtp_jax.config import LogConfig
+from mtp_jax.errors import UserError
+from mtp_jax.run.scalar_logs import check_scalar_logs
+
+_BLOCK, _HEADER = 32_768, 7
+there = importlib.util.find_spec("wandb") is not None
+
+
+def records(path):
+    """Records of a .wandb file: pieces in blocks of 32 KiB, as LevelDB's logs."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, made = path.read_bytes(), _HEADER, []
+    assert data[:4] == b":W&B"
+    while at < len(data):
+        left = _BLOCK - at % _BLOCK
+        if left < _HEADER:  # zeros to the end of the block
+            at += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + _HEADER])
+        piece = data[at + _HEADER : at + _HEADER + length]
+        made = [*made[:-1], made[-1] + piece] if kind in (3, 4) else [*made, piece]
+        at += _HEADER + length
+    return [Record.FromString(x) for x in made]
+
+
+def history(path):
+    """Rows of logged numbers, by their names."""
+    return [
+        {(x.key or ".".join(x.nested_key)): json.loads(x.value_json)
+         for x in record.history.item}
+        for record in records(path)
+        if record.WhichOneof("record_type") == "history"
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not there, reason="needs wandb")
+def test_starts_of_a_run_are_one_run_there(corpus_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    workdir = tmp_path / "run"
+    for steps in (4, 6):
+        code, out, err = complete(
+            train_args(
+                workdir, corpus_dir, "--config.log.wandb=mine",
+                f"--config.train.steps={steps}", "--config.checkpoint.every=4",
+            )
+        )  # fmt: skip
+        assert code == 0, err
+        assert "wandb" not in out
+
+    files = sorted(workdir.glob("wandb/offline-run-*/*.wandb"))
+    assert len(files) == 2
+    begun = [
+        next(r.run for r in records(file) if r.WhichOneof("record_type") == "run")
+        for file in files
+    ]
+    assert begun[0].run_id == begun[1].run_id == (workdir / "wandb/id").read_text()
+    assert {x.project for x in begun} == {"mine"}
+    config = {x.key: json.loads(x.value_json) for x in begun[0].config.update}
+    assert config["train"]["steps"] == 4 and config["log"]["wandb"] == "mine"
+    rows = [row for file in files for row in history(file)]
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    written = [json.loads(line) for line in lines]
+    assert [row["step"] for row in rows] == [row["step"] for row in written]
+    assert [row["metrics/loss"] for row in rows] == [row["loss"] for row in written]
+
+
+def test_without_its_package_it_is_refused_before_anything_else(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    cfg = tiny_config()
+    check_scalar_logs(cfg)
+    log = LogConfig(wandb="mine")
+    with pytest.raises(UserError, match=r"pip install 'mtp-jax\[wandb\]'"):
+        check_scalar_logs(type(cfg)(model=cfg.model, log=log))

@@ -50,14 +50,13 @@ def test_starts_of_a_run_are_one_run_there(corpus_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     workdir = tmp_path / "run"
     for steps in (4, 6):
-        code, out, err = complete(
+        out = complete(
             train_args(
                 workdir, corpus_dir, "--config.log.wandb=mine",
                 f"--config.train.steps={steps}", "--config.checkpoint.every=4",
             )
         )  # fmt: skip
-        assert code == 0, err
-        assert "wandb" not in out
+        assert "wandb:" not in out
 
     files = sorted(workdir.glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == 2

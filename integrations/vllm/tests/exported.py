@@ -86,12 +86,13 @@ def corpus_of(folder, texts, heldout):
     return folder / "corpus"
 
 
-def trained_on_dates(folder):
-    """The workdir of a model that learned to go on with dates."""
+def trained_on_dates(folder, other=None):
+    """The workdir of a model that learned to go on with dates, of other fields too."""
     draw = random.Random(0)
     starts = [[draw.randrange(n) for n in (7, 28, 12)] for _ in range(600)]
     texts = [dates(*start, count=draw.randrange(3, 12)) for start in starts]
     fields = MODEL | {"data.sources": corpus_of(folder / "dates", texts, 0.1)}
+    fields |= other or {}
     settings = [f"--config.{name}={value}" for name, value in fields.items()]
     file = f"--config={ROOT / 'configs' / 'tiny.py'}"
     mtp_jax("train", file, f"--workdir={folder / 'run'}", *settings)

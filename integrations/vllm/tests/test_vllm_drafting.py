@@ -232,27 +232,49 @@ def test_head_2_as_eagle3_is_accepted_as_often(workdir, folder, plain, tmp_path)
     assert ours["accepted"][0] > 0.5 * ours["drafts"]
 
 
+@pytest.fixture(scope="module")
+def one_head(workdir):
+    """The workdir of the model without its other heads."""
+    output = workdir.parent / "one_head"
+    mtp_jax("grow", f"--workdir={workdir}", f"--output={output}", "--heads=1")
+    return output
+
+
 @pytest.mark.parametrize(
     "heads, fields",
     [
         (4, {"norm": "own", "markov_rank": 4}),
         (4, {"kind": "causal", "unembedding": "own"}),
         (3, {"kind": "linear", "norm": "own"}),
-        (3, {"kind": "residual", "layers": 2, "unembedding": "own"}),
         (2, {"layers": 2}),
     ],
-    ids=["bias", "causal", "linear", "residual", "deep"],
+    ids=["bias", "causal", "linear", "deep"],
 )
-def test_every_kind_drafts_as_the_own_decoder(workdir, plain, tmp_path, heads, fields):
+def test_every_kind_drafts_as_the_own_decoder(one_head, plain, tmp_path, heads, fields):
     grown = tmp_path / "grown"
     options = [f"--config.heads.{name}={value}" for name, value in fields.items()]
     options += [f"--heads={heads}", f"--output={grown}", "--fit_tokens=8192"]
-    mtp_jax("grow", f"--workdir={workdir}", *options)
-    folder = exported.exported(grown, tmp_path / "hf")
+    mtp_jax("grow", f"--workdir={one_head}", *options)
 
+    found = drafts_as_here(grown, tmp_path)
+
+    assert found["ids"] == plain[0]
+
+
+def test_residual_heads_draft_as_the_own_decoder(tmp_path):
+    heads = {"kind": "residual", "layers": 2, "unembedding": "own", "norm": "own"}
+    fields = {f"heads.{name}": value for name, value in heads.items()}
+    smaller = {"model.num_layers": 3, "model.n_future_tokens": 3}
+
+    drafts_as_here(trained_on_dates(tmp_path, fields | smaller), tmp_path)
+
+
+def drafts_as_here(workdir, tmp_path):
+    """What vLLM wrote and counted with an export, after a comparison with mtp_jax."""
+    folder = exported.exported(workdir, tmp_path / "hf")
     [found] = run_engine(tmp_path, arguments(folder), JOB)
-
-    passes, ids = passes_here(grown, tmp_path)
-    assert found["ids"] == ids == plain[0]
+    passes, ids = passes_here(workdir, tmp_path)
+    assert found["ids"] == ids
     assert passes_of(found) == passes
     assert found["accepted"][0] > 0
+    return found

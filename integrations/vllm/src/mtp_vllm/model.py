@@ -33,7 +33,7 @@ class LlamaWithHeadsForCausalLM(LlamaForCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         model = vllm_config.model_config
         about = read_heads(model.hf_config.to_dict(), model.model)
-        drafts = _drafts_of(vllm_config)
+        drafts = drafts_of(vllm_config)
         check_drafts(drafts, about, model.model)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.mtp_heads = Heads(vllm_config, about, drafts, self.model.norm)
@@ -98,7 +98,7 @@ class LlamaWithHeadsForCausalLM(LlamaForCausalLM):
         return AutoWeightsLoader(self).load_weights(weights)
 
 
-def _drafts_of(vllm_config: VllmConfig) -> int:
+def drafts_of(vllm_config: VllmConfig) -> int:
     """The number of drafts a step of an engine.
 
     Raises:

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from vllm.config import VllmConfig
 
+from mtp_vllm.folder import Refused
 from mtp_vllm.model import LlamaWithHeadsForCausalLM
 
 
@@ -19,9 +20,13 @@ class HeadsProposer:
         self._max_tokens = vllm_config.model_config.max_model_len
 
     def load_model(self, target_model: torch.nn.Module) -> None:
-        """Takes the loaded model, whose heads draft."""
+        """Takes the loaded model, whose heads draft.
+
+        Raises:
+          Refused: it is another one, without heads.
+        """
         if not isinstance(target_model, LlamaWithHeadsForCausalLM):
-            raise TypeError(
+            raise Refused(
                 f"{type(target_model).__name__} keeps no states of heads to draft "
                 "from; pass hf_overrides of mtp_vllm.arguments(), too."
             )

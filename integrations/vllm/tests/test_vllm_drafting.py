@@ -144,6 +144,7 @@ def share_is(share, result, position):
 def test_a_batch_says_what_it_says_without_drafts(plain, drafting):
     first = drafting[0]
 
+    print(f"{8 * NEW} tokens in {passes_of(first)} passes")
     assert len(first["ids"]) == 8
     assert first["ids"] == plain[0]
     assert len({tuple(ids) for ids in plain[0]}) == 8
@@ -218,6 +219,14 @@ def test_the_engine_may_have_a_process_of_its_own(folder, drafting, tmp_path):
     assert found == drafting[0]
 
 
+def test_a_compiled_model_drafts_the_same(folder, drafting, tmp_path):
+    compiled = arguments(folder) | {"enforce_eager": False}
+
+    [found] = run_engine(tmp_path, compiled, JOB)
+
+    assert found == drafting[0]
+
+
 def test_head_2_as_eagle3_is_accepted_as_often(workdir, folder, plain, tmp_path):
     eagle = exported.exported(workdir, tmp_path / "eagle3", "eagle3")
     about = {"method": "eagle3", "model": str(eagle), "num_speculative_tokens": 1}
@@ -261,12 +270,17 @@ def test_every_kind_drafts_as_the_own_decoder(one_head, plain, tmp_path, heads, 
     assert found["ids"] == plain[0]
 
 
-def test_residual_heads_draft_as_the_own_decoder(tmp_path):
-    heads = {"kind": "residual", "layers": 2, "unembedding": "own", "norm": "own"}
-    fields = {f"heads.{name}": value for name, value in heads.items()}
-    smaller = {"model.num_layers": 3, "model.n_future_tokens": 3}
+def test_residual_heads_of_a_tied_model_draft_as_the_own_decoder(tmp_path):
+    fields = {
+        "heads.kind": "residual",
+        "heads.layers": 2,
+        "heads.norm": "own",
+        "model.tie_embeddings": True,
+        "model.num_layers": 3,
+        "model.n_future_tokens": 3,
+    }
 
-    drafts_as_here(trained_on_dates(tmp_path, fields | smaller), tmp_path)
+    drafts_as_here(trained_on_dates(tmp_path, fields), tmp_path)
 
 
 def drafts_as_here(workdir, tmp_path):

@@ -48,10 +48,11 @@ def test_the_command_tells_vllm_what_python_tells_it(tmp_path):
 
     words = shlex.split(serve_command(str(folder), 2))
 
-    assert words[:3] == ["vllm", "serve", str(folder)]
-    assert words[3::2] == ["--hf-overrides", "--speculative-config"]
-    assert json.loads(words[4]) == told["hf_overrides"]
-    assert json.loads(words[6]) == told["speculative_config"]
+    assert words[:3] == ["python", "-m", "vllm.entrypoints.openai.api_server"]
+    assert words[3::2] == ["--model", "--hf-overrides", "--speculative-config"]
+    assert words[4] == told["model"]
+    assert json.loads(words[6]) == told["hf_overrides"]
+    assert json.loads(words[8]) == told["speculative_config"]
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,21 @@ import json
 import os
 import pathlib
 import random
+import shlex
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 
 import exported
 import pytest
+from engine import SETTINGS
 from exported import LENGTH, corpus_of, dates, ids_of, mtp_jax, trained_on_dates
 from mtp_vllm import arguments
+from mtp_vllm.__main__ import serve_command
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed", allow_module_level=True)
@@ -217,6 +225,50 @@ def test_the_engine_may_have_a_process_of_its_own(folder, drafting, tmp_path):
     [found] = run_engine(tmp_path, arguments(folder), JOB, own_process=True)
 
     assert found == drafting[0]
+
+
+def test_a_server_answers_with_the_same_text(folder, plain, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = shlex.split(serve_command(str(folder)))[1:]
+    words += ["--dtype=float32", "--enforce-eager", "--host=127.0.0.1"]
+    words += [f"--port={port}", f"--max-model-len={2 * LENGTH}"]
+    env = os.environ | SETTINGS | {"PYTHONPATH": str(HERE.parent / "src")}
+    asked = {"prompt": PROMPTS[3], "temperature": 0, "max_tokens": NEW}
+    log = (tmp_path / "log").open("wb")
+    server = subprocess.Popen(
+        [sys.executable, *words],
+        env=env,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
+    try:
+        answer = answer_of(server, f"http://127.0.0.1:{port}", asked)
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)
+        log.close()
+
+    assert answer["choices"][0]["text"] == bytes(plain[0][3]).decode()
+
+
+def answer_of(server, address, asked, patience_s=600):
+    """What a server completes, once it can."""
+    request = urllib.request.Request(
+        f"{address}/v1/completions",
+        json.dumps(asked).encode(),
+        {"Content-Type": "application/json"},
+    )
+    end = time.monotonic() + patience_s
+    while time.monotonic() < end and server.poll() is None:
+        try:
+            with urllib.request.urlopen(request) as answer:
+                return json.load(answer)
+        except urllib.error.URLError:
+            time.sleep(1)
+    raise AssertionError(f"no answer; exit code {server.poll()}")
 
 
 def test_a_compiled_model_drafts_the_same(folder, drafting, tmp_path):

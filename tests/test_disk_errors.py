@@ -20,7 +20,6 @@ from mtp_jax.config import CheckpointConfig, Config
 from mtp_jax.data.prepare import prepare
 from mtp_jax.errors import RunFailed, UserError
 from mtp_jax.run.run_log import RunLog
-from mtp_jax.run.scalar_logs import scalar_logs
 from mtp_jax.run.screen import Screen
 from mtp_jax.storage import workdir_at, write_atomically
 
@@ -72,7 +71,7 @@ def test_a_file_is_the_old_one_where_the_new_one_does_not_fit(tmp_path):
 
 def test_scalars_that_do_not_fit_are_an_error_in_the_thread_that_has_them(tmp_path):
     workdir = epath.Path(tmp_path)
-    log = RunLog(workdir, 0, lambda: scalar_logs(Config(), workdir, 0), Screen(False))
+    log = RunLog(Config(), workdir, 0, Screen(False))
 
     with files_of_at_most(6000), pytest.raises(OSError, match="File too large"):
         for step in range(200):

@@ -26,7 +26,6 @@ from mtp_jax.run.profiler import Profiler
 from mtp_jax.run.run_file import RunFile
 from mtp_jax.run.run_log import RunLog
 from mtp_jax.run.saver import Saver
-from mtp_jax.run.scalar_logs import scalar_logs
 from mtp_jax.run.screen import COMMAND, Screen
 from mtp_jax.run.start import Start, compile_on_all, open_local, restore_or_init
 from mtp_jax.run.step_log import StepLog
@@ -72,9 +71,7 @@ def run(
         goodput=goodput,
         spent=start.seconds,
     )
-    log = RunLog(
-        workdir, start.step, lambda: scalar_logs(cfg, workdir, start.step), screen
-    )
+    log = RunLog(cfg, workdir, start.step, screen)
     told_of: dict[str, Any] = {"log": log, "goodput": goodput}
     try:
         log.say(_opening(cfg, start, workdir))

@@ -8,13 +8,13 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from etils import epath
 
-from mtp_jax.run.scalar_logs import ScalarLog
+from mtp_jax.config import Config
+from mtp_jax.run.scalar_logs import ScalarLog, scalar_logs
 from mtp_jax.run.screen import Screen
 from mtp_jax.storage import is_remote, write_atomically
 
@@ -25,23 +25,19 @@ class RunLog:
     """The log files of a workdir; only process 0 writes."""
 
     def __init__(
-        self,
-        workdir: epath.Path,
-        start_step: int,
-        scalar_logs: Callable[[], Sequence[ScalarLog]],
-        screen: Screen,
+        self, cfg: Config, workdir: epath.Path, start_step: int, screen: Screen
     ):
         """Opens them, and drops records after `start_step`: those steps come again."""
         self._active = jax.process_index() == 0
         self.screen = screen
         self._files: dict[str, Any] = {}
-        self._scalar_logs: Sequence[ScalarLog] = ()
+        self._scalar_logs: list[ScalarLog] = []
         if not self._active:
             return
         for name in ("metrics.jsonl", "heldout.jsonl"):
             _keep_until(workdir / name, start_step)
             self._files[name] = _Lines(workdir / name)
-        self._scalar_logs = scalar_logs()
+        self._scalar_logs = scalar_logs(cfg, workdir, start_step)
 
     def write(self, name: str, record: dict[str, Any]) -> None:
         """Appends a record to a file, and gives its numbers to the other logs."""

@@ -103,14 +103,16 @@ def test_a_whole_number_may_be_written_with_an_exponent(value, steps):
     assert config_from(TINY, ["--config.train.steps", value]).train.steps == steps
 
 
-@pytest.mark.parametrize("value", ["('heads',2)", "(('heads',2),)", "['heads', 2.0]"])
+@pytest.mark.parametrize(
+    "value", ["('heads',2)", "(('heads',2),)", "['heads', 2.0]", "'heads',2"]
+)
 def test_one_group_and_its_number_need_no_second_pair_of_brackets(value):
     rates = config_from(TINY, [f"--config.optim.rates={value}"]).optim.rates
     assert rates == (("heads", 2),)
 
 
 @pytest.mark.parametrize(
-    ("value", "tied"), [("yes", True), ("True", True), ("no", False), ("0", False)]
+    ("value", "tied"), [("yes", True), ("t", True), ("f", False), ("0", False)]
 )
 def test_truth_has_several_words(value, tied):
     option = f"--config.model.tie_embeddings={value}"

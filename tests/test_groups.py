@@ -230,6 +230,16 @@ def test_a_head_of_no_weight_stands_still_as_one_that_waits(one_device):
     assert np.isfinite(metrics["loss_N"]).all()  # it is measured
 
 
+def test_a_head_of_no_weight_is_measured_while_others_wait(one_device):
+    loss = LossConfig(head_weights=(1.0, 0.0, 1.0), schedule=((0, 1, 1, 0),))
+    cfg = config_of(loss)
+    state = make_init(cfg)(jax.random.key(0))
+
+    _, metrics = make_step(cfg)(state, batch())
+
+    assert np.isnan(metrics["loss_N"]).tolist() == [False, False, True]
+
+
 @pytest.mark.parametrize("hidden", ["before", "after"])
 def test_a_norm_that_later_heads_read_through_is_trained_with_them(hidden, one_device):
     heads = {"kind": "serial", "norm": "own", "hidden": hidden}

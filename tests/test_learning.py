@@ -41,7 +41,6 @@ IDLE = [
     ("loss.mask_threshold is 1.0", {"loss": {"mask_threshold": 1.0}}),
     ("loss.head_decay is 0.5", {"loss": {"head_decay": 0.5}, **ONE}),
     ("loss.acceptance is True", {"loss": {"acceptance": True}, **ONE}),
-    ("loss.gradient_meter is True", {"loss": {"gradient_meter": True}, **ONE}),
     ("loss.schedule is linear", {"loss": {"schedule": ("linear",)}, **ONE}),
     ("loss.trunk_gradient is warmup", {"loss": {"trunk_gradient": ("warmup",)}, **ONE}),
     (
@@ -55,10 +54,6 @@ IDLE = [
     (
         "loss.trunk_gradient is (1.0, 0.5)",
         {"loss": {"trunk_gradient": (1.0, 0.5)}, "optim": {"frozen": BELOW}},
-    ),
-    (
-        "loss.balance_budget is 5.0",
-        {"loss": {"balance": "occ", "balance_budget": 5.0}},
     ),
     ("optim.rates of lora is 2.0", {"optim": {"rates": (("lora", 2.0),)}}),
     (
@@ -84,13 +79,14 @@ def test_an_option_that_changes_nothing_is_told(words, fields):
     [line] = idle_options(config_of(**fields))
 
     assert line.startswith(f"config.{words}, and ")
-    assert line.endswith(": it changes nothing.")
+    assert line.endswith(": it changes nothing that is learned.")
 
 
 USED = [
     {"loss": {"teacher": "ema", "kind": "kl", "soft_mix": 0.5, "teacher_decay": 0.9}},
     {"loss": {"teacher": "ema", "acceptance": True}},
-    {"loss": {"balance": "occ", "balance_budget": 0.5, "balance_decay": 0.9}},
+    {"loss": {"balance": "occ", "balance_budget": 5.0, "balance_decay": 0.9}},
+    {"loss": {"gradient_meter": True}, **ONE},
     {"loss": {"mask": "entropy", "mask_threshold": 1.0, "head_decay": 0.5}},
     {"loss": {"balance": "pcgrad"}, "optim": {"frozen": BELOW, "lora_rank": 2}},
     {"loss": {"extra_targets": (1.0, 0.5)}, **ONE},
@@ -121,13 +117,13 @@ def test_configs_of_the_project_have_no_idle_option(name, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["linear", "parallel"])
-def test_fewer_heads_leave_nothing_idle_and_something_to_learn(kind):
+def test_fewer_heads_leave_nothing_idle(kind):
     loss = {"kind": "kl", "soft_mix": 0.5, "teacher": "ema", "head_weights": (0.0, 1.0)}
     cfg = config_of(loss, heads=HeadsConfig(kind=kind))
 
     kept = cfg.keep_heads(1)
 
-    assert kept.loss.head_weights == () and kept.loss.kind == "hard"
+    assert kept.loss.head_weights == (0.0,) and kept.loss.kind == "hard"
     assert idle_options(kept) == []
 
 
@@ -140,10 +136,15 @@ def test_fewer_heads_leave_nothing_idle_and_something_to_learn(kind):
         ({"head_weights": (0.0,)}, ONE),
     ],
 )
-def test_heads_without_any_weight_are_refused(loss, model):
+def test_heads_without_any_weight_are_refused_where_they_are_trained(loss, model):
+    cfg = config_of(loss, **model)  # a checkpoint of such a run can be read
     with pytest.raises(UserError, match="leave no head any weight") as error:
-        config_of(loss, **model)
+        check_learning(cfg)
     assert "\n" not in str(error.value)
+
+
+def test_extra_targets_alone_are_something_to_learn():
+    check_learning(config_of({"head_weights": (0.0,), "extra_targets": (1.0,)}, **ONE))
 
 
 @pytest.mark.parametrize(

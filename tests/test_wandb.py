@@ -3,14 +3,17 @@
 import importlib.util
 import json
 import struct
+import sys
 
 import pytest
+from etils import epath
 from models import tiny_config
 from runs import complete, train_args
 
 from mtp_jax.config import LogConfig
 from mtp_jax.errors import UserError
 from mtp_jax.run.scalar_logs import check_scalar_logs
+from mtp_jax.run.weights_and_biases import WandbRun
 
 _BLOCK, _HEADER = 32_768, 7
 there = importlib.util.find_spec("wandb") is not None
@@ -82,3 +85,60 @@ def test_without_its_package_it_is_refused_before_anything_else(monkeypatch):
     log = LogConfig(wandb="mine")
     with pytest.raises(UserError, match=r"pip install 'mtp-jax\[wandb\]'"):
         check_scalar_logs(type(cfg)(model=cfg.model, log=log))
+
+
+class Lost:
+    """Stands in for the library, which fails after the run began."""
+
+    Error = RuntimeError
+
+    def __init__(self):
+        self.calls = []
+
+    def init(self, **_):
+        return self
+
+    def define_metric(self, *_, **__):
+        pass
+
+    def log(self, row):
+        self.calls.append(row)
+        raise OSError("the service is gone")
+
+    def finish(self, **options):
+        self.calls.append(options)
+
+
+def test_a_run_goes_on_where_its_service_is_lost(tmp_path, monkeypatch, capsys):
+    lost = Lost()
+    monkeypatch.setitem(sys.modules, "wandb", lost)
+    run = WandbRun(tiny_config(), epath.Path(tmp_path))
+    for step in (1, 2):
+        run.add(step, {"loss": 1.0})
+    run.close(failed=False)
+
+    assert lost.calls == [{"step": 1, "loss": 1.0}]
+    assert "gets no more of this run: the service is gone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_run_that_fails_is_told_to_have_failed(tmp_path, monkeypatch, failed):
+    lost = Lost()
+    monkeypatch.setitem(sys.modules, "wandb", lost)
+    folder = tmp_path / "wandb"
+    folder.mkdir()
+
+    WandbRun(tiny_config(), epath.Path(tmp_path)).close(failed)
+
+    assert lost.calls == [{"exit_code": int(failed)}]
+    assert len((folder / "id").read_text()) == 12
+
+
+def test_a_folder_of_its_name_is_not_the_package(tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    importlib.invalidate_caches()
+    cfg = tiny_config()
+    with pytest.raises(UserError, match="needs the package wandb"):
+        check_scalar_logs(type(cfg)(model=cfg.model, log=LogConfig(wandb="mine")))

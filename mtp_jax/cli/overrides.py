@@ -13,8 +13,8 @@ from mtp_jax.config.schedules import Entries
 from mtp_jax.errors import UserError
 
 _MOST_DIGITS = 18
-_TRUTHS = {"true": "True", "1": "True", "yes": "True", "on": "True",
-           "false": "False", "0": "False", "no": "False", "off": "False"}  # fmt: skip
+_TRUTHS = dict.fromkeys(("true", "t", "yes", "y", "on", "1"), "True")
+_TRUTHS |= dict.fromkeys(("false", "f", "no", "n", "off", "0"), "False")
 # An item of a list: quoted, or up to the next comma.
 _ITEM = re.compile(r"""\s*(?:'([^']*)'|"([^"]*)"|([^,]*?))\s*(?:,|$)""")
 
@@ -58,19 +58,21 @@ def _plain(hint: Any, value: str) -> str:
         return _unquoted(value)
     if hint == Entries and re.fullmatch(r"[a-z_]+", value.strip()):
         return repr((value.strip(),))  # a schedule by its name
-    if hint == ByGroup and _is_one_pair(value):
-        return f"({value},)"
+    if hint == ByGroup and (pair := _one_pair(value)):
+        return repr((pair,))
     if hint == tuple[str, ...]:
         return repr(_texts(value)) if value.strip() else value
     return value
 
 
-def _is_one_pair(value: str) -> bool:
+def _one_pair(value: str) -> tuple[Any, ...]:
+    """A group and its number without outer brackets; () if it is something else."""
     try:
         read = ast.literal_eval(value)
     except (SyntaxError, ValueError):
-        return False
-    return isinstance(read, tuple | list) and isinstance(next(iter(read), None), str)
+        return ()
+    is_one = isinstance(read, tuple | list) and read and isinstance(read[0], str)
+    return tuple(read) if is_one else ()
 
 
 def _truth(name: str, value: str) -> str:

@@ -1,4 +1,4 @@
-"""Runs in which nothing learns are refused, and options that change nothing told."""
+"""Runs that learn nothing are refused, and options told that change nothing learned."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -27,8 +27,15 @@ def check_learning(cfg: Config) -> None:
     """Refuses a run that trains nothing.
 
     Raises:
-      UserError: all groups that the model has are frozen, or have a rate of 0.
+      UserError: all groups that the model has are frozen, or have a rate of 0, or no
+        head has any weight.
     """
+    loss, n, steps = cfg.loss, cfg.model.n_future_tokens, cfg.train.steps
+    require(
+        not all(loss.weightless(n, steps)) or bool(loss.extra_targets),
+        "config.loss.head_weights and config.loss.schedule leave no head any weight at "
+        "any step; give one of them a weight above 0.",
+    )
     there, optim = groups_there(cfg.model), cfg.optim
     learning = [group for group in there if group not in optim.frozen]
     learning += ["lora"] * (optim.lora_rank > 0)
@@ -46,13 +53,13 @@ def check_learning(cfg: Config) -> None:
 
 
 def idle_options(cfg: Config) -> list[str]:
-    """A line for each option that changes nothing beside the others of a run."""
+    """A line for each option that changes nothing that is learned, by the others."""
     n = cfg.model.n_future_tokens
     found = [*_of_loss(cfg.loss), *_of_groups(cfg), *_of_trunk(cfg)]
     if n == 1:
         found += _of_one_head(cfg.loss)
     return [
-        f"config.{name} is {value}, and {why}: it changes nothing."
+        f"config.{name} is {value}, and {why}: it changes nothing that is learned."
         for name, value, why in found
     ]
 
@@ -84,7 +91,7 @@ def _of_loss(loss: LossConfig) -> _Idle:
 
 def _of_one_head(loss: LossConfig) -> _Idle:
     why = "config.model.n_future_tokens is 1"
-    for name in ("head_decay", "acceptance", "gradient_meter"):
+    for name in ("head_decay", "acceptance"):
         value = getattr(loss, name)
         if value != getattr(LossConfig(), name):
             yield f"loss.{name}", value, why
@@ -106,13 +113,6 @@ def _of_trunk(cfg: Config) -> _Idle:
             yield "loss.trunk_gradient", loss.trunk_gradient, why
     if loss.balance != "none" and all(loss.weightless(n, cfg.train.steps)[1:]):
         yield "loss.balance", loss.balance, "heads 2 to n have no weight at any step"
-    if loss.balance == "occ" and loss.balance_budget > loss.balance_most:
-        yield (
-            "loss.balance_budget",
-            loss.balance_budget,
-            f"no head takes more than config.loss.balance_most ({loss.balance_most}), "
-            "and so no mean of them; what it has beyond that",
-        )
 
 
 def _of_groups(cfg: Config) -> _Idle:

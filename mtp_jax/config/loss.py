@@ -150,7 +150,7 @@ class LossConfig:
 
         What n heads cannot have is dropped; it decides nothing that a model computes.
         """
-        kept = dataclasses.replace(
+        return dataclasses.replace(
             self,
             head_weights=self.head_weights[:n],
             head_z_loss=self.head_z_loss[:n],
@@ -164,9 +164,6 @@ class LossConfig:
             mask=self.mask if n > 1 else "none",
             unembedding_gradient=self.unembedding_gradient if n > 1 else "all",
         )
-        if all(kept.weightless(n, steps=1)):  # those that learned are gone
-            return dataclasses.replace(kept, head_weights=(), schedule=())
-        return kept
 
     def without_lists(self, n: int) -> "LossConfig":
         """The loss of n heads, without what is listed one a head for other heads."""
@@ -191,11 +188,7 @@ class LossConfig:
                 f"config.loss.{name} has {count} values for {n} heads "
                 "(config.model.n_future_tokens).",
             )
-        require(
-            not all(self.weightless(n, steps)),
-            "config.loss.head_weights and config.loss.schedule leave no head any "
-            "weight at any step; nothing would be trained.",
-        )
+        self.weights(n, steps)
         pulls = self.pulls(n, steps)
         self._check_extras(n, steps)
         for name, usual in _OF_SEVERAL.items():

@@ -1,6 +1,7 @@
 """The training loop: next batch, step, log, evaluate, save, stop."""
 
 import contextlib
+import functools
 import shlex
 from collections.abc import Iterator
 from typing import Any
@@ -109,11 +110,11 @@ def run(
         # but if it is of one process of several, the others may wait for this one.
         alike = jax.process_count() == 1 or isinstance(error, RunFailed)
         limit_s = cfg.checkpoint.timeout_s if alike else _LAST_SAVE_S
-        with hosts.within(limit_s, error), contextlib.suppress(Exception):
-            durable.close()
+        for close in (durable.close, functools.partial(log.close, failed=True)):
+            with hosts.within(limit_s, error), contextlib.suppress(Exception):
+                close()
         raise
-    finally:
-        log.close()
+    log.close()
 
 
 def _train(

@@ -64,14 +64,15 @@ class RunLog:
         """Prints a line for people on stdout."""
         self.screen.say(line)
 
-    def close(self) -> None:
-        """Writes what is left, and closes the files."""
+    def close(self, failed: bool = False) -> None:
+        """Writes what is left, and closes the files, of a run that failed or not."""
         self.screen.close()
-        with contextlib.ExitStack() as stack:  # all of them, also if the disk is full
+        # All of them, also if the disk is full; the last ones first.
+        with contextlib.ExitStack() as stack:
+            for log in self._scalar_logs:
+                stack.callback(log.close, failed)
             for file in self._files.values():
                 stack.callback(file.close)
-            for log in self._scalar_logs:
-                stack.callback(log.close)
 
 
 class _Lines:

@@ -19,8 +19,8 @@ class ScalarLog(Protocol):
         """Takes those of a step; steps may come again after a restart."""
         ...
 
-    def close(self) -> None:
-        """Writes what is left."""
+    def close(self, failed: bool) -> None:
+        """Writes what is left, of a run that failed or not."""
         ...
 
 
@@ -30,7 +30,9 @@ def check_scalar_logs(cfg: Config) -> None:
     Raises:
       UserError: the package of Weights & Biases is asked for and not there.
     """
-    if cfg.log.wandb and importlib.util.find_spec("wandb") is None:
+    there = importlib.util.find_spec("wandb") if cfg.log.wandb else None
+    # A folder of that name, as the package itself leaves, would do without an origin.
+    if cfg.log.wandb and (there is None or there.origin is None):
         raise UserError(
             f"config.log.wandb is {cfg.log.wandb}, which needs the package wandb; run "
             "pip install 'mtp-jax[wandb]', or leave it empty."

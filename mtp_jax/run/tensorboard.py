@@ -32,8 +32,9 @@ class TensorBoardFile:
             self._write(step=step, summary=scalar(name, value))
         self._writer.flush()
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         """Closes the file."""
+        del failed
         self._writer.close()
 
     def _write(self, **fields: object) -> None:

@@ -2,12 +2,15 @@
 
 import uuid
 from collections.abc import Mapping
+from typing import Any
 
 from etils import epath
 
 from mtp_jax.config import Config, as_tree
-from mtp_jax.errors import UserError
-from mtp_jax.storage import is_remote
+from mtp_jax.errors import UserError, warn
+from mtp_jax.storage import is_remote, write_atomically
+
+_FINISH_S = 30.0  # for what is still to be sent at the end
 
 
 class WandbRun:
@@ -27,6 +30,7 @@ class WandbRun:
 
         folder = workdir / "wandb"
         folder.mkdir(parents=True, exist_ok=True)
+        self._run: Any = None  # or lost
         try:
             self._run = wandb.init(
                 project=cfg.log.wandb,
@@ -36,7 +40,11 @@ class WandbRun:
                 config=as_tree(cfg),
                 allow_val_change=True,
                 resume="allow",
-                settings={"silent": True, "console": "off"},
+                settings={
+                    "silent": True,
+                    "console": "off",
+                    "finish_timeout": _FINISH_S,
+                },
             )
         except wandb.Error as error:
             reason = str(error).strip().splitlines()
@@ -50,16 +58,26 @@ class WandbRun:
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
         """Logs scalars of a step, by their names."""
-        self._run.log({"step": step, **scalars})
+        self._try("log", {"step": step, **scalars})
 
-    def close(self) -> None:
-        """Ends this start of the run, and sends what is left."""
-        self._run.finish()
+    def close(self, failed: bool) -> None:
+        """Ends this start of the run, and sends what is left, for a while."""
+        self._try("finish", exit_code=int(failed))
+
+    def _try(self, method: str, *args: Any, **options: Any) -> None:
+        """Calls a method of the run; a training does not end because one fails."""
+        if self._run is None:
+            return
+        try:
+            getattr(self._run, method)(*args, **options)
+        except Exception as error:
+            warn(f"mtp-jax: Weights & Biases gets no more of this run: {error}")
+            self._run = None
 
 
 def _id_of(folder: epath.Path) -> str:
     """The id of the run in a folder, a new one if it has none."""
     path = folder / "id"
     if not path.exists():
-        path.write_text(uuid.uuid4().hex[:12])
+        write_atomically(path, uuid.uuid4().hex[:12])
     return path.read_text().strip()

@@ -114,9 +114,10 @@ def step_weights(
         factor_N = factors(loss, balance, weight_N)
         pull_N = factor_N if pull_N is None else pull_N * factor_N
     active_N = None
-    if any(loss.weights(n, steps).ever_zero()[1:]):
+    table = loss.weights(n, steps)
+    if any(table.ever_zero()[1:]):
         # Head 1 always works: others learn from it, and are compared with it.
-        active_N = (weight_N > 0).at[0].set(True)
+        active_N = (at_step(table, step) > 0).at[0].set(True)
     return StepWeights(
         weight_N,
         extra_J=extra_J,

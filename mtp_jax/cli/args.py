@@ -7,13 +7,14 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import absl.flags
 from ml_collections import ConfigDict, config_flags
 
 from mtp_jax.cli.overrides import plain_overrides, whole
 from mtp_jax.config import Config, as_tree, config_from_json, freeze
+from mtp_jax.config.heads import DraftCache
 from mtp_jax.config.names import did_you_mean, fields_meant
 from mtp_jax.errors import UserError
 from mtp_jax.storage import workdir_at
@@ -81,9 +82,9 @@ def add_draft_cache(parser: argparse.ArgumentParser) -> None:
     """Adds --draft_cache, the caches of serial heads to use instead of the run's."""
     parser.add_argument(
         "--draft_cache",
-        choices=("per_depth", "shared"),
+        choices=(caches := get_args(DraftCache)),
         metavar="C",
-        help="per_depth or shared, of serial heads",
+        help=f"{' or '.join(caches)}, of serial heads",
     )
 
 

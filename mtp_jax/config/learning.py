@@ -69,32 +69,34 @@ _Idle = Iterator[tuple[str, Any, str]]
 
 
 def _of_loss(loss: LossConfig) -> _Idle:
-    usual = LossConfig()
-    if not loss.needs_teacher and loss.teacher != usual.teacher:
-        yield "loss.teacher", loss.teacher, "with hard targets no teacher is asked"
-    for name, used, why in (
-        ("soft_mix", loss.kind != "hard", "config.loss.kind is hard"),
-        ("teacher_decay", loss.averages_teacher, "no mean over steps teaches"),
-        (
-            "balance_decay",
-            loss.balance in ("encodec", "occ"),
-            f"config.loss.balance is {loss.balance}, which has no means",
-        ),
-        ("balance_budget", loss.balance == "occ", "config.loss.balance is not occ"),
-        ("balance_most", loss.balance == "occ", "config.loss.balance is not occ"),
-        ("mask_threshold", loss.mask != "none", "config.loss.mask is none"),
-    ):
-        value = getattr(loss, name)
-        if not used and value != getattr(usual, name):
-            yield f"loss.{name}", value, why
+    if not loss.needs_teacher:
+        yield from _set(loss, "with hard targets no teacher is asked", "teacher")
+    if loss.kind == "hard":
+        yield from _set(loss, "config.loss.kind is hard", "soft_mix")
+    if not loss.averages_teacher:
+        yield from _set(loss, "no mean over steps teaches", "teacher_decay")
+    if loss.balance not in ("encodec", "occ"):
+        why = f"config.loss.balance is {loss.balance}, which has no means"
+        yield from _set(loss, why, "balance_decay")
+    if loss.balance != "occ":
+        why = "config.loss.balance is not occ"
+        yield from _set(loss, why, "balance_budget", "balance_most")
+    if loss.mask == "none":
+        yield from _set(loss, "config.loss.mask is none", "mask_threshold")
+
+
+def _set(section: LossConfig | OptimConfig, why: str, *names: str) -> _Idle:
+    """Those of the fields that are set, and not as they usually are."""
+    title = "loss" if isinstance(section, LossConfig) else "optim"
+    for name in names:
+        value = getattr(section, name)
+        if value != getattr(type(section)(), name):
+            yield f"{title}.{name}", value, why
 
 
 def _of_one_head(loss: LossConfig) -> _Idle:
     why = "config.model.n_future_tokens is 1"
-    for name in ("head_decay", "acceptance"):
-        value = getattr(loss, name)
-        if value != getattr(LossConfig(), name):
-            yield f"loss.{name}", value, why
+    yield from _set(loss, why, "head_decay", "acceptance")
     for name in ("schedule", "trunk_gradient"):
         value = getattr(loss, name)
         if value and isinstance(value[0], str):
@@ -128,8 +130,7 @@ def _of_groups(cfg: Config) -> _Idle:
                 yield field, value, f"this model has no {group} of its own{own}"
             elif group in optim.frozen:
                 yield field, value, f"config.optim.frozen has {group}"
-    usual = OptimConfig()
-    if not optim.lora_rank and optim.lora_alpha != usual.lora_alpha:
-        yield "optim.lora_alpha", optim.lora_alpha, "config.optim.lora_rank is 0"
-    if optim.schedule != "wsd" and optim.decay_share != usual.decay_share:
-        yield "optim.decay_share", optim.decay_share, "config.optim.schedule is not wsd"
+    if not optim.lora_rank:
+        yield from _set(optim, "config.optim.lora_rank is 0", "lora_alpha")
+    if optim.schedule != "wsd":
+        yield from _set(optim, "config.optim.schedule is not wsd", "decay_share")

@@ -43,11 +43,12 @@ class LossConfig:
             "config.loss.head_weights and config.loss.head_decay are both given; "
             "keep one.",
         )
-        require(
-            all(w >= 0 for w in self.head_weights),
-            f"config.loss.head_weights has {min(self.head_weights or (0,))}; they must "
-            "be 0 or more.",
-        )
+        for name in ("head_weights", "head_z_loss"):
+            least = min(getattr(self, name), default=0.0)
+            require(
+                least >= 0,
+                f"config.loss.{name} has {least}; they must be 0 or more.",
+            )
         require(
             self.head_decay > 0,
             f"config.loss.head_decay is {self.head_decay}; it must be above 0.",
@@ -58,11 +59,6 @@ class LossConfig:
             z_loss=self.z_loss,
             balance_budget=self.balance_budget,
             balance_most=self.balance_most,
-        )
-        require(
-            all(z >= 0 for z in self.head_z_loss),
-            f"config.loss.head_z_loss has {min(self.head_z_loss or (0,))}; they must "
-            "be 0 or more.",
         )
         require(
             bool(self.teacher),

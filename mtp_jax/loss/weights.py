@@ -55,3 +55,4 @@ class StepWeights:
     extra_J: jax.Array | None = None  # of each extra target of the one head, float32
     pull_N: jax.Array | None = None  # of a head's gradient into what it reads, float32
     active_N: jax.Array | None = None  # False: the head does no work, bool
+    learns_N: jax.Array | None = None  # False: its parameters stand still, bool

@@ -95,9 +95,8 @@ def pass_products(cfg: ModelConfig) -> int:
     if not wiring.layered:
         return found + (n - 1) * body
     read = n + heads.lookback(n)
-    last_layer = layer_entries(cfg)
     keys_and_values = 2 * cfg.d_model * cfg.num_kv_heads * cfg.d_head
-    rest = last_layer - keys_and_values
+    rest = layer_entries(cfg) - keys_and_values  # of the last layer
     one_cache = heads.draft_cache == "shared"
     for head in range(2, n + 1):
         if one_cache and head > 2:

@@ -30,9 +30,8 @@ class WandbRun:
 
         folder = workdir / "wandb"
         folder.mkdir(parents=True, exist_ok=True)
-        self._run: Any = None  # or lost
         try:
-            self._run = wandb.init(
+            self._run: Any = wandb.init(
                 project=cfg.log.wandb,
                 id=_id_of(folder),
                 name=workdir.name,
@@ -45,7 +44,7 @@ class WandbRun:
                     "console": "off",
                     "finish_timeout": _FINISH_S,
                 },
-            )
+            )  # None once it is lost
         except wandb.Error as error:
             reason = str(error).strip().splitlines()
             raise UserError(

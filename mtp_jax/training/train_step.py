@@ -113,16 +113,20 @@ def step_weights(
     if balance is not None:
         factor_N = factors(loss, balance, weight_N)
         pull_N = factor_N if pull_N is None else pull_N * factor_N
-    active_N = None
+    # Head 1 always works: others learn from it, and are compared with it. One without
+    # any weight of its own is measured, although it does not learn.
+    active_N = learns_N = None
     table = loss.weights(n, steps)
     if any(table.ever_zero()[1:]):
-        # Head 1 always works: others learn from it, and are compared with it.
         active_N = (at_step(table, step) > 0).at[0].set(True)
+    if any(loss.waits(n, steps)[1:]):
+        learns_N = (weight_N > 0).at[0].set(True)
     return StepWeights(
         weight_N,
         extra_J=extra_J,
         pull_N=pull_N,
         active_N=active_N,
+        learns_N=learns_N,
     )
 
 
@@ -250,9 +254,8 @@ def make_step(
         learning = trained(before, cfg.optim.frozen)
         updates, opt_state = optimizer.update(grads, state.opt_state, learning)
         after = optax.apply_updates(learning, updates)
-        if any(cfg.loss.waits(cfg.model.n_future_tokens, cfg.train.steps)[1:]):
-            # Those of no weight do not learn, whether or not they are measured.
-            of_heads = (cfg.model, (weights.weight_N > 0).at[0].set(True))
+        if weights.learns_N is not None:
+            of_heads = (cfg.model, weights.learns_N)
             after = unless_waiting(*of_heads, after, learning)
             opt_state = unless_waiting(*of_heads, opt_state, state.opt_state)
         after = together(after, before)

@@ -104,7 +104,7 @@ def test_a_misspelt_field_of_the_tree_is_refused_at_once():
             {"loss__head_weights": (1.0,) * 4, "loss__head_decay": 0.5},
             "config.loss.head_decay",
         ),
-        ({"loss__head_decay": 0.0}, "head_decay above 0"),
+        ({"loss__head_decay": 0.0}, "config.loss.head_decay is 0.0"),
         ({"loss__z_loss": -1.0}, "config.loss.z_loss is -1.0"),
         # data
         ({"data__sources": ()}, "config.data.sources is empty"),

@@ -25,6 +25,7 @@ def speaking(monkeypatch):
     config = type("Config", (), {"data": data, "model": model, "context": 999})
     restored = type("Restored", (), {"config": config, "step": 1})
     restored.needed_for_one = lambda: restored
+    restored.with_draft_cache = lambda _: restored
     monkeypatch.setattr(
         "mtp_jax.checkpoint.restore.restore_model", lambda *_, **__: restored
     )

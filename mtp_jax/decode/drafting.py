@@ -60,6 +60,7 @@ class Drafting:
         self.cache = cache
         self._anchor = anchor
         self._hidden: list[jax.Array] | None = None  # of heads that read no token
+        self._unbiased: jax.Array | None = None  # logits of these, [B, M, V]
         self._stream: jax.Array | None = None  # of the last head of a serial chain
         self._drafts: list[jax.Array] = []  # tokens that it was told, [B, 1]
         self._tops: list[jax.Array] = []  # log probabilities of the best tokens, [B, M]
@@ -92,8 +93,7 @@ class Drafting:
     def all_logits(self) -> jax.Array:
         """Logits of heads that wait for no token, float32 [B, M, V]."""
         assert not self.waits, "ask them one after another"
-        hidden_BMD = self.all_hidden()
-        logits_BMV = self.model.logits(hidden_BMD, range(1, self.count + 1))
+        logits_BMV = self._logits_before_tokens()
         self._see(logits_BMV)
         return logits_BMV
 
@@ -104,10 +104,9 @@ class Drafting:
         """
         model = self.model
         if model.cfg.heads.wiring.reads_tokens and self._anchor.source_BWX is not None:
-            hidden_B1D = self.hidden_after(head, previous_BP)
+            logits_BPV = model.logits(self.hidden_after(head, previous_BP), head)
         else:
-            hidden_B1D = self.all_hidden()[:, head - 1 : head]
-        logits_BPV = model.logits(hidden_B1D, head)
+            logits_BPV = self._logits_before_tokens()[:, head - 1 : head]
         if model.w_markov_in_Vr is not None:
             # Of ids to spare the sum stays -inf.
             logits_BPV = logits_BPV + model.bias(previous_BP)
@@ -128,6 +127,16 @@ class Drafting:
         """Keeps how sure the heads are; never computed if nobody asks."""
         log_p_BMV = jax.nn.log_softmax(logits_BMV, axis=-1)
         self._tops.append(jnp.max(log_p_BMV, axis=-1))
+
+    def _logits_before_tokens(self) -> jax.Array:
+        """Logits of all heads, float32 [B, M, V], without what tokens add to them.
+
+        Together, since the unembedding is most of what a small model reads in a pass.
+        """
+        if self._unbiased is None:
+            heads = range(1, self.count + 1)
+            self._unbiased = self.model.logits(self.all_hidden(), heads)
+        return self._unbiased
 
     def _run_all(self) -> list[jax.Array]:
         model, cfg = self.model, self.model.cfg

@@ -3,7 +3,7 @@
 The loss of a head is convex in its gain, so the best of a few, and the top of a
 parabola through it and its neighbours, is next to the minimum.
 
-Axes: B rows, T positions, D model width, V vocabulary, C tokens of a chunk, K gains.
+Axes: B rows, T positions, D model width, V vocabulary, C positions of a chunk, K gains.
 """
 
 from typing import Any
@@ -20,6 +20,8 @@ from mtp_jax.model.language_model import model_builder
 from mtp_jax.model.layers import unembed
 
 _GAINS = np.concatenate([[0.0], np.geomspace(0.05, 2.0, 12)])
+_TOKENS = 8192  # of the text; one number a head needs no more
+_CHUNK = 32  # positions: with few, reading the unembedding would be most of the time
 
 
 def best_gains(cfg: ModelConfig, params: Any, text: FitText, first: int) -> np.ndarray:
@@ -33,8 +35,12 @@ def best_gains(cfg: ModelConfig, params: Any, text: FitText, first: int) -> np.n
         return [_losses(run, head) for head in range(first, cfg.n_future_tokens)]
 
     total = np.zeros((cfg.n_future_tokens - first, len(_GAINS)))
+    read = 0
     for batch in text.batches():
         total += np.asarray(jax.device_get(add(params, batch)), np.float64)
+        read += batch["tokens"].size
+        if read >= _TOKENS:
+            break
     return np.array([_lowest(losses) for losses in total])
 
 
@@ -53,28 +59,36 @@ def _losses(run: Pass, head: int) -> jax.Array:
     dtype = hidden_BTD.dtype
 
     def one(total_K: jax.Array, of: Any):
-        hidden_BD, bias_Br, target_B, valid_B = of
-        logits_BV = unembed(hidden_BD, table_VD.astype(dtype))
-        ids_1V = jnp.arange(logits_BV.shape[1])[None]
-        is_target_BV = ids_1V == target_B[:, None]
-        beside_BV = jnp.zeros_like(logits_BV)
-        if bias_Br is not None and bias_Vr is not None:
-            beside_BV = unembed(bias_Br, bias_Vr.astype(dtype))
+        hidden_CBD, bias_CBr, target_CB, valid_CB = of
+        logits_CBV = unembed(hidden_CBD, table_VD.astype(dtype))
+        ids_11V = jnp.arange(logits_CBV.shape[2])[None, None]
+        is_target_CBV = ids_11V == target_CB[..., None]
+        beside_CBV = jnp.zeros_like(logits_CBV)
+        if bias_CBr is not None and bias_Vr is not None:
+            beside_CBV = unembed(bias_CBr, bias_Vr.astype(dtype))
 
         def loss(gain: jax.Array) -> jax.Array:
-            z_BV = gain * logits_BV + beside_BV
-            own_B = jnp.sum(jnp.where(is_target_BV, z_BV, 0.0), axis=1)
-            return jnp.sum((jax.nn.logsumexp(z_BV, axis=1) - own_B) * valid_B)
+            z_CBV = gain * logits_CBV + beside_CBV
+            own_CB = jnp.sum(jnp.where(is_target_CBV, z_CBV, 0.0), axis=2)
+            return jnp.sum((jax.nn.logsumexp(z_CBV, axis=2) - own_CB) * valid_CB)
 
         found_K = jax.lax.map(loss, jnp.asarray(_GAINS, jnp.float32))
         return total_K + found_K, None
 
     moved = [
-        None if x is None else jnp.moveaxis(x, 1, 0)
+        None if x is None else _chunks(jnp.moveaxis(x, 1, 0))
         for x in (hidden_BTD, bias_BTr, target_NBT[head], valid_NBT[head])
     ]
     zero_K = jnp.zeros(len(_GAINS), jnp.float32)
     return jax.lax.scan(one, zero_K, tuple(moved))[0]
+
+
+def _chunks(x_TBX: jax.Array) -> jax.Array:
+    """Positions in chunks, the last one filled up with zeros: [T / C, C, B, ...]."""
+    t = x_TBX.shape[0]
+    size = min(_CHUNK, t)
+    ends = [(0, -t % size)] + [(0, 0)] * (x_TBX.ndim - 1)
+    return jnp.pad(x_TBX, ends).reshape(-1, size, *x_TBX.shape[1:])
 
 
 def _lowest(losses_K: np.ndarray) -> float:

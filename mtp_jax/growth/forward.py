@@ -63,6 +63,10 @@ class Pass:
         t = self.trunk_BTD.shape[1]
         return self.batch["tokens"][:, head : head + t]
 
+    def token_before(self, head: int) -> jax.Array:
+        """The embedding of that token, float32 [B, T, D]."""
+        return self.model.embed(self.before(head)).astype(jnp.float32)
+
     def read_by(self, head: int) -> jax.Array:
         """The trunk's output or a stream, [B, T, D], whichever a head reads."""
         reads, x_BTD = self.cfg.heads.wiring.reads, self.trunk_BTD

@@ -1,11 +1,14 @@
-"""A gain a head: the number by which a start's logits are multiplied, by its loss.
+"""Numbers by which a start's logits are multiplied, by its loss.
 
-The loss of a head is convex in its gain, so the best of a few, and the top of a
+Each head has one, the gain; and where a bias by the token before is new, that has one
+for all heads. The loss is convex in them. So of a few gains the best, and the top of a
 parabola through it and its neighbours, is next to the minimum.
 
-Axes: B rows, T positions, D model width, V vocabulary, C positions of a chunk, K gains.
+Axes: B rows, T positions, D model width, V vocabulary, C positions of a chunk, K gains,
+S scales of the bias.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -20,32 +23,61 @@ from mtp_jax.model.language_model import model_builder
 from mtp_jax.model.layers import unembed
 
 _GAINS = np.concatenate([[0.0], np.geomspace(0.05, 2.0, 12)])
+_SCALES = np.array([0.0, 0.25, 0.5, 0.75, 1.0, 1.25])
 _TOKENS = 8192  # of the text; one number a head needs no more
 _CHUNK = 32  # positions: with few, reading the unembedding would be most of the time
 
 
-def best_gains(cfg: ModelConfig, params: Any, text: FitText, first: int) -> np.ndarray:
-    """The gain of least loss of each head from number `first` on, counted from 0."""
+@dataclasses.dataclass(frozen=True)
+class Gains:
+    """What multiplies the logits of heads, and the loss that they then have."""
+
+    of_heads: np.ndarray  # of each, float64
+    of_bias: float
+    loss: float  # nats a token, the sum over heads
+
+
+def best_gains(
+    cfg: ModelConfig, params: Any, text: FitText, first: int, of_bias: bool = False
+) -> Gains:
+    """The gains of least loss of heads from number `first` on, counted from 0.
+
+    Args:
+      cfg: the model.
+      params: of it, on the mesh that is set.
+      text: on which the loss is measured.
+      first: of the heads.
+      of_bias: the bias by the token before gets a number, too; else it stays.
+    """
     _, build = model_builder(cfg)
+    scales = _SCALES if of_bias else np.ones(1)
+    heads = range(first, cfg.n_future_tokens)
 
     @jax.jit
     def add(params: Any, batch: dict[str, jax.Array]):
         batch = {name: x[0] for name, x in batch.items()}
         run = Pass.over(build(params), batch)
-        return [_losses(run, head) for head in range(first, cfg.n_future_tokens)]
+        return [_losses(run, head, scales) for head in heads]
 
-    total = np.zeros((cfg.n_future_tokens - first, len(_GAINS)))
+    total_NSK = np.zeros((len(heads), len(scales), len(_GAINS)))
+    count_N = np.zeros(len(heads))
     read = 0
     for batch in text.batches():
-        total += np.asarray(jax.device_get(add(params, batch)), np.float64)
+        for i, (loss_SK, count) in enumerate(jax.device_get(add(params, batch))):
+            total_NSK[i] += loss_SK
+            count_N[i] += count
         read += batch["tokens"].size
         if read >= _TOKENS:
             break
-    return np.array([_lowest(losses) for losses in total])
+    mean_NSK = total_NSK / np.maximum(count_N, 1.0)[:, None, None]
+    best_S = mean_NSK.min(axis=2).sum(axis=0)
+    at = int(np.argmin(best_S))
+    gain_N = np.array([_lowest(loss_SK[at]) for loss_SK in mean_NSK])
+    return Gains(gain_N, float(scales[at]), float(best_S[at]))
 
 
-def _losses(run: Pass, head: int) -> jax.Array:
-    """The sum of a head's losses with each gain, float32 [K]."""
+def _losses(run: Pass, head: int, scales: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Sums of a head's losses, float32 [S, K], and how many tokens they are of."""
     cfg = run.cfg
     target_NBT, valid_NBT = future_targets(
         run.batch["tokens"], run.batch["segments"], cfg.n_future_tokens
@@ -58,7 +90,9 @@ def _losses(run: Pass, head: int) -> jax.Array:
         bias_Vr = jax.sharding.reshard(bias_Vr, jax.P(None, None))
     dtype = hidden_BTD.dtype
 
-    def one(total_K: jax.Array, of: Any):
+    both = np.stack(np.meshgrid(scales, _GAINS, indexing="ij"), -1).reshape(-1, 2)
+
+    def one(total: jax.Array, of: Any):
         hidden_CBD, bias_CBr, target_CB, valid_CB = of
         logits_CBV = unembed(hidden_CBD, table_VD.astype(dtype))
         ids_11V = jnp.arange(logits_CBV.shape[2])[None, None]
@@ -67,20 +101,20 @@ def _losses(run: Pass, head: int) -> jax.Array:
         if bias_CBr is not None and bias_Vr is not None:
             beside_CBV = unembed(bias_CBr, bias_Vr.astype(dtype))
 
-        def loss(gain: jax.Array) -> jax.Array:
-            z_CBV = gain * logits_CBV + beside_CBV
+        def loss(of: jax.Array) -> jax.Array:
+            z_CBV = of[1] * logits_CBV + of[0] * beside_CBV
             own_CB = jnp.sum(jnp.where(is_target_CBV, z_CBV, 0.0), axis=2)
             return jnp.sum((jax.nn.logsumexp(z_CBV, axis=2) - own_CB) * valid_CB)
 
-        found_K = jax.lax.map(loss, jnp.asarray(_GAINS, jnp.float32))
-        return total_K + found_K, None
+        return total + jax.lax.map(loss, jnp.asarray(both, jnp.float32)), None
 
     moved = [
         None if x is None else _chunks(jnp.moveaxis(x, 1, 0))
         for x in (hidden_BTD, bias_BTr, target_NBT[head], valid_NBT[head])
     ]
-    zero_K = jnp.zeros(len(_GAINS), jnp.float32)
-    return jax.lax.scan(one, zero_K, tuple(moved))[0]
+    zero = jnp.zeros(len(both), jnp.float32)
+    found = jax.lax.scan(one, zero, tuple(moved))[0]
+    return found.reshape(len(scales), -1), jnp.sum(valid_NBT[head])
 
 
 def _chunks(x_TBX: jax.Array) -> jax.Array:

@@ -47,8 +47,22 @@ class _Place:
     features: Callable[[Pass, int], tuple[jax.Array, jax.Array | None]]
 
 
-def fit_maps(cfg: ModelConfig, params: Tree, text: FitText, first: int) -> Tree:
+def fit_maps(
+    cfg: ModelConfig,
+    params: Tree,
+    text: FitText,
+    first: int,
+    token_map_DD: np.ndarray | None = None,
+) -> Tree:
     """Parameters whose heads from number `first` on, counted from 0, begin with maps.
+
+    Args:
+      cfg: the model.
+      params: of it, on the mesh that is set.
+      text: that maps are fitted to.
+      first: of the heads that get them.
+      token_map_DD: what a bias says of the token before (`token_map`), and the maps
+        need not.
 
     Raises:
       UserError: heads of this kind hold no map.
@@ -78,15 +92,20 @@ def fit_maps(cfg: ModelConfig, params: Tree, text: FitText, first: int) -> Tree:
     )
     for group in groups:
         for place in _PLACES[heads.kind]:
-            params = _fitted(cfg, params, text, place, group)
+            params = _fitted(cfg, params, text, place, group, token_map_DD)
     return params
 
 
 def _fitted(
-    cfg: ModelConfig, params: Tree, text: FitText, place: _Place, group: list[int]
+    cfg: ModelConfig,
+    params: Tree,
+    text: FitText,
+    place: _Place,
+    group: list[int],
+    token_map_DD: np.ndarray | None,
 ) -> Tree:
     """Parameters with the map of one place in each head of a group."""
-    add = _adder(cfg, place, tuple(group))
+    add = _adder(cfg, place, tuple(group), token_map_DD)
     total: Any = None
     for batch in text.batches():
         sums = jax.device_get(add(params, batch))
@@ -110,13 +129,17 @@ def solve(gram_XX: np.ndarray, cross_XD: np.ndarray) -> np.ndarray:
 
 
 def _adder(
-    cfg: ModelConfig, place: _Place, group: tuple[int, ...]
+    cfg: ModelConfig,
+    place: _Place,
+    group: tuple[int, ...],
+    token_map_DD: np.ndarray | None,
 ) -> Callable[[Tree, dict], Any]:
     """`f(params, batch) -> (F^T F [J, X, X], F^T Y [J, X, D])`, jitted, float32."""
     _, build = model_builder(cfg)
     product = functools.partial(
         jnp.einsum, precision="highest", out_sharding=jax.P(None, None)
     )
+    map_DD = None if token_map_DD is None else jnp.asarray(token_map_DD, jnp.float32)
 
     @jax.jit
     def add(params: Tree, batch: dict[str, jax.Array]):
@@ -125,6 +148,8 @@ def _adder(
         grams, crosses = [], []
         for head in group:
             said_BTD, known_BT = run.said_later(head)
+            if token_map_DD is not None:
+                said_BTD = said_BTD - run.token_before(head) @ map_DD
             features_BTX, base_BTD = place.features(run, head)
             if base_BTD is not None:
                 said_BTD = _LOUDER * level * said_BTD - base_BTD.astype(jnp.float32)

@@ -20,6 +20,7 @@ from mtp_jax.growth.gains import best_gains
 from mtp_jax.growth.ridge import fit_maps
 from mtp_jax.growth.stacks import with_last
 from mtp_jax.growth.text import FitText
+from mtp_jax.growth.token_map import bias_of_map, fit_token_map
 from mtp_jax.model.language_model import model_builder
 from mtp_jax.model.regrow import regrown
 from mtp_jax.parallel.sharding import abstract_tree
@@ -97,14 +98,14 @@ def started(
         if start == "copy":
             return grown
         assert text is not None
-        if after.heads.markov_rank and n_before == 1:
-            grown = _with_bias(after, grown, text, pairs=start != "unigram")
+        if start == "ridge":
+            return _by_ridge(after, grown, text, n_before)
+        grown = _with_counts(after, grown, text, pairs=start == "counts")
         if start == "unigram":
             return _with_gains(grown, n_before, np.zeros(n - n_before))
-        if start == "ridge":
-            grown = fit_maps(after, grown, text, n_before)
     assert text is not None
-    return _with_gains(grown, n_before, best_gains(after, grown, text, n_before))
+    found = best_gains(after, grown, text, n_before)
+    return _with_gains(grown, n_before, found.of_heads)
 
 
 def _fresh(before: ModelConfig, after: ModelConfig, params: Tree, seed: int) -> Tree:
@@ -160,13 +161,42 @@ def _copied_modules(cfg: ModelConfig, params: Tree, at: int) -> Tree:
     return {**bodies, "w_join": w_join, "layers": layers}
 
 
-def _with_bias(cfg: ModelConfig, params: Tree, text: FitText, pairs: bool) -> Tree:
+def _by_ridge(cfg: ModelConfig, params: Tree, text: FitText, first: int) -> Tree:
+    """Parameters whose heads from `first` on begin with maps, and a bias if it is new.
+
+    Pairs of a small vocabulary all occur in the text, and their counts know most; of a
+    large one the embeddings do. The bias is the one of less loss on text that neither
+    was fitted to.
+    """
+    if not cfg.heads.markov_rank or first > 1:
+        params = fit_maps(cfg, params, text, first)
+        return _with_gains(params, first, best_gains(cfg, params, text, first).of_heads)
+    fit, apart = text.parted()
+    counted = _with_counts(cfg, params, fit, pairs=True)
+    tried = [fit_maps(cfg, counted, fit, first)]
+    if not cfg.heads.wiring.reads_tokens:  # else the maps have that embedding
+        token_map_DD = fit_token_map(cfg, params, fit, first)
+        counts_V = Counts.of(fit).token_V
+        biased = _with_bias(params, *bias_of_map(cfg, params, token_map_DD, counts_V))
+        tried.append(fit_maps(cfg, biased, fit, first, token_map_DD))
+    found = [best_gains(cfg, each, apart, first, of_bias=True) for each in tried]
+    gains, params = min(zip(found, tried, strict=True), key=lambda pair: pair[0].loss)
+    w_out = params["w_markov_out"]
+    params = _with_gains(params, first, gains.of_heads)
+    return params | {"w_markov_out": (gains.of_bias * w_out).astype(w_out.dtype)}
+
+
+def _with_counts(cfg: ModelConfig, params: Tree, text: FitText, pairs: bool) -> Tree:
     """Parameters with the bias by the token before from counts of the text."""
-    both = bias_of(Counts.of(text), cfg.heads.markov_rank, pairs)
-    names = ("w_markov_in", "w_markov_out")
+    return _with_bias(params, *bias_of(Counts.of(text), cfg.heads.markov_rank, pairs))
+
+
+def _with_bias(params: Tree, w_in: Any, w_out: Any) -> Tree:
+    """Parameters with a bias by the token before."""
+    new = {"w_markov_in": w_in, "w_markov_out": w_out}
     return params | {
         name: jax.device_put(w.astype(params[name].dtype), params[name].sharding)
-        for name, w in zip(names, both, strict=True)
+        for name, w in new.items()
     }
 
 

@@ -25,6 +25,7 @@ class FitText:
     corpora: list[Corpus]
     mesh: jax.sharding.Mesh
     tokens: int  # at the least, in all rows
+    part: tuple[int, int] | None = None  # from which of its batches to before which
 
     def batches(self) -> Iterator[dict[str, jax.Array]]:
         """Batches of tokens, segments and positions, int32 [1, B, S]."""
@@ -36,14 +37,35 @@ class FitText:
             placed = place_rows(batch, rows, sharding, size)
             yield {name: placed[name] for name in ("tokens", "segments", "positions")}
 
+    def parted(self) -> tuple["FitText", "FitText"]:
+        """Its batches but for the last eighth, and those, which are kept apart.
+
+        A single batch is both.
+        """
+        begin, end = self._range()
+        count = end - begin
+        if count < 2:
+            return self, self
+        at = end - max(1, count // 8)
+        parts = (begin, at), (at, end)
+        fit, apart = (dataclasses.replace(self, part=part) for part in parts)
+        return fit, apart
+
     def rows(self) -> Iterator[dict[str, np.ndarray]]:
         """The whole batches on every host, [B, S]."""
         cfg = _plain(self.config, self.mesh)
         yield from self._of_host(cfg, np.arange(cfg.data.batch_size))
 
     def _of_host(self, cfg: Config, rows: np.ndarray) -> Iterator[dict]:
-        count = -(-self.tokens // (cfg.data.batch_size * cfg.data.seq_len))
-        return itertools.islice(train_batches(cfg, rows, 0, self.corpora), count)
+        begin, end = self._range()
+        batches = train_batches(cfg, rows, begin, self.corpora)
+        return itertools.islice(batches, end - begin)
+
+    def _range(self) -> tuple[int, int]:
+        if self.part is not None:
+            return self.part
+        data = _plain(self.config, self.mesh).data
+        return 0, -(-self.tokens // (data.batch_size * data.seq_len))
 
 
 def _plain(cfg: Config, mesh: jax.sharding.Mesh) -> Config:

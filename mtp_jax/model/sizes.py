@@ -66,13 +66,13 @@ def drafting_entries(cfg: ModelConfig) -> int:
     """Matrix entries that a pass reads that verifies drafts and drafts again.
 
     The trunk, all heads, and tables: head 1's, and for drafts the shared one once more,
-    or once a draft where the heads have their own or wait for each other's tokens.
+    or once a draft where the heads have their own or read the embeddings of tokens.
     Weights that all heads share are read once by each of them.
     """
     n, heads = cfg.n_future_tokens, cfg.heads
     bodies = heads.runs(n) * kind_of(cfg).entries(cfg)
     table = cfg.vocab_size * cfg.d_model
-    one_by_one = heads.wait_for_tokens(n) or heads.unembedding == "own"
+    one_by_one = heads.wiring.reads_tokens or heads.unembedding == "own"
     drafts = n - 1 if one_by_one else min(n - 1, 1)
     bias = (n - 1) * cfg.vocab_size * heads.markov_rank
     trunk = cfg.num_trunk_layers * layer_entries(cfg)

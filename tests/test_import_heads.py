@@ -33,6 +33,10 @@ KINDS = {
     "deep causal": {"kind": "causal", "layers": 2, "of_model": _LONGER},
     "linear": {"kind": "linear", "norm": "own", "markov_rank": 2},
     "residual": {"kind": "residual", "layers": 2, "unembedding": "own"},
+    "windows": {"of_model": FAMILIES["mistral"], "markov_rank": 2},
+    "biases of queries": {"of_model": FAMILIES["qwen2"], "norm": "own"},
+    "norms of queries": {"of_model": FAMILIES["qwen3"], "kind": "causal"},
+    "norms after": {"of_model": FAMILIES["olmo2"]},
     "bfloat16": {"of_model": {"param_dtype": "bfloat16"}, "norm": "own"},
 }
 
@@ -190,8 +194,8 @@ REFUSED = {
     "unknown field": (edit_about(scale=2), "it must have"),
     "no entry of fields": (edit_config(mtp_heads=3), "mtp_heads has 3"),
     "another family": (
-        edit_config(model_type="mistral", attention_bias=None, mlp_bias=None),
-        "is of a mistral",
+        edit_config(model_type="phi3", attention_bias=None, mlp_bias=None),
+        "is of a phi3",
     ),
     "tied tables of heads": (
         lambda f: (

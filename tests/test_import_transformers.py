@@ -63,6 +63,13 @@ CASES = {
     "phi3": ("phi3", {"sliding_window": 9, "pad_token_id": 0}),
     "olmo2": ("olmo2", {}),
     "olmo2, bias": ("olmo2", {"attention_bias": True}),
+    "mistral, tied": ("mistral", {"tie_word_embeddings": True}),
+    "qwen2, wide heads": ("qwen2", {"head_dim": 16}),
+    "qwen3, tied": ("qwen3", {"tie_word_embeddings": True}),
+    "phi3, tied": (
+        "phi3", {"tie_word_embeddings": True, "pad_token_id": 0, "head_dim": 16}
+    ),
+    "olmo2, tied": ("olmo2", {"tie_word_embeddings": True, "head_dim": 16}),
 }  # fmt: skip
 
 
@@ -78,7 +85,7 @@ def test_logits_are_those_of_transformers(name, tmp_path):
         for x in model.parameters():
             x.add_(0.2 * torch.randn_like(x))  # no bias is 0, no norm's scale is 1
         exact_TV = model(torch.tensor(IDS[None])).logits[0].numpy()
-    shards = {"max_shard_size": "20KB"} if name == "qwen2, windows" else {}
+    shards = {"max_shard_size": "20KB"} if "windows" in name or "tied" in name else {}
     model.save_pretrained(tmp_path / "hf", **shards)
 
     import_model(tmp_path / "hf", tmp_path / "run", tokenizer="bytes")

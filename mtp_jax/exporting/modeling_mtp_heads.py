@@ -128,10 +128,8 @@ class Drafts(nn.Module):
         super().__init__(config)
         about = config.mtp_heads
         self.mtp = Heads(self)
-        self._given: tuple = (
-            (),
-            {},
-        )  # what the first layer of head 1 was called with, of layers
+        # What the first layer of head 1 was called with; of heads that are layers.
+        self._given: tuple = ((), {})
         self._states = []
         self._stream: torch.Tensor = torch.empty(0)  # of head 1, before its norm
         self.model.norm.register_forward_pre_hook(self._keep_stream)

@@ -120,13 +120,15 @@ def source(tmp_path):
 
 @pytest.fixture
 def refusal(monkeypatch, capsys):
-    """The one line with which the program refuses arguments, its exit code being 2."""
+    """All that the program says when it refuses arguments, one line; exit code 2."""
     from mtp_jax import __main__
 
     def line_of(*argv):
         monkeypatch.setattr(sys, "argv", ["mtp-jax", *map(str, argv)])
         assert __main__.main() == 2
-        [line] = capsys.readouterr().err.splitlines()
+        said = capsys.readouterr()
+        [line] = said.err.splitlines()
+        assert not said.out
         assert line.startswith("mtp-jax: error: ")
         return line
 

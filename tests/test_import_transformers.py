@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from mtp_jax.checkpoint.restore import restore_model
-from mtp_jax.errors import UserError
 from mtp_jax.eval.outputs import head_outputs
 from mtp_jax.run.import_model import import_model
 
@@ -182,24 +181,22 @@ def test_all_heads_of_a_checkpoint_of_meta(tmp_path):
 
 
 class Runs:
-    """An object whose pickle would run code."""
+    """An object whose pickle would run code, which would say so."""
 
     def __reduce__(self):
         return print, ("code was run",)
 
 
-def test_a_pickle_that_runs_code_is_refused(tmp_path, capsys):
+def test_a_pickle_that_runs_code_is_refused(tmp_path, refusal):
     torch = pytest.importorskip("torch")
     folder = tmp_path / "meta"
     folder.mkdir()
     (folder / "params.json").write_text(json.dumps(PARAMS))
     torch.save({"x": Runs()}, folder / "consolidated.pth")
 
-    with pytest.raises(UserError, match="not a file of weights alone"):
-        import_model(folder, tmp_path / "run", tokenizer="bytes")
+    where = [f"--from={folder}", f"--workdir={tmp_path / 'run'}", "--tokenizer=bytes"]
+    assert "not a file of weights alone" in refusal("import", *where)
 
     (folder / "consolidated.pth").write_bytes(pickle.dumps(Runs()))
-    with pytest.raises(UserError, match="not a file of weights alone"):
-        import_model(folder, tmp_path / "run", tokenizer="bytes")
-    assert "code was run" not in capsys.readouterr().out
+    assert "not a file of weights alone" in refusal("import", *where)
     assert not (tmp_path / "run").exists()

@@ -22,6 +22,7 @@ from mtp_jax.growth.stacks import with_last
 from mtp_jax.growth.text import FitText
 from mtp_jax.model.language_model import model_builder
 from mtp_jax.model.regrow import regrown
+from mtp_jax.parallel.processes import of_first
 from mtp_jax.parallel.sharding import abstract_tree
 
 Tree = Any
@@ -104,7 +105,8 @@ def started(
         if start == "ridge":
             grown = fit_maps(after, grown, text, n_before)
     assert text is not None
-    return _with_gains(grown, n_before, best_gains(after, grown, text, n_before))
+    gains = of_first(best_gains(after, grown, text, n_before))
+    return _with_gains(grown, n_before, gains)
 
 
 def _fresh(before: ModelConfig, after: ModelConfig, params: Tree, seed: int) -> Tree:
@@ -162,7 +164,7 @@ def _copied_modules(cfg: ModelConfig, params: Tree, at: int) -> Tree:
 
 def _with_bias(cfg: ModelConfig, params: Tree, text: FitText, pairs: bool) -> Tree:
     """Parameters with the bias by the token before from counts of the text."""
-    both = bias_of(Counts.of(text), cfg.heads.markov_rank, pairs)
+    both = of_first(bias_of(Counts.of(text), cfg.heads.markov_rank, pairs))
     names = ("w_markov_in", "w_markov_out")
     return params | {
         name: jax.device_put(w.astype(params[name].dtype), params[name].sharding)

@@ -5,6 +5,7 @@ import os
 import pathlib
 import random
 import signal
+import sys
 
 import jax
 import pytest
@@ -115,6 +116,23 @@ def source(tmp_path):
         text = f"# file {i}\n" + f"x_{i} = {i * i}\n" * (i % 7)
         (folder / f"f{i:02d}.py").write_text(text)
     return folder
+
+
+@pytest.fixture
+def refusal(monkeypatch, capsys):
+    """All that the program says when it refuses arguments, one line; exit code 2."""
+    from mtp_jax import __main__
+
+    def line_of(*argv):
+        monkeypatch.setattr(sys, "argv", ["mtp-jax", *map(str, argv)])
+        assert __main__.main() == 2
+        said = capsys.readouterr()
+        [line] = said.err.splitlines()
+        assert not said.out
+        assert line.startswith("mtp-jax: error: ")
+        return line
+
+    return line_of
 
 
 @pytest.fixture(scope="session")

@@ -23,13 +23,15 @@ BASE = dataclasses.replace(
 
 _ALL_BIASES = LayerConfig(qkv_bias=True, out_bias=True, mlp_bias=True)
 _LLAMA3 = RopeConfig(scaling="llama3", factor=4.0, original_context=8, context=64)
+_YARN = RopeConfig(scaling="yarn", factor=4.0, original_context=16, context=64)
+_LINEAR = RopeConfig(scaling="linear", factor=2.0, context=64)
 # Fields of a model by the family that holds it.
 FAMILIES = {
     "llama": {"layer": _ALL_BIASES, "rope": _LLAMA3, "d_head": 6},
     "mistral": {"layer": LayerConfig(windows=(5,))},
     "qwen2": {"layer": LayerConfig(qkv_bias=True)},
-    "qwen3": {"layer": LayerConfig(qk_norm="head"), "d_head": 8},
-    "olmo2": {"layer": LayerConfig(qk_norm="whole", norms="after")},
+    "qwen3": {"layer": LayerConfig(qk_norm="head"), "d_head": 8, "rope": _YARN},
+    "olmo2": {"layer": LayerConfig(qk_norm="whole", norms="after"), "rope": _LINEAR},
 }
 
 

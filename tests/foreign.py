@@ -204,6 +204,10 @@ def forward(config, tensors, ids):
         n = config["prediction_heads"]
         prefixes += [f"model.mtp_heads.{i}." for i in range(n - 1)]
         norms = [f"model.mtp_norms.{i}.weight" for i in range(n)]
+    if "mtp_heads" in config:  # as an exported folder has them, of one layer each
+        further = range(config["mtp_heads"]["n_future_tokens"] - 1)
+        prefixes += [f"heads.{i}.layers.0." for i in further]
+        norms += [f"heads.{i}.norm.weight" for i in further]
     out_VD = w["model.embed_tokens.weight"]
     out_VD = out_VD if config["tie_word_embeddings"] else w["lm_head.weight"]
     found = []
@@ -214,6 +218,9 @@ def forward(config, tensors, ids):
 
 
 def _window(config, layer):
+    if "layer_types" in config:
+        slides = config["layer_types"][layer] == "sliding_attention"
+        return config["sliding_window"] if slides else None
     if config["model_type"] == "qwen2":
         slides = config["use_sliding_window"] and layer >= config["max_window_layers"]
         return config["sliding_window"] if slides else None

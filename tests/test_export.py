@@ -4,6 +4,7 @@ import json
 import struct
 from typing import get_args
 
+import foreign
 import llama_reference as reference
 import numpy as np
 import pytest
@@ -63,20 +64,24 @@ def test_a_folder_computes_what_the_model_does(tmp_path, fields):
     assert about["mtp_heads"]["n_future_tokens"] == 3
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_models_of_other_families_keep_theirs(tmp_path, family):
-    model = random_model(n=2, of_model=FAMILIES[family])
+def test_heads_of_every_family_compute_what_the_model_does(tmp_path, family, tied):
+    """Beyond windows and first contexts, of heads of another size, from shards."""
+    of_model = {**FAMILIES[family], "tie_embeddings": tied}
+    of_model |= {"d_head": 6} if tied else {}
+    model = random_model(norm="own", of_model=of_model)
 
-    lost = export(model, tmp_path / "out")  # which compares the logits, too
+    lost = export(model, tmp_path / "out", positions=64, shard_bytes=20_000)
 
     about = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert lost == []
     assert about["model_type"] == family
-    told = (
-        []
-        if family == "llama"
-        else [f"drafting by parallel heads on layers of {family}"]
-    )
-    assert lost == told
+    assert about["tie_word_embeddings"] == tied
+    beside = tensors.read(tmp_path / "out" / "mtp_heads")
+    found_NTV = foreign.forward(about, tensors.read(tmp_path / "out") | beside, ids(40))
+    assert len(found_NTV) == 3
+    np.testing.assert_allclose(found_NTV, logits_of(model, ids(40)), atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["serial", "anticausal"])
@@ -303,13 +308,13 @@ def test_the_verb_knows_every_format():
     assert get_args(Format) == verb._FORMATS
 
 
-def test_a_folder_that_is_not_empty_is_refused(tmp_path):
+def test_a_folder_that_is_not_empty_is_refused(tmp_path, refusal):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
 
     with pytest.raises(UserError, match="is not empty"):
         export(random_model(), tmp_path / "out")
-    with pytest.raises(UserError, match="no such folder"):
-        verb.main([f"--workdir={tmp_path / 'none'}", f"--output={tmp_path / 'new'}"])
+    nowhere = [f"--workdir={tmp_path / 'none'}", f"--output={tmp_path / 'new'}"]
+    assert "no such folder" in refusal("export", *nowhere)
 
     assert [x.name for x in tmp_path.iterdir()] == ["out"]

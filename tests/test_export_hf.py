@@ -1,9 +1,11 @@
-"""Exported folders in Hugging Face's transformers: as a plain Llama, and drafting."""
+"""Exported folders in Hugging Face's transformers: as plain models, and drafting."""
 
+import copy
 import itertools
 import json
 import logging
 import os
+import sys
 import warnings
 
 import numpy as np
@@ -13,6 +15,7 @@ from export_models import FAMILIES, ids, random_model
 from runs import complete, train_args
 
 from mtp_jax import Generator
+from mtp_jax.config import LayerConfig
 from mtp_jax.data.sentencepiece_tokenizer import train_sentencepiece
 from mtp_jax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer
 from mtp_jax.eval.outputs import head_outputs
@@ -27,6 +30,31 @@ AutoModel = transformers.AutoModelForCausalLM
 
 def loaded(folder, **options):
     return AutoModel.from_pretrained(folder, dtype=torch.float32, **options).eval()
+
+
+def in_silence(folder, text_T, caplog):
+    """A folder's plain model and its logits [T, V]; a warning of any kind fails."""
+    with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
+        warnings.simplefilter("error")
+        transformers.logging.set_verbosity_warning()
+        transformers.logging.enable_propagation()
+        plain = loaded(folder)
+        with torch.no_grad():
+            found_TV = plain(torch.tensor(text_T[None])).logits[0].numpy()
+    assert caplog.records == []
+    return plain, found_TV
+
+
+class Few(ByteTokenizer):
+    """Begin and end of text among the first ids, for small vocabularies."""
+
+    bos_id, eos_id = 0, 3
+
+
+def of_few_words(words, size, **fields):
+    """A random model of so small a vocabulary that drafts are right now and then."""
+    of_model = {**fields.pop("of_model", {}), "vocab_size": words}
+    return random_model(tokenizer=Few(), size=size, of_model=of_model, **fields)
 
 
 def passes_of(model):
@@ -53,69 +81,118 @@ def folder(tmp_path_factory, corpus_dir):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_without_trust_it_is_a_plain_llama(tmp_path, tied, caplog):
-    model = random_model(of_model={"tie_embeddings": tied}, norm="own")
-    export(model, tmp_path / "out")
-
-    with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
-        warnings.simplefilter("error")
-        transformers.logging.set_verbosity_warning()
-        transformers.logging.enable_propagation()
-        llama = loaded(tmp_path / "out")
-        with torch.no_grad():
-            found = llama(torch.tensor(ids()[None])).logits[0].numpy()
-
-    assert type(llama).__name__ == "LlamaForCausalLM"
-    assert caplog.records == []
-    expected_TV = np.asarray(head_outputs(model, ids()[None]).logits_NBTV)[0, 0]
-    np.testing.assert_allclose(found, expected_TV, rtol=1e-4, atol=1e-3)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families_compute_the_same_in_transformers(tmp_path, family):
-    model = random_model(n=2, of_model=FAMILIES[family])
+def test_without_trust_it_is_a_plain_model_of_its_family(
+    tmp_path, family, tied, caplog
+):
+    of_model = {**FAMILIES[family], "tie_embeddings": tied}
+    model = random_model(norm="own", of_model=of_model)
     export(model, tmp_path / "out", positions=64)
-    text_T = ids(40)
+    text_T = ids(40)  # longer than windows, and than the context before a stretch
 
-    with torch.no_grad():
-        plain = loaded(tmp_path / "out")
-        found = plain(torch.tensor(text_T[None])).logits[0].numpy()
+    plain, found_TV = in_silence(tmp_path / "out", text_T, caplog)
 
     assert plain.config.model_type == family
+    assert type(plain).__name__ == plain.config.architectures[0]
     expected_TV = np.asarray(head_outputs(model, text_T[None]).logits_NBTV)[0, 0]
-    np.testing.assert_allclose(found, expected_TV, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(found_TV, expected_TV, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"norm": "own", "markov_rank": 3},
-        {"kind": "causal", "layers": 2},
-        {"kind": "linear", "norm": "own"},
-        {"kind": "residual", "unembedding": "own"},
-    ],
-    ids=["parallel", "bias", "causal", "linear", "residual"],
-)
+_QWEN_WINDOWS = {
+    "layer": LayerConfig(qk_norm="head", windows=(0, 4, 4)),
+    "d_head": 8,
+}
+DRAFTING = {
+    "parallel": {},
+    "llama": {"of_model": FAMILIES["llama"]},
+    "bias": {"norm": "own", "markov_rank": 3},
+    "causal": {"kind": "causal", "layers": 2, "of_model": {"num_layers": 5}},
+    "linear": {"kind": "linear", "norm": "own"},
+    "residual": {"kind": "residual", "unembedding": "own"},
+    "mistral": {"of_model": FAMILIES["mistral"], "norm": "own"},
+    "mistral causal": {"of_model": FAMILIES["mistral"], "kind": "causal"},
+    "mistral linear": {"of_model": FAMILIES["mistral"], "kind": "linear"},
+    "mistral residual": {"of_model": FAMILIES["mistral"], "kind": "residual"},
+    "qwen2": {"of_model": FAMILIES["qwen2"], "markov_rank": 3},
+    "qwen2 linear": {"of_model": FAMILIES["qwen2"], "kind": "linear"},
+    "qwen2 residual": {
+        "of_model": FAMILIES["qwen2"],
+        "kind": "residual",
+        "layers": 2,
+    },
+    "qwen3": {"of_model": FAMILIES["qwen3"]},
+    "qwen3 windows": {"of_model": _QWEN_WINDOWS},
+    "qwen3 linear": {"of_model": FAMILIES["qwen3"], "kind": "linear"},
+    "qwen3 residual": {
+        "of_model": FAMILIES["qwen3"],
+        "kind": "residual",
+        "markov_rank": 2,
+    },
+    "olmo2": {"of_model": FAMILIES["olmo2"]},
+}
+
+
+@pytest.mark.parametrize("fields", DRAFTING.values(), ids=DRAFTING)
 def test_heads_score_as_the_model_does(tmp_path, fields):
-    base = {"num_layers": 5} if fields.get("layers") else {}
-    model = random_model(of_model=base, **fields)
-    export(model, tmp_path / "out")
-    llama = loaded(tmp_path / "out", trust_remote_code=True)
-    cache = transformers.DynamicCache(config=llama.config)
-    for head in llama.mtp.heads:
-        for _ in getattr(head, "layers", ()):
-            cache.layers.append(type(cache.layers[-1])())
+    model = random_model(**fields)
+    export(model, tmp_path / "out", positions=64)
+    family = loaded(tmp_path / "out", trust_remote_code=True)
+    cache = transformers.DynamicCache(config=family.config)
+    cache.layers += [
+        copy.deepcopy(cache.layers[-1])
+        for head in family.mtp.heads
+        for _ in getattr(head, "layers", ())
+    ]
 
     with torch.no_grad():
-        llama(torch.tensor(ids()[None]), past_key_values=cache, run_heads=True)
+        family(torch.tensor(ids()[None]), cache=cache, run_heads=True)
         expected_NTV = np.asarray(head_outputs(model, ids()[None]).logits_NBTV)[:, 0]
         for number in (0, 1):
             for slot in (3, 7):
                 before = torch.tensor(ids()[slot + number + 1][None])
-                found = llama.draft_scores(number, slot, before)[0].numpy()
+                found = family.draft_scores(number, slot, before)[0].numpy()
                 expected_V = expected_NTV[number + 1, slot]
                 np.testing.assert_allclose(found, expected_V, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", DRAFTING)
+def test_each_kind_drafts_its_own_text_in_as_few_passes_as_here(tmp_path, name):
+    """Of random weights, whose drafts are now right and now wrong."""
+    model = of_few_words(8, 1.0, **DRAFTING[name])
+    export(model, tmp_path / "out", positions=64)
+    plain = loaded(tmp_path / "out")
+    drafting = loaded(tmp_path / "out", trust_remote_code=True)
+    texts = [ids(4, seed, vocab=8) for seed in range(12)]
+    generator = Generator(model.config.model, model.params, model.tokenizer, model.mesh)
+    ours = generator.generate(texts, max_new_tokens=30)
+    calls, tokens = passes_of(drafting), 0
+    for text, result in zip(texts, ours, strict=True):
+        start = torch.tensor([[model.tokenizer.bos_id, *text]])
+
+        expected = plain.generate(start, max_new_tokens=30)
+        found = drafting.generate(start, max_new_tokens=30, use_mtp=True)
+
+        assert torch.equal(found, expected)
+        end = [] if result.ended_by is None else [result.ended_by]
+        new = found[0, start.shape[1] :].tolist()
+        assert new == [*result.tokens, *end]
+        tokens += len(new)
+    here = sum(result.forwards for result in ours)
+    assert abs(len(calls) - here) <= 0.01 * here
+    assert 1.05 < tokens / len(calls) < 2.5  # of at most 3
+    assert type(drafting).__name__ == f"MTP{type(plain).__name__}"
+
+
+# Lines of code, of which the model learned some.
+NAMES = ("read", "save", "of", "run", "main", "load", "find", "close", "parse", "size")
+LINES = (
+    "def {}(self, x):\n",
+    "class {}:\n    ",
+    "import {}\n",
+    "    for {} in ",
+    "    return {}(",
+)
+PROMPTS = [line.format(name) for line in LINES for name in NAMES]
 
 
 def test_drafting_gives_the_same_text_in_as_few_passes_as_here(folder):
@@ -124,13 +201,10 @@ def test_drafting_gives_the_same_text_in_as_few_passes_as_here(folder):
     plain = loaded(output)
     drafting = loaded(output, trust_remote_code=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(output)
-    texts = [
-        f"def {name}(self, x):\n" for name in ("read", "save", "of", "run", "main")
-    ]
-    ours = generator.generate(texts, max_new_tokens=48)
+    ours = generator.generate(PROMPTS, max_new_tokens=48)
     calls, tokens, here = passes_of(drafting), 0, 0
 
-    for text, result in zip(texts, ours, strict=True):
+    for text, result in zip(PROMPTS, ours, strict=True):
         of_text = tokenizer(text, return_tensors="pt")
         expected = plain.generate(**of_text, max_new_tokens=48)
         found = drafting.generate(**of_text, max_new_tokens=48, use_mtp=True)
@@ -140,51 +214,72 @@ def test_drafting_gives_the_same_text_in_as_few_passes_as_here(folder):
         tokens += len(new)
         here += result.forwards
 
+    assert len(PROMPTS) == 50
     assert tokens / len(calls) > 1.2
     assert tokens / len(calls) >= 0.97 * tokens / here
 
 
-def test_sampled_drafts_have_the_law_of_the_model(tmp_path):
-    class Four(ByteTokenizer):
-        bos_id, eos_id = 0, 3  # which the model has
+START, LENGTH, WORDS = torch.tensor([[0, 1, 2]]), 3, 4
+TEXTS = list(itertools.product(range(WORDS), repeat=LENGTH))
 
-    small = {"vocab_size": 4}
-    model = random_model(tokenizer=Four(), size=0.6, of_model=small)
-    export(model, tmp_path / "out")
-    llama = loaded(tmp_path / "out", trust_remote_code=True)
-    llama.generation_config.eos_token_id = None
-    start, count, length = torch.tensor([[0, 1, 2]]), 1000, 3
-    texts = list(itertools.product(range(4), repeat=length))
-    whole = torch.tensor([[0, 1, 2, *text] for text in texts])
+
+def law_of(llama):
+    """The probability of each of `TEXTS` after `START`, by one pass each."""
+    whole = torch.tensor([[*START[0].tolist(), *text] for text in TEXTS])
     with torch.no_grad():
         laws = llama(whole).logits.log_softmax(-1).numpy()
-    p = np.array(
-        [
-            np.exp(sum(laws[i, 2 + j, x] for j, x in enumerate(text)))
-            for i, text in enumerate(texts)
-        ]
-    )
-    torch.manual_seed(1)
-    torch.set_num_threads(1)  # for so small a model more are in each other's way
-    calls, seen = passes_of(llama), np.zeros(len(texts))
+    scores = [
+        sum(laws[i, 2 + j, x] for j, x in enumerate(text))
+        for i, text in enumerate(TEXTS)
+    ]
+    return np.exp(scores)
+
+
+def drawn(llama, count):
+    """How often each of `TEXTS` is written, of so many that are sampled."""
+    options = {"do_sample": True, "top_k": 0, "pad_token_id": 0, "use_mtp": True}
+    seen = np.zeros(len(TEXTS))
     with torch.no_grad():
         for _ in range(count):
-            options = {"do_sample": True, "top_k": 0, "pad_token_id": 0}
-            found = llama.generate(
-                start, max_new_tokens=length, use_mtp=True, **options
-            )[0, 3:].tolist()
-            seen[texts.index(tuple(found))] += 1
+            found = llama.generate(START, max_new_tokens=LENGTH, **options)
+            seen[TEXTS.index(tuple(found[0, START.shape[1] :].tolist()))] += 1
+    return seen
 
-    def chance(law):
-        """The p-value of the counts, cells of few expected ones taken together."""
-        few = law * count < 5
-        joined = [np.append(x[~few], x[few].sum()) for x in (seen, law * count)]
-        ok = joined[1] > 0
-        return scipy.stats.chisquare(joined[0][ok], joined[1][ok]).pvalue
 
-    assert len(calls) < count * length  # drafts were accepted
-    assert chance(p) > 1e-3
-    assert chance(np.roll(p, 7)) < 1e-9
+def chance(seen, law):
+    """The p-value of counts, cells of few expected ones taken together."""
+    expected = law * seen.sum()
+    few = expected < 5
+    joined = [np.append(x[~few], x[few].sum()) for x in (seen, expected)]
+    ok = joined[1] > 0
+    return scipy.stats.chisquare(joined[0][ok], joined[1][ok]).pvalue
+
+
+def test_sampled_drafts_have_the_law_of_the_model(tmp_path, monkeypatch):
+    export(of_few_words(WORDS, 0.6), tmp_path / "out")
+    llama = loaded(tmp_path / "out", trust_remote_code=True)
+    llama.generation_config.eos_token_id = None
+    law, count = law_of(llama), 1000
+    torch.manual_seed(1)
+    torch.set_num_threads(1)  # for so small a model more are in each other's way
+    calls = passes_of(llama)
+
+    seen = drawn(llama, count)
+
+    assert len(calls) < count * LENGTH  # drafts were accepted
+    assert chance(seen, law) > 1e-3
+
+    # The negative control: drafts are said to be drawn from another law than they are.
+    code = sys.modules[type(llama).__module__]
+    right = code.HeadDrafts.get_candidates
+
+    def wrong(*args, **kwargs):
+        found, laws = right(*args, **kwargs)
+        return found, None if laws is None else 0 * laws
+
+    monkeypatch.setattr(code.HeadDrafts, "get_candidates", wrong)
+    control = chance(drawn(llama, count), law)
+    assert control < 1e-9
 
 
 def test_ids_of_texts_are_those_of_the_tokenizer(tmp_path):

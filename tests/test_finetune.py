@@ -17,6 +17,7 @@ from mtp_jax.checkpoint.restore import restore_model
 from mtp_jax.config import Config, HeadsConfig, OptimConfig, config_to_json
 from mtp_jax.config.regrow import regrown_config
 from mtp_jax.errors import UserError
+from mtp_jax.exporting import tensors
 from mtp_jax.exporting.parts import parts_of
 from mtp_jax.growth.starts import started
 from mtp_jax.growth.states import new_state
@@ -135,6 +136,40 @@ def table(out):
     """Start losses that `grow` printed."""
     rows = [line.split() for line in out.splitlines()]
     return [float(row[1]) for row in rows if len(row) == 2 and row[0].isdecimal()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_of_four_heads_becomes_what_its_path_alone_becomes(tmp_path, corpus_dir):
+    """The path of head 1 is exported and imported, so nothing else can come with it."""
+    four, path = tmp_path / "four", tmp_path / "path"
+    of_four = ["--config.model.num_layers=6", "--config.model.n_future_tokens=4"]
+    complete(train_args(four, corpus_dir, *of_four, "--config.train.steps=30"))
+    complete(["export", f"--workdir={four}", f"--output={path}", "--heads=1"])
+    complete(
+        [
+            "import",
+            f"--from={path}",
+            f"--workdir={tmp_path / 'one'}",
+            "--tokenizer=bytes",
+        ]
+    )
+    tuned = {}
+    for name in ("four", "one"):
+        run, output = tmp_path / f"{name}_tuned", tmp_path / f"{name}_out"
+        recipe = [f"--config=configs/finetune.py:last,{four}", f"--workdir={run}"]
+        recipe += [f"--config.init.workdir={tmp_path / name}"]
+        recipe += ["--config.train.steps=10", "--config.optim.warmup_steps=2"]
+        complete(["train", *recipe, "--config.optim.peak_lr=0.005"])
+        complete(["export", f"--workdir={run}", f"--output={output}"])
+        tuned[name] = tensors.read(output)
+
+    before = tensors.read(path)
+    assert tuned["four"].keys() == tuned["one"].keys() == before.keys()
+    for name, x in tuned["four"].items():
+        np.testing.assert_array_equal(tuned["one"][name], x)
+        assert not np.array_equal(before[name], x)
+    np.testing.assert_array_equal(*(losses(tmp_path / f"{n}_tuned") for n in tuned))
 
 
 @pytest.mark.slow

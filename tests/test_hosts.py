@@ -282,3 +282,38 @@ def test_slurm_says_which_process_this_is(monkeypatch):
     found = cluster.detect(5)
 
     assert found == cluster.ProcessInfo("node003:61447", 2, 1, (0,))
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ([], None),
+        (["--num_processes=1"], ("", 1, 0)),
+        (["--coordinator=a:1", "--num_processes=2", "--process_id=1"], ("a:1", 2, 1)),
+    ],
+)
+def test_options_say_which_process_this_is(options, found):
+    import argparse
+
+    from mtp_jax.distributed import cluster
+
+    parser = argparse.ArgumentParser()
+    cluster.add_options(parser)
+
+    place = cluster.from_options(parser.parse_args(options))
+
+    assert place == (found and cluster.ProcessInfo(*found))
+
+
+@pytest.mark.parametrize("options", [["--num_processes=2"], ["--process_id=0"]])
+def test_a_place_that_is_told_in_part_is_refused(options):
+    import argparse
+
+    from mtp_jax.distributed import cluster
+    from mtp_jax.errors import UserError
+
+    parser = argparse.ArgumentParser()
+    cluster.add_options(parser)
+
+    with pytest.raises(UserError, match="go together"):
+        cluster.from_options(parser.parse_args(options))

@@ -43,11 +43,16 @@ def of_heads(n):
 CONFIGS = {**foreign.CONFIGS, "mtp_llama": of_heads(3)}
 
 
+@pytest.mark.parametrize("other", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_workdir_says_what_the_file_says(name, tmp_path):
+def test_a_workdir_says_what_the_file_says(name, other, tmp_path):
+    """Beyond windows and first contexts; tied and untied, in shards and in one file."""
     config = CONFIGS[name]
+    tied = config["tie_word_embeddings"] != other
+    config = {**config, "tie_word_embeddings": tied}
+    config |= {"head_dim": 6} if other else {}  # which is not width / heads
     tensors = foreign.tensors_of(config)
-    shards = 3 if name in ("llama", "qwen2") else 1
+    shards = 3 if name in ("llama", "qwen2") or other else 1
     folder = foreign.write_folder(tmp_path / "hf", config, tensors, shards)
 
     report = import_model(folder, tmp_path / "run", tokenizer="bytes")
@@ -59,7 +64,7 @@ def test_a_workdir_says_what_the_file_says(name, tmp_path):
     np.testing.assert_allclose(logits_NBTV[:, 0], exact_NTV, atol=1e-4)
     assert exact_NTV.std() > 0.3
     assert sorted(report.used) == sorted(tensors) and not report.ignored
-    assert report.tied == config["tie_word_embeddings"]
+    assert report.tied == tied
     assert len(report.sha256) == shards
     assert report.largest_difference < 1e-4
 

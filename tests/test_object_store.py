@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import foreign
 import pytest
 from runs import finish, start, train_args
 
@@ -66,6 +67,28 @@ def test_a_run_in_a_bucket_goes_on_and_is_evaluated(bucket, corpus_dir):
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 9))
     assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"3", "6", "8"}
     assert json.loads((workdir / "eval-batches1.json").read_text())["step"] == 8
+    assert not os.path.exists("gs:")  # nothing of it is on this machine
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_import_goes_into_a_bucket(bucket, tmp_path):
+    from etils import epath
+
+    config = foreign.CONFIGS["qwen3"]
+    folder = foreign.write_folder(tmp_path / "hf", config, foreign.tensors_of(config))
+    workdir = epath.Path(bucket) / "runs" / "theirs"
+    command = ["import", f"--from={folder}", "--tokenizer=bytes"]
+    command.append(f"--workdir={workdir}")
+
+    code, out, err = finish(start(command))
+    again, _, refused = finish(start(command))
+
+    assert code == 0 and f"written to {workdir}" in out, err[-3000:]
+    assert json.loads((workdir / "import.json").read_text())["format"] == "hf"
+    assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"0"}
+    assert (workdir / "run.json").exists()
+    assert again == 2 and "is not empty; give a new folder" in refused
     assert not os.path.exists("gs:")  # nothing of it is on this machine
 
 

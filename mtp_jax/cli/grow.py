@@ -5,6 +5,7 @@ from typing import get_args
 from mtp_jax.cli.args import Parser, add_data, edited, positive_int
 from mtp_jax.config import HeadStart, as_tree
 from mtp_jax.config.regrow import config_of
+from mtp_jax.distributed import cluster
 from mtp_jax.errors import say
 
 
@@ -46,17 +47,22 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--step", type=int, help="checkpoint; the latest if not given")
     add_data(parser)
+    cluster.add_options(parser)
     args, overrides = parser.parse_known_args(argv)
+    where = cluster.from_options(args)
     before = config_of(args.workdir)
     tree = as_tree(before)
     if args.heads > before.model.n_future_tokens == 1:
         tree["heads"]["norm"] = "own"
     sections = edited(tree, args.workdir, overrides)
 
+    if where is None or where.process_id == 0:
+        say(f"growing {args.workdir} to {args.heads} heads ...")
     # Not before the flags are known to be good: this imports JAX.
+    import jax
+
     from mtp_jax.growth.grow import grow
 
-    say(f"growing {args.workdir} to {args.heads} heads ...")
     grown = grow(
         args.workdir,
         args.output,
@@ -67,7 +73,10 @@ def main(argv: list[str]) -> int:
         fit_tokens=args.fit_tokens,
         keep_optimizer=args.keep_optimizer,
         step=args.step,
+        cluster=where,
     )
+    if jax.process_index() != 0:
+        return 0
     if grown.losses is None:
         print("no held-out text, so no start losses; --data=DIR names some")
     else:

@@ -5,6 +5,7 @@ import json
 from typing import TYPE_CHECKING
 
 from mtp_jax.cli.args import Parser, positive_int
+from mtp_jax.distributed import cluster
 from mtp_jax.errors import counted
 
 if TYPE_CHECKING:
@@ -27,7 +28,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--from", dest="source", required=True, metavar="PATH", help="folder or file"
     )
-    parser.add_argument("--workdir", required=True, metavar="D", help="a new folder")
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        metavar="D",
+        help="a new folder, here or in an object store",
+    )
     parser.add_argument(
         "--tokenizer",
         metavar="PATH",
@@ -48,9 +54,13 @@ def main(argv: list[str]) -> int:
             help=f"of {what} (float32)",
         )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    cluster.add_options(parser)
     args = parser.parse_args(argv)
+    where = cluster.from_options(args)
 
     # Not before the flags are known to be good: this imports JAX.
+    import jax
+
     from mtp_jax.run.import_model import import_model
 
     report = import_model(
@@ -60,7 +70,10 @@ def main(argv: list[str]) -> int:
         seq_len=args.seq_len,
         param_dtype=args.param_dtype,
         compute_dtype=args.compute_dtype,
+        cluster=where,
     )
+    if jax.process_index() != 0:
+        return 0
     if args.json:
         print(json.dumps(dataclasses.asdict(report)))
     else:

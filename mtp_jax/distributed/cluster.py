@@ -24,7 +24,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds --coordinator, --num_processes and --process_id to a parser."""
     group = parser.add_argument_group(
         "several hosts",
-        "All three or none: what TPU pods, GKE and Slurm say is found by itself.",
+        "All three or none: what TPU pods, GKE and Slurm say is found by itself; "
+        "--num_processes=1 is this process alone, whatever they say.",
     )
     group.add_argument(
         "--coordinator", metavar="HOST:PORT", help="where process 0 listens"
@@ -42,10 +43,13 @@ def from_options(args: argparse.Namespace) -> ProcessInfo | None:
     given = (args.coordinator, args.num_processes, args.process_id)
     if given == (None, None, None):
         return None
+    if given == (None, 1, None):
+        return ProcessInfo("", 1, 0)
     if None in given:
         raise UserError(
             "--coordinator, --num_processes and --process_id go together; give all "
-            "three, or none where a TPU pod or Slurm tells them."
+            "three, or none where a TPU pod or Slurm tells them (--num_processes=1: "
+            "this process alone)."
         )
     host, _, port = args.coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:

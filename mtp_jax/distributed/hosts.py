@@ -10,13 +10,18 @@ import contextlib
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from etils import epath
 
 from mtp_jax.distributed.cluster import ProcessInfo, detect
-from mtp_jax.distributed.lifetime import STOP_SIGNALS, exit_now, on_signals
+from mtp_jax.distributed.lifetime import (
+    STOP_SIGNALS,
+    exit_now,
+    on_signals,
+    undo_at_exit,
+)
 from mtp_jax.distributed.member import Member
 from mtp_jax.distributed.secret import secret_of
 from mtp_jax.distributed.stop import NOTHING_BEGUN, LastStep
@@ -162,6 +167,25 @@ def fail(error: BaseException) -> None:
     """
     if _member is not None:
         _member.fail(error)
+
+
+@contextlib.contextmanager
+def undone(undo: Callable[[], None]) -> Iterator[None]:
+    """A context that calls a function if its body is not left in peace.
+
+    Where this process is one of several it is called when the process ends, by its own
+    error (`fail`), by that of another one or by a signal: process 0 ends last, so that
+    nobody else still makes what it undoes. It may be called in another thread.
+    """
+    cancel = undo_at_exit(undo)
+    try:
+        yield
+    except BaseException as error:
+        if _member is None or not isinstance(error, Exception):
+            cancel()
+            undo()
+        raise
+    cancel()
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PARENT = "MTP_JAX_PARENT"  # in the environment of a program: to end with that process
 _FLUSH_S = 1.0  # for what is printed to leave a process that ends at once
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+_to_undo: list[Callable[[], None]] = []  # before this process ends by `exit_now`
 
 
 @contextlib.contextmanager
@@ -108,8 +109,17 @@ def end_with_parent(parent: int) -> None:
         os._exit(128 + signal.SIGKILL)
 
 
+def undo_at_exit(undo: Callable[[], None]) -> Callable[[], None]:
+    """Has `exit_now` call a function, in whatever thread; returns what cancels that."""
+    _to_undo.append(undo)
+    return lambda: _to_undo.remove(undo)
+
+
 def exit_now(code: int) -> NoReturn:
     """Ends the process without atexit, where jax.distributed waits for the others."""
+    for undo in _to_undo:
+        with contextlib.suppress(Exception):
+            undo()
 
     def flush() -> None:
         for stream in (sys.stdout, sys.stderr):

@@ -52,7 +52,9 @@ class Member:
         self._reader: asyncio.StreamReader
         self._writer: Any = None  # an asyncio.StreamWriter, once there is one
         self._heard = time.monotonic()
-        self._failing = False  # and has said why
+        self._last_word = threading.Lock()  # one line of a process tells its end
+        self._failing = False  # and says why
+        self._ending = False  # with what another process said
         self._stopping = False  # was told to, and tells it
         self._barriers: dict[str, threading.Event] = {}
         self._told = threading.Event()
@@ -94,7 +96,10 @@ class Member:
         is_told = isinstance(error, UserError | RunFailed)
         if not is_told and isinstance(error, Exception):  # no person at a keyboard
             time.sleep(_VERDICT_S)  # a verdict ends this process meanwhile
-        self._failing = True
+        with self._last_word:
+            self._failing = not self._ending
+        if self._ending:
+            threading.Event().wait()  # for the end, which is near
         warn(shown)
         self._send({"failed": line, "code": code})
         self._told.wait(10.0)
@@ -314,6 +319,8 @@ class Member:
             exit_now(code)
 
     def _end(self, line: str, code: int) -> None:
+        with self._last_word:
+            self._ending = not self._failing
         if self._failing:
             self._told.set()
             return

@@ -19,6 +19,7 @@ from mtp_jax.errors import UserError
 from mtp_jax.model.attention import RowContext
 from mtp_jax.model.heads.walk import HeadRunner, all_hidden, tokens_before
 from mtp_jax.model.language_model import model_builder, run_trunk
+from mtp_jax.parallel.processes import compile_on_all
 from mtp_jax.parallel.sharding import batch_shards, spec
 
 
@@ -64,7 +65,10 @@ def head_outputs(
         # The last row is read again until the devices have equally many.
         spare = ((0, -b % shards), (0, 0))
         placed = [jax.device_put(np.pad(x, spare, mode="edge"), sharding) for x in rows]
-        outputs = _forward(restored.config.model)(restored.params, *placed)
+        forward = _forward(restored.config.model)
+        if jax.process_count() > 1:
+            compile_on_all(forward, restored.params, *placed)
+        outputs = forward(restored.params, *placed)
         return outputs if b % shards == 0 else _first_rows(outputs, b)
 
 

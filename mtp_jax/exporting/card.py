@@ -22,10 +22,10 @@ def model_card(parts: Parts, figures: dict[str, Any] | None) -> str:
         "tags: [multi-token-prediction, speculative-decoding, mtp_jax]",
         "---",
         "",
-        f"A Llama of {sizes_of(plain).total / 1e6:.2f} M parameters "
-        f"({plain.num_layers} layers, width {plain.d_model}, vocabulary "
-        f"{plain.vocab_size}), trained for {parts.model.step} steps with mtp_jax "
-        f"{__version__}.",
+        f"A model of {sizes_of(plain).total / 1e6:.2f} M parameters "
+        f"({parts.family}: {plain.num_layers} layers, width {plain.d_model}, "
+        f"vocabulary {plain.vocab_size}), trained for {parts.model.step} steps with "
+        f"mtp_jax {__version__}.",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",

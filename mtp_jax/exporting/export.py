@@ -35,7 +35,7 @@ def export(
       model: a restored model, or the workdir of a run.
       output: the folder to write; nothing may be there, and nothing is there if this
         fails.
-      format: hf, for Hugging Face's transformers and all that load its Llama; gguf,
+      format: hf, for Hugging Face's transformers and all that load its family; gguf,
         for llama.cpp; meta, that of the models of arXiv:2404.19737; fastllm, Fast-LLM's
         mtp_llama; eagle3, head 2 as a drafter for vLLM.
       positions: the longest text that a reader is told of; None: that of training.

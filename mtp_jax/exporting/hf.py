@@ -1,4 +1,4 @@
-"""A folder for everybody: a plain Llama, and beside it heads that draft."""
+"""A folder for everybody: a plain model, and beside it heads that draft."""
 
 import pathlib
 from importlib import resources
@@ -13,7 +13,6 @@ from mtp_jax.interop import mtp_heads
 from mtp_jax.storage import write_json
 
 _CODE = "modeling_mtp_heads.py"
-_CLASS = "MTPLlamaForCausalLM"
 
 
 def write_hf(
@@ -33,9 +32,8 @@ def write_hf(
     about = parts.config(positions)
     tensors.write(folder, parts.llama, shard_bytes)
     if parts.heads:
-        about["auto_map"] = {
-            "AutoModelForCausalLM": f"{_CODE.removesuffix('.py')}.{_CLASS}"
-        }
+        drafting = f"{_CODE.removesuffix('.py')}.MTP{about['architectures'][0]}"
+        about["auto_map"] = {"AutoModelForCausalLM": drafting}
         about[mtp_heads.FIELD] = mtp_heads.to_mtp_heads(parts.cfg)
         (folder / mtp_heads.FOLDER).mkdir()
         tensors.write(folder / mtp_heads.FOLDER, parts.heads, 1 << 62)

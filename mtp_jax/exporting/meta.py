@@ -5,6 +5,7 @@ one norm and one output matrix; queries and keys are in the order of neighbourin
 pairs (arXiv:2404.19737; the checkpoints of facebook/multi-token-prediction).
 """
 
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -17,6 +18,7 @@ from mtp_jax.exporting.check import check_as_import
 from mtp_jax.exporting.fast_llm import require_plain_heads
 from mtp_jax.exporting.parts import Arrays, Parts
 from mtp_jax.interop.hf_llama import interleaved
+from mtp_jax.interop.meta import to_meta
 from mtp_jax.storage import write_json
 
 _LAYER = {
@@ -39,9 +41,7 @@ def write_meta(parts: Parts, folder: pathlib.Path, positions: int) -> list[str]:
       UserError: heads that the format does not know, or torch is not installed.
       RunFailed: what was read is not what was to be written.
     """
-    del positions  # the format has none
     require_plain_heads(parts, "meta")
-    cfg = parts.plain
     if parts.cfg.heads.norm == "own" and _norms_differ(parts):
         raise UserError(
             "--format=meta has one norm for all heads, and config.heads.norm is own; "
@@ -60,18 +60,9 @@ def write_meta(parts: Parts, folder: pathlib.Path, positions: int) -> list[str]:
         for name, x in arrays.items()
     }
     torch.save(state, folder / "consolidated.pth")
-    about = {
-        "dim": cfg.d_model,
-        "n_layers": cfg.num_layers + parts.cfg.n_future_tokens - 1,
-        "n_heads": cfg.num_query_heads,
-        "n_kv_heads": cfg.num_kv_heads,
-        "vocab_size": cfg.vocab_size,
-        "norm_eps": cfg.norm_eps,
-        "rope_theta": cfg.rope_theta,
-        "hidden_dim": cfg.d_ff,
-        "n_future_tokens": parts.cfg.n_future_tokens,
-    }
-    write_json(folder / "params.json", about)
+    # Tied tables are written as two.
+    untied = dataclasses.replace(parts.cfg, tie_embeddings=False)
+    write_json(folder / "params.json", to_meta(untied, positions))
     lost = []
     if parts.model.tokenizer.kind == "sentencepiece":
         save_tokenizer(parts.model.tokenizer, epath.Path(folder))

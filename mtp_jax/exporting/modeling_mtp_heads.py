@@ -1,10 +1,11 @@
-"""A Llama that drafts for itself, for Hugging Face's transformers.
+"""A model that drafts for itself, for Hugging Face's transformers.
 
-`AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)` loads this class;
-without trust_remote_code the same folder is an ordinary Llama, and its text is the
-same. `model.generate(ids, use_mtp=True)` drafts with the heads in `mtp_heads/` and lets
-the model check the drafts: greedy, the text is that without drafts; sampled, it has the
-same distribution. transformers takes one text at a time that way.
+`AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)` loads a class of
+this file; without trust_remote_code the same folder is an ordinary Llama, Mistral, Qwen
+or OLMo 2, and its text is the same. `model.generate(ids, use_mtp=True)` drafts with the
+heads in `mtp_heads/` and lets the model check the drafts: greedy, the text is that
+without drafts; sampled, it has the same distribution. transformers takes one text at a
+time that way.
 
 A head predicts a token further ahead from what the trunk says (arXiv:2404.19737).
 `config.mtp_heads` tells their kind: parallel heads are layers over the trunk's output,
@@ -19,9 +20,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import (
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    Olmo2ForCausalLM,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
 from transformers.generation.candidate_generator import CandidateGenerator
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 from transformers.utils import cached_file
 
 _FILE = "model.safetensors"
@@ -29,23 +35,28 @@ _FOLDER = "mtp_heads"
 
 
 class Head(nn.Module):
-    """The weights of one head, head 2 being number 0."""
+    """The weights of one head, head 2 being number 0.
 
-    def __init__(self, config, number):
+    Its layers and its norm are of the classes that the model's are.
+    """
+
+    def __init__(self, model, number):
         super().__init__()
+        config = model.config
         about = config.mtp_heads
         kind, count, width = about["kind"], about["layers"], config.hidden_size
-        first = config.num_hidden_layers + number * count
         if kind in ("parallel", "causal"):
-            self.layers = nn.ModuleList(
-                [LlamaDecoderLayer(config, first + i) for i in range(count)]
-            )
+            # Of the form of head 1, the last layer: a config tells it by the number.
+            last, layer = config.num_hidden_layers - 1, type(model.model.layers[-1])
+            self.layers = nn.ModuleList([layer(config, last) for _ in range(count)])
+            for i, made in enumerate(self.layers):
+                made.self_attn.layer_idx = last + 1 + number * count + i  # in the cache
         elif kind == "linear":
             self.map = nn.Linear(width, width, bias=False)
         else:
             self.blocks = nn.ModuleList([nn.Linear(width, width) for _ in range(count)])
         if about["norm"] == "own":
-            self.norm = LlamaRMSNorm(width, eps=config.rms_norm_eps)
+            self.norm = type(model.model.norm)(width, eps=config.rms_norm_eps)
         if about["unembedding"] == "own":
             self.unembedding = nn.Linear(width, config.vocab_size, bias=False)
 
@@ -53,11 +64,12 @@ class Head(nn.Module):
 class Heads(nn.Module):
     """All heads after the first, and the bias by the token before."""
 
-    def __init__(self, config):
+    def __init__(self, model):
         super().__init__()
+        config = model.config
         about = config.mtp_heads
         count = about["n_future_tokens"] - 1
-        self.heads = nn.ModuleList([Head(config, i) for i in range(count)])
+        self.heads = nn.ModuleList([Head(model, i) for i in range(count)])
         rank = about["markov_rank"]
         if rank:
             self.markov_in = nn.Embedding(config.vocab_size, rank)
@@ -107,19 +119,17 @@ class HeadDrafts(CandidateGenerator):
         return ids, torch.cat(laws, dim=1)
 
 
-class MTPLlamaForCausalLM(LlamaForCausalLM):
-    """LlamaForCausalLM, and heads that run when `generate` asks for drafts."""
+class Drafts(nn.Module):
+    """Heads, beside a causal model, that run when `generate` asks for drafts."""
 
     _keys_to_ignore_on_load_missing = [r"^mtp\."]  # noqa: RUF012 (transformers' own)
 
     def __init__(self, config):
         super().__init__(config)
         about = config.mtp_heads
-        self.mtp = Heads(config)
-        self._given: tuple = (
-            (),
-            {},
-        )  # what the first layer of head 1 was called with, of layers
+        self.mtp = Heads(self)
+        # What the first layer of head 1 was called with; of heads that are layers.
+        self._given: tuple = ((), {})
         self._states = []
         self._stream: torch.Tensor = torch.empty(0)  # of head 1, before its norm
         self.model.norm.register_forward_pre_hook(self._keep_stream)
@@ -145,7 +155,7 @@ class MTPLlamaForCausalLM(LlamaForCausalLM):
         return found
 
     def forward(self, *args, run_heads=False, **kwargs):
-        """As LlamaForCausalLM's; with `run_heads` the heads' states are kept, too."""
+        """As without heads; with `run_heads` the heads' states are kept, too."""
         outputs = super().forward(*args, **kwargs)
         if run_heads:
             self._run_heads()
@@ -204,3 +214,23 @@ class MTPLlamaForCausalLM(LlamaForCausalLM):
             for _ in getattr(head, "layers", ()):
                 cache.layers.append(copy.deepcopy(cache.layers[-1]))  # empty yet
         return HeadDrafts(self, generation_config, logits_processor)
+
+
+class MTPLlamaForCausalLM(Drafts, LlamaForCausalLM):
+    """A Llama with heads."""
+
+
+class MTPMistralForCausalLM(Drafts, MistralForCausalLM):
+    """A Mistral with heads."""
+
+
+class MTPQwen2ForCausalLM(Drafts, Qwen2ForCausalLM):
+    """A Qwen 2 with heads."""
+
+
+class MTPQwen3ForCausalLM(Drafts, Qwen3ForCausalLM):
+    """A Qwen 3 with heads."""
+
+
+class MTPOlmo2ForCausalLM(Drafts, Olmo2ForCausalLM):
+    """An OLMo 2 with heads."""

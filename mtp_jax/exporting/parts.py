@@ -1,4 +1,4 @@
-"""A restored model as tensors by name: an ordinary Llama, and the heads beside it.
+"""A restored model as tensors by name: an ordinary model, and the heads beside it.
 
 Names of the heads are those of modules in `modeling_mtp_heads.py`.
 """
@@ -29,7 +29,7 @@ class Parts:
 
     model: Restored
     plain: ModelConfig  # one head, as deep as the way to head 1
-    llama: Arrays  # by the names of Hugging Face's Llama; a tied output is left out
+    llama: Arrays  # by Hugging Face's names of the family; a tied output is left out
     heads: Arrays  # of heads 2 to n and of their bias; empty if there are none
     dropped: str  # why heads are not among them, or empty
     family: str  # of Hugging Face, a key of `hf_config.FAMILIES`
@@ -55,7 +55,7 @@ def parts_of(model: Restored) -> Parts:
     """The tensors of a restored model, on this host.
 
     Raises:
-      UserError: a model that no Llama equals.
+      UserError: a model whose layers no family has.
     """
     cfg = model.config.model
     plain = regrown_config(cfg, 1, HeadsConfig())
@@ -70,8 +70,6 @@ def parts_of(model: Restored) -> Parts:
         heads.kind not in mtp_heads.NAMES.kinds or heads.shared
     ):
         dropped = f"{'shared ' * heads.shared}{heads.kind} heads"
-    elif cfg.n_future_tokens > 1 and family != mtp_heads.FAMILY:
-        dropped = f"{heads.kind} heads on layers of {family}"
     found: Arrays = {}
     if cfg.n_future_tokens > 1 and not dropped:
         params = jax.device_get(model.params)

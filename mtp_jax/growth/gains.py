@@ -21,6 +21,7 @@ from mtp_jax.growth.text import FitText
 from mtp_jax.loss.targets import future_targets
 from mtp_jax.model.language_model import model_builder
 from mtp_jax.model.layers import unembed
+from mtp_jax.parallel.processes import of_first
 
 _GAINS = np.concatenate([[0.0], np.geomspace(0.05, 2.0, 12)])
 _SCALES = np.array([0.0, 0.25, 0.5, 0.75, 1.0, 1.25])
@@ -69,6 +70,7 @@ def best_gains(
         read += batch["tokens"].size
         if read >= _TOKENS:
             break
+    total_NSK, count_N = of_first((total_NSK, count_N))
     mean_NSK = total_NSK / np.maximum(count_N, 1.0)[:, None, None]
     best_S = mean_NSK.min(axis=2).sum(axis=0)
     at = int(np.argmin(best_S))

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from etils import epath
 
 from mtp_jax.checkpoint.checkpoints import Checkpoints
 from mtp_jax.checkpoint.restore import Restored, restore_model
+from mtp_jax.checkpoint.workdir import new_workdir, refuse_taken, together
 from mtp_jax.config import (
     ComputeConfig,
     Config,
@@ -22,14 +24,16 @@ from mtp_jax.config.regrow import config_of, regrown_config, regrown_tree
 from mtp_jax.data.batches import open_sources
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.tokenizer import save_tokenizer, tokenizer_identity
-from mtp_jax.errors import UserError
+from mtp_jax.distributed.cluster import ProcessInfo
+from mtp_jax.errors import UserError, disk_errors_told
 from mtp_jax.eval.heldout import make_evaluator, measure, placed_heldout
 from mtp_jax.growth.starts import check_start, reads_text, started
 from mtp_jax.growth.states import carried, new_state, restored_state
 from mtp_jax.growth.text import FitText
 from mtp_jax.model.language_model import model_builder
 from mtp_jax.parallel.sharding import abstract_tree
-from mtp_jax.storage import workdir_at, write_json
+from mtp_jax.storage import absolute, workdir_at, write_json
+from mtp_jax.training.train_step import TrainState
 
 _SHOWN_BATCHES = 8  # held-out batches of the start losses
 
@@ -54,12 +58,17 @@ def grow(
     fit_tokens: int = 65_536,
     keep_optimizer: bool = False,
     step: int | None = None,
+    cluster: ProcessInfo | None = None,
 ) -> Grown:
     """Writes a workdir whose run begins with a model of other heads.
 
     Head 1 is the same, to the bit. `train` on the new workdir begins at step 0 with an
     optimizer that knows nothing, or with `keep_optimizer` goes on where the run before
     stood: its step, its moments (0 for what is new), its place in the text.
+
+    Several processes that run it share the model and the work, and write one workdir.
+    In such a process it can be called once: the processes part at the end, and if one
+    fails, all end.
 
     Args:
       workdir: of the run that is there.
@@ -72,19 +81,40 @@ def grow(
       fit_tokens: of the training text, that starts are fitted to.
       keep_optimizer: see above.
       step: which checkpoint; None for the newest.
+      cluster: which process of how many this is; None: what a TPU pod, GKE, Slurm or
+        Open MPI says, or one process alone.
 
     Raises:
       UserError: no such run, heads that cannot be, no text to fit to, or a folder that
         is not empty.
     """
-    target = workdir_at(os.fspath(output))
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"--output={output} is not empty; give a new folder.")
-    before = restore_model(workdir, step=step)
-    cfg = grown_config(before.config, heads, sections, data)
-    check_start(before.config.model, cfg.model, start)
-    text = _text(before, cfg, start, fit_tokens)
-    there = restored_state(workdir, before) if keep_optimizer else None
+    target, option = workdir_at(os.fspath(output)), f"--output={output}"
+    wanted = (heads, start, sections, data, fit_tokens, keep_optimizer, step)
+    arguments = [os.fspath(workdir), os.fspath(output), *wanted]
+    with together(target, cluster, arguments), disk_errors_told(output):
+        refuse_taken(target, option)
+        before = restore_model(workdir, step=step)
+        cfg = grown_config(before.config, heads, sections, data)
+        check_start(before.config.model, cfg.model, start)
+        text = _text(before, cfg, start, fit_tokens)
+        there = restored_state(workdir, before) if keep_optimizer else None
+        grown, state, about = _grown(before, cfg, start, text, there)
+        with new_workdir(absolute(target), option) as folder:
+            _write(folder, grown, state, about)
+        return Grown(cfg, int(state.step), start_losses(grown))
+
+
+def _grown(
+    before: Restored,
+    cfg: Config,
+    start: HeadStart,
+    text: FitText | None,
+    there: tuple[TrainState, dict[str, Any]] | None,
+) -> tuple[Restored, TrainState, dict[str, Any]]:
+    """The model with other heads, a state to train it from, and where its data stands.
+
+    `there` is the state of the run before; None for a run that begins anew.
+    """
     with jax.set_mesh(before.mesh):
         models = before.config.model, cfg.model
         params = started(*models, before.params, start, text, cfg.train.seed)
@@ -93,10 +123,7 @@ def grow(
             state = new_state(cfg, params)
         else:
             state, about = carried(before.config, cfg, there, params)
-    grown = dataclasses.replace(before, config=cfg, params=params)
-    at = int(state.step)
-    _write(target, grown, state, at, about)
-    return Grown(cfg, at, start_losses(grown))
+    return dataclasses.replace(before, config=cfg, params=params), state, about
 
 
 def grown_config(
@@ -218,16 +245,16 @@ def _moved(cfg: Config, params: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def _write(
-    target: Any, grown: Restored, state: Any, step: int, about: dict[str, Any]
+    folder: epath.Path, grown: Restored, state: TrainState, about: dict[str, Any]
 ) -> None:
-    """Writes the workdir: tokenizer, checkpoint, and `run.json`, which makes it one."""
-    target.mkdir(parents=True, exist_ok=True)
-    save_tokenizer(grown.tokenizer, target)
+    """Writes the workdir: checkpoint, tokenizer, and `run.json`, which makes it one."""
     config = config_to_json(grown.config)
     identity = tokenizer_identity(grown.tokenizer)
     metadata = {"config": config, "data": about, "tokenizer": identity, "seconds": {}}
-    checkpoints = Checkpoints(target, grown.config.checkpoint)
+    checkpoints = Checkpoints(folder, grown.config.checkpoint)
     with jax.set_mesh(grown.mesh):
-        checkpoints.save(step, state, metadata)
+        checkpoints.save(int(state.step), state, metadata)
     checkpoints.close()
-    write_json(target / "run.json", {"config": config, "tokenizer": identity})
+    if jax.process_index() == 0:
+        save_tokenizer(grown.tokenizer, folder)
+        write_json(folder / "run.json", {"config": config, "tokenizer": identity})

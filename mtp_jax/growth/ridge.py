@@ -30,6 +30,7 @@ from mtp_jax.growth.forward import Pass
 from mtp_jax.growth.stacks import with_last
 from mtp_jax.growth.text import FitText
 from mtp_jax.model.language_model import model_builder
+from mtp_jax.parallel.processes import of_first
 
 Tree = Any
 # The states to be said, as multiples of the trunk's: by so much they outweigh what the
@@ -111,7 +112,7 @@ def _fitted(
         sums = jax.device_get(add(params, batch))
         sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
         total = sums if total is None else jax.tree.map(np.add, total, sums)
-    maps = [solve(gram, cross) for gram, cross in zip(*total, strict=True)]
+    maps = of_first([solve(*sums) for sums in zip(*total, strict=True)])
     path = place.path
     if place.features is forward.attention_reads or (
         place.features is forward.feed_forward_reads
@@ -208,8 +209,14 @@ def _with(tree: Tree, path: tuple[str, ...], at: list[int], maps: list) -> Tree:
     """A stack of bodies with other matrices at a path, of the bodies `at`."""
     if path:
         return {**tree, path[0]: _with(tree[path[0]], path[1:], at, maps)}
-    # On the host, which has room for a stack of matrices, whatever its sharding.
-    new = np.array(jax.device_get(tree))
-    for body, matrix in zip(at, maps, strict=True):
-        new[body] = matrix.reshape(new.shape[1:]).astype(new.dtype)
-    return jax.device_put(new, tree.sharding)
+    # On the hosts, which have room for it; each has the parts of its devices.
+    parts = []
+    for shard in tree.addressable_shards:
+        new = np.array(shard.data)
+        bodies = range(*shard.index[0].indices(len(tree)))
+        for body, matrix in zip(at, maps, strict=True):
+            if body in bodies:
+                part = matrix.reshape(tree.shape[1:])[shard.index[1:]]
+                new[body - bodies.start] = part.astype(new.dtype)
+        parts.append(jax.device_put(new, shard.device))
+    return jax.make_array_from_single_device_arrays(tree.shape, tree.sharding, parts)

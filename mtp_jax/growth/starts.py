@@ -23,6 +23,7 @@ from mtp_jax.growth.text import FitText
 from mtp_jax.growth.token_map import bias_of_map, fit_token_map
 from mtp_jax.model.language_model import model_builder
 from mtp_jax.model.regrow import regrown
+from mtp_jax.parallel.processes import of_first
 from mtp_jax.parallel.sharding import abstract_tree
 
 Tree = Any
@@ -188,7 +189,8 @@ def _by_ridge(cfg: ModelConfig, params: Tree, text: FitText, first: int) -> Tree
 
 def _with_counts(cfg: ModelConfig, params: Tree, text: FitText, pairs: bool) -> Tree:
     """Parameters with the bias by the token before from counts of the text."""
-    return _with_bias(params, *bias_of(Counts.of(text), cfg.heads.markov_rank, pairs))
+    both = of_first(bias_of(Counts.of(text), cfg.heads.markov_rank, pairs))
+    return _with_bias(params, *both)
 
 
 def _with_bias(params: Tree, w_in: Any, w_out: Any) -> Tree:

@@ -28,6 +28,7 @@ from mtp_jax.config import ModelConfig
 from mtp_jax.growth.forward import Pass, unit
 from mtp_jax.growth.text import FitText
 from mtp_jax.model.language_model import model_builder
+from mtp_jax.parallel.processes import of_first
 
 Tree = Any
 _RIDGE = 1e-3  # in means of the diagonal of each matrix that is solved
@@ -44,7 +45,7 @@ def fit_token_map(
         sums = jax.device_get(add(params, batch))
         sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
         total = sums if total is None else jax.tree.map(np.add, total, sums)
-    return solve_token_map(*total)
+    return np.asarray(of_first(solve_token_map(*total)))
 
 
 def solve_token_map(gram_NZZ: np.ndarray, cross_NZD: np.ndarray) -> np.ndarray:
@@ -87,7 +88,7 @@ def bias_of_map(
     _, axes_DD = np.linalg.eigh(into_DD.T @ tokens_DD @ into_DD)
     largest_Dr = axes_DD[:, ::-1][:, :rank]
     in_Dr = into_DD @ largest_Dr
-    out_Dr = np.linalg.solve(root_DD.T, largest_Dr)
+    in_Dr, out_Dr = of_first((in_Dr, np.linalg.solve(root_DD.T, largest_Dr)))
     share = np.sqrt(np.linalg.norm(out_Dr) / (np.linalg.norm(in_Dr) + 1e-30))
     w_in = _times(embedding_VD, in_Dr * share, rank)
     w_out = _times(unembedding_VD, out_Dr / share, rank)

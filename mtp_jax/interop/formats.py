@@ -111,12 +111,12 @@ def _of_hugging_face(folder: pathlib.Path) -> Foreign:
     if about is None and not beside.exists():
         names = hf_names.hf_names(family)
         return _decided("hf", family, model, names, Shards(folder), tied)
-    if about is None or not beside.is_dir() or family != mtp_heads.FAMILY:
+    if about is None or not beside.is_dir() or family not in mtp_heads.FAMILIES:
         raise UserError(
             f"{file} is of a {family} and has "
             f"{'no' if about is None else 'an'} entry {mtp_heads.FIELD}, and a folder "
             f"of that name is {'' if beside.is_dir() else 'not '}beside it; heads are "
-            f"read where both are there, of a {mtp_heads.FAMILY}."
+            f"read where both are there, of {', '.join(mtp_heads.FAMILIES)}."
         )
     model = mtp_heads.from_mtp_heads(model, tied, about, str(file))
     names = hf_names.hf_names(family, mtp_heads.NAMES)

@@ -1,6 +1,6 @@
-"""Heads beside a Llama, as an exported folder of Hugging Face has them.
+"""Heads beside a model, as an exported folder of Hugging Face has them.
 
-The Llama is trunk and head 1. Heads 2 to n are in `mtp_heads/model.safetensors`, and
+The model is trunk and head 1. Heads 2 to n are in `mtp_heads/model.safetensors`, and
 `mtp_heads` in config.json says what they are; `exporting/modeling_mtp_heads.py` runs
 them in transformers, whose modules give the tensors their names.
 """
@@ -14,7 +14,8 @@ from mtp_jax.errors import UserError
 from mtp_jax.interop.places import HeadNames
 
 FIELD = FOLDER = "mtp_heads"
-FAMILY = "llama"  # beside which such heads are
+# Beside which such heads are: those with a class in that file.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2")
 NAMES = HeadNames(
     layers="heads.{}.layers.{}.",
     kinds=("parallel", "causal", "linear", "residual"),
@@ -45,14 +46,14 @@ def from_mtp_heads(
     """The model with its heads.
 
     Args:
-      plain: the Llama, of one head.
+      plain: of one head.
       tied: what the file says of its tables, None if nothing.
       about: the entry of config.json.
       where: the file, for errors.
 
     Raises:
       UserError: a field or a value that is not known, one that is missing, or heads
-        that such a Llama does not have.
+        that such a model does not have.
     """
     where = f"{where}: {FIELD}"
     names = {_COUNT, *_OPTIONS}

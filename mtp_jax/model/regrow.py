@@ -32,6 +32,8 @@ def regrown(before: ModelConfig, after: ModelConfig, tree: Tree, fresh: Tree) ->
     path = _path(before, tree)
     if path is not None:
         found |= _split(after, path)
+    elif "heads" in tree and _split_alike(before, after):
+        found["head_1"] = _first_bodies(after, tree["heads"])
     if "heads" in fresh:
         found["heads"] = _bodies(before, after, tree, fresh, found.pop("head_1", None))
     for name in ("w_embedding", "w_markov_in", "w_markov_out", *_OWN):
@@ -52,6 +54,19 @@ def _path(cfg: ModelConfig, tree: Tree) -> Tree | None:
     for body in reversed(range(count // cfg.heads.layers)):
         stacks += _layers_of(cfg, jax.tree.map(lambda x, i=body: x[i], tree["heads"]))
     return _joined(stacks)
+
+
+def _split_alike(before: ModelConfig, after: ModelConfig) -> bool:
+    """True if the same layers are bodies of heads on the way to head 1, in both."""
+    counts = layers_on_path(before), layers_on_path(after)
+    depths = before.heads.layers, after.heads.layers
+    return 0 < counts[0] == counts[1] and depths[0] == depths[1]
+
+
+def _first_bodies(cfg: ModelConfig, heads: Tree) -> Tree:
+    """The bodies of a stack that are on the way to head 1."""
+    count = layers_on_path(cfg) // cfg.heads.layers
+    return jax.tree.map(lambda x: x[:count], heads)
 
 
 def _layers_of(cfg: ModelConfig, body: Tree) -> list[Tree]:

@@ -17,6 +17,7 @@ from mtp_jax.data.corpus import Corpus
 from mtp_jax.distributed import hosts
 from mtp_jax.errors import RunFailed, counted
 from mtp_jax.model.sizes import sizes_of, told
+from mtp_jax.parallel.processes import compile_on_all
 from mtp_jax.parallel.to_devices import batch_sharding, place_rows, rows_of_process
 from mtp_jax.run.evaluation import HeldoutEvaluation
 from mtp_jax.run.goodput import Goodput
@@ -28,7 +29,7 @@ from mtp_jax.run.run_file import RunFile
 from mtp_jax.run.run_log import RunLog
 from mtp_jax.run.saver import Saver
 from mtp_jax.run.screen import COMMAND, Screen
-from mtp_jax.run.start import Start, compile_on_all, open_local, restore_or_init
+from mtp_jax.run.start import Start, open_local, restore_or_init
 from mtp_jax.run.step_log import StepLog
 from mtp_jax.training.train_step import Batch, make_step
 

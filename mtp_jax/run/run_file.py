@@ -1,17 +1,12 @@
-"""The files that make a folder a run: `run.json`, its lock and its identity.
+"""The file that makes a folder a run, `run.json`.
 
-`run.json` holds the config, each time the run was started (`history`), and where its
-time went.
+It holds the config, each time the run was started (`history`), and where its time went.
 """
 
 import dataclasses
-import fcntl
 import itertools
-import os
-import socket
 import time
-import uuid
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 from etils import epath
@@ -19,11 +14,10 @@ from etils import epath
 from mtp_jax.config import Config, config_to_json
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.tokenizer import tokenizer_identity
-from mtp_jax.errors import UserError
 from mtp_jax.run.environment import environment
 from mtp_jax.run.goodput import Goodput
 from mtp_jax.run.history import read_history, starts_with_configs
-from mtp_jax.storage import is_remote, write_atomically, write_json
+from mtp_jax.storage import write_json
 
 _WRITE_EVERY_S = 30.0  # a workdir may be far away
 # Batches follow from these; `audit` reads them for each start.
@@ -112,51 +106,3 @@ def _with_start(
     if starts[0]["config"] is None:
         del starts[0]["config"]
     return starts
-
-
-def identity(workdir: epath.Path) -> str:
-    """The name of the run in a locked workdir; a folder made again gets another one."""
-    return (workdir / ".id").read_text(encoding="utf-8").strip()
-
-
-def lock(workdir: epath.Path) -> TextIO | None:
-    """Keeps other runs out of a workdir until this process ends, however it ends.
-
-    The lock is one of the file system: one that many hosts share must know locks (NFS 4
-    and Lustre do). Object stores have none, and none is taken there.
-
-    Returns:
-      The open file, which holds the lock until it is closed; None in an object store.
-
-    Raises:
-      UserError: another process holds it.
-    """
-    path, here = workdir / ".lock", f"process {os.getpid()} on {socket.gethostname()}\n"
-    if is_remote(path):
-        path.write_text(here)
-        _write_identity(workdir)
-        return None
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held as the lock)
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        raise UserError(
-            f"--workdir={workdir} is in use by {holder}; wait until it ends, or "
-            "choose another workdir."
-        ) from None
-    except OSError:
-        pass  # a file system without locks
-    _write_identity(workdir)
-    file.truncate(0)
-    file.write(here)
-    file.flush()
-    return file
-
-
-def _write_identity(workdir: epath.Path) -> None:
-    """Gives the run in a workdir its name, if it has none."""
-    path = workdir / ".id"
-    if not path.exists():
-        write_atomically(path, uuid.uuid4().hex[:12] + "\n")

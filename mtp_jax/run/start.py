@@ -14,15 +14,15 @@ from mtp_jax.checkpoint.checkpoints import (
     state_from_items,
 )
 from mtp_jax.checkpoint.local import LocalCheckpoints
+from mtp_jax.checkpoint.workdir import identity
 from mtp_jax.config import PARTS_OF_MODEL, Config, config_from_json
 from mtp_jax.data.corpus import Corpus
-from mtp_jax.distributed import hosts
 from mtp_jax.errors import RunFailed, UserError, say
 from mtp_jax.growth.grow import initial_params
 from mtp_jax.growth.states import new_state
+from mtp_jax.parallel.processes import compile_on_all
 from mtp_jax.parallel.sharding import abstract_tree
 from mtp_jax.run.goodput import Goodput
-from mtp_jax.run.run_file import identity
 from mtp_jax.training.train_step import TrainState, make_init
 
 
@@ -97,12 +97,6 @@ def restore_or_init(
         compile_on_all(init, key)
     with goodput.spent("start"):
         return Start(init(key), 0, 0, {})
-
-
-def compile_on_all(function: Any, *args: Any) -> None:
-    """Compiles what all processes are about to call, and waits until all have."""
-    function.lower(*args).compile()
-    hosts.wait_for_all("compiled")
 
 
 def _restore(durable: Checkpoints, shapes: TrainState) -> Start:

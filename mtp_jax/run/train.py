@@ -5,13 +5,13 @@ import dataclasses
 import hashlib
 import json
 import os
-import time
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 from etils import epath
 
 from mtp_jax import __version__
+from mtp_jax.checkpoint.workdir import lock_for_all
 from mtp_jax.config import (
     PARTS_OF_MODEL,
     Config,
@@ -31,7 +31,6 @@ from mtp_jax.growth.grow import check_init
 from mtp_jax.model.attention import check_attention
 from mtp_jax.parallel.sharding import check_divisible, make_mesh
 from mtp_jax.run.loop import run
-from mtp_jax.run.run_file import lock
 from mtp_jax.run.scalar_logs import check_scalar_logs
 from mtp_jax.run.teacher import load_teacher
 from mtp_jax.storage import workdir_at
@@ -93,7 +92,8 @@ def _train(cfg: Config, name: str, cluster: ProcessInfo | None) -> None:
             say(f"mtp-jax: {line}")
     teacher = load_teacher(cfg, mesh, corpora[0].tokenizer)
     _prepare_workdir(workdir, corpora)
-    with _lock_for_all(workdir) or contextlib.nullcontext(), jax.set_mesh(mesh):
+    held = lock_for_all(workdir, f"--workdir={workdir}")
+    with held or contextlib.nullcontext(), jax.set_mesh(mesh):
         run(cfg, workdir, mesh, corpora, teacher)
 
 
@@ -172,22 +172,3 @@ def _prepare_workdir(workdir: epath.Path, corpora: list[Corpus]) -> None:
     except OSError as error:
         message = f"--workdir={workdir} cannot be written: {error.strerror}."
         raise UserError(message) from error
-
-
-def _lock_for_all(workdir: epath.Path) -> TextIO | None:
-    """Process 0 locks the workdir; the others see to it that it is the same folder.
-
-    Raises:
-      UserError: another run holds it, or a host has another folder of that name.
-    """
-    held = lock(workdir) if jax.process_index() == 0 else None
-    hosts.wait_for_all("the workdir is made and locked")
-    seen = time.monotonic() + 10.0  # what a network file system may take to show it
-    while not (workdir / ".lock").exists():
-        if time.monotonic() > seen:
-            raise UserError(
-                f"--workdir={workdir} is not the folder that host 0 has by that name; "
-                "give one that all hosts share."
-            )
-        time.sleep(0.2)
-    return held

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import pytest
 from compiled_dots import dot_flops
+from test_configs import load
 
 from mtp_jax.config import (
     ComputeConfig,
@@ -15,7 +16,7 @@ from mtp_jax.config import (
     OptimConfig,
     TrainConfig,
 )
-from mtp_jax.model.flops import executed_flops
+from mtp_jax.model.flops import executed_flops, train_flops
 from mtp_jax.model.sizes import equal_models
 from mtp_jax.parallel.sharding import abstract_tree, make_mesh
 from mtp_jax.planning import aot
@@ -140,3 +141,19 @@ def test_a_model_that_is_as_costly_learns_whole():
 
     assert 0 < frozen.training < whole.training
     assert frozen.params == whole.params
+
+
+@pytest.mark.parametrize(
+    ("name", "of_trunk", "of_table"), [("-heads", 1, 2), ("", 3, 3)]
+)
+def test_an_8b_model_costs_two_flops_a_weight_and_a_pass(name, of_trunk, of_table):
+    """Forward, and backward to inputs and to weights, of what is not frozen."""
+    d, f, v, t, keys = 4096, 14_336, 128_256, 4096, 1024
+    layer = 2 * d * d + 2 * d * keys + 3 * d * f
+    forward = 2 * layer + 2 * 2 * (t / 2) * d  # and scores and sums of half the row
+
+    found = train_flops(load("llama", f"8b-n4{name}"))
+
+    assert found.trunk == pytest.approx(31 * forward * of_trunk, rel=1e-9)
+    assert found.heads == pytest.approx(4 * forward * 3, rel=1e-9)
+    assert found.unembedding == pytest.approx(4 * 2 * v * d * of_table, rel=1e-9)

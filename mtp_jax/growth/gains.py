@@ -24,8 +24,8 @@ from mtp_jax.model.layers import unembed
 from mtp_jax.parallel.processes import of_first
 
 _GAINS = np.concatenate([[0.0], np.geomspace(0.05, 2.0, 12)])
-_SCALES = np.array([0.0, 0.25, 0.5, 0.75, 1.0, 1.25])
-_TOKENS = 8192  # of the text; one number a head needs no more
+_SCALES = np.array([0.0, 0.25, 0.5, 0.75, 1.0])
+_TOKENS = 8192  # of the text, over scales; one number a head needs no more
 _CHUNK = 32  # positions: with few, reading the unembedding would be most of the time
 
 
@@ -68,7 +68,7 @@ def best_gains(
             total_NSK[i] += loss_SK
             count_N[i] += count
         read += batch["tokens"].size
-        if read >= _TOKENS:
+        if read * len(scales) >= _TOKENS:
             break
     total_NSK, count_N = of_first((total_NSK, count_N))
     mean_NSK = total_NSK / np.maximum(count_N, 1.0)[:, None, None]

@@ -320,8 +320,10 @@ def test_the_bias_of_a_token_map_is_the_best_of_its_rank(one_device, rank, tied)
     assert np.all(np.any(w_in != 0, axis=0))
 
 
-@pytest.mark.parametrize("kind", ["parallel", "causal", "linear"])
-@pytest.mark.parametrize("chosen", ["counts", "embeddings"])
+@pytest.mark.parametrize(
+    ("kind", "chosen"),
+    [("parallel", "embeddings"), ("linear", "counts"), ("linear", "embeddings")],
+)
 def test_a_bias_begins_as_what_tells_more_of_text_that_is_kept_apart(
     one_device, learned, monkeypatch, kind, chosen
 ):

@@ -149,7 +149,7 @@ def _adder(
         grams, crosses = [], []
         for head in group:
             said_BTD, known_BT = run.said_later(head)
-            if token_map_DD is not None:
+            if map_DD is not None:
                 said_BTD = said_BTD - run.token_before(head) @ map_DD
             features_BTX, base_BTD = place.features(run, head)
             if base_BTD is not None:

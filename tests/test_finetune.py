@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 from corpora import make_corpus
+from grown_models import Text
 from models import TINY, mesh_of, placed_batch, placed_params, random_params
 from runs import complete, finish, losses, records, start, told, train_args
 from test_configs import load
-from test_grow import Text
 
 from mtp_jax.checkpoint.restore import restore_model
 from mtp_jax.config import Config, HeadsConfig, OptimConfig, config_to_json

@@ -6,9 +6,9 @@ import math
 import jax
 import numpy as np
 import pytest
+from grown_models import ONE, Text, heads_of
 from models import placed_batch, placed_params, random_params
 from runs import complete, hashes, losses, train_args
-from test_grow import ONE, Text, heads_of
 
 from mtp_jax.config import Config, DataConfig, HeadsConfig, OptimConfig, TrainConfig
 from mtp_jax.config.regrow import regrown_config

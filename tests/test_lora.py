@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from grown_models import Text
 from models import TINY, mesh_of, placed_batch, placed_params, random_params
-from test_grow import Text
 
 from mtp_jax.config import Config, OptimConfig
 from mtp_jax.errors import UserError

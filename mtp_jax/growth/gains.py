@@ -31,7 +31,7 @@ _CHUNK = 32  # positions: with few, reading the unembedding would be most of the
 
 @dataclasses.dataclass(frozen=True)
 class Gains:
-    """What multiplies the logits of heads, and the loss that they then have."""
+    """Numbers that multiply logits, and the loss that the heads then have."""
 
     of_heads: np.ndarray  # of each, float64
     of_bias: float

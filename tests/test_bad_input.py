@@ -72,6 +72,10 @@ def assert_refused(result, *words):
         ),
         ("model.n_future_tokens=-2", ["config.model.n_future_tokens is -2"]),
         ("model.n_future_tokens=5", ["more than", "num_layers (4)"]),
+        (
+            "model.num_layers=3",
+            ["config.model.num_layers is 3, and heads take them all", "give 4 or more"],
+        ),
         ("model.d_head=15", ["d_head is 15"]),
         ("model.num_query_heads=5", ["num_query_heads (5)"]),
         ("model.num_kv_heads=3", ["num_query_heads (4)", "num_kv_heads (3)"]),
@@ -213,7 +217,7 @@ def test_a_damaged_shard_is_refused(program, corpus_dir, tmp_path):
 def test_a_workdir_of_another_model_is_refused(program, corpus_dir, tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()
-    model = {"d_model": 512, "num_layers": 4}
+    model = {"d_model": 512, "num_layers": 5}
     run = {"config": {"model": model}, "tokenizer": {"fingerprint": ""}}
     (workdir / "run.json").write_text(json.dumps(run))
 

@@ -58,7 +58,7 @@ def test_tables_are_aligned(capsys):
                 *SHAPE,
                 *ROWS,
                 "--vocab_size=32",
-                "--num_layers=2",
+                "--num_layers=3",
                 "--n=2",
                 "--kinds",
                 "serial",
@@ -73,7 +73,7 @@ def test_tables_are_aligned(capsys):
         ),
         (
             "heads",
-            [*SHAPE, *ROWS, "--vocab_sizes", "32", "--num_layers=2", "--n=2"],
+            [*SHAPE, *ROWS, "--vocab_sizes", "32", "--num_layers=3", "--n=2"],
             ["32"],
         ),
         (

@@ -102,6 +102,8 @@ def test_moments_go_with_what_they_are_of(one_device):
     ("before", "n", "start", "heads", "message"),
     [
         (ONE, 5, "copy", heads_of(kind="anticausal"), "5 anticausal heads"),
+        (ONE, 4, "copy", heads_of(kind="anticausal"), "need 4 of the 4 layers"),
+        (ONE, 2, "copy", heads_of(layers=4), "4 layers each need 4 of the 4 layers"),
         (ONE, 3, "ridge", HeadsConfig(), "config.heads.norm=own"),
         (ONE, 3, "unigram", heads_of(), "markov_rank is 0"),
         (ONE, 3, "ridge", heads_of(kind="residual"), "residual heads have not"),

@@ -41,7 +41,7 @@ CASES = {
     1: (3, LossConfig(), [1]),
     2: (4, LossConfig(head_decay=0.5, z_loss=0.01), [1, 0.5]),
     4: (5, LossConfig(head_weights=(0.5, 2, 0, 1)), [0.5, 2, 0, 1]),
-    8: (8, LossConfig(), [1] * 8),
+    8: (9, LossConfig(), [1] * 8),
 }
 
 

@@ -7,7 +7,8 @@ import pytest
 from head_cases import OPTIONS, model_of
 from models import random_params, tiny_config
 
-from mtp_jax.config import HeadsConfig
+from mtp_jax.config import Config, HeadsConfig, LossConfig, OptimConfig
+from mtp_jax.errors import UserError
 from mtp_jax.model.flops import train_flops
 from mtp_jax.model.heads.base import layer_entries
 from mtp_jax.model.sizes import (
@@ -17,6 +18,7 @@ from mtp_jax.model.sizes import (
     sizes_of,
     told,
 )
+from mtp_jax.training.train_step import make_init
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -35,6 +37,23 @@ def test_parts_add_up_to_all_parameters(name, one_device):
     count = 1 if cfg.tie_embeddings else 1 + own
     bias = 2 * cfg.heads.markov_rank * cfg.vocab_size
     assert sizes.tables == count * tables + bias
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_smallest_model_has_no_array_that_is_empty(name, n, one_device):
+    """Checkpoints cannot hold one; a model without a trunk is refused for it."""
+    taught = n > 1 and "anticausal" not in name
+    loss = LossConfig(kind="kl", teacher="ema") if taught else LossConfig()
+    optim = OptimConfig(frozen=("trunk", "norms"), lora_rank=2)
+    cfg = Config(model=model_of(name, n, trunk=1), loss=loss, optim=optim)
+
+    state = jax.eval_shape(make_init(cfg), jax.random.key(0))
+
+    assert all(x.size for x in jax.tree.leaves(state))
+    if of_heads := cfg.heads.counted_layers(n):
+        with pytest.raises(UserError, match=f"num_layers is {of_heads}, and heads"):
+            dataclasses.replace(cfg, model=model_of(name, n, trunk=0))
 
 
 def config_of(**heads):

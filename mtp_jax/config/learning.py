@@ -14,7 +14,7 @@ def groups_there(model: ModelConfig) -> list[str]:
     """The groups that the parameters of a model are of, without low-rank updates."""
     n, heads = model.n_future_tokens, model.heads
     there = {
-        "trunk": model.num_trunk_layers > 0,
+        "trunk": True,
         "heads": heads.bodies(n) > 0,
         "unembedding": not model.tie_embeddings or (heads.markov_rank > 0 and n > 1),
         "embedding": True,
@@ -106,8 +106,7 @@ def _of_one_head(loss: LossConfig) -> _Idle:
 def _of_trunk(cfg: Config) -> _Idle:
     """Options of gradients into the trunk, where those train nothing."""
     loss, optim, n = cfg.loss, cfg.optim, cfg.model.n_future_tokens
-    below = {"trunk", "embedding"} & set(groups_there(cfg.model))
-    if below <= set(optim.frozen) and not optim.lora_rank:
+    if {"trunk", "embedding"} <= set(optim.frozen) and not optim.lora_rank:
         why = "nothing that the heads read is trained (config.optim.frozen)"
         if loss.balance != "none":
             yield "loss.balance", loss.balance, why

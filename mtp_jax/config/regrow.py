@@ -15,7 +15,7 @@ from mtp_jax.config.heads import HeadsConfig
 from mtp_jax.config.model import ModelConfig
 from mtp_jax.config.section_tree import as_tree, fields_of
 from mtp_jax.config.sections import Config
-from mtp_jax.errors import UserError
+from mtp_jax.errors import UserError, counted
 from mtp_jax.storage import run_at, where_runs_are
 
 
@@ -33,10 +33,11 @@ def regrown_config(before: ModelConfig, n: int, heads: HeadsConfig) -> ModelConf
     on_path = heads.layers if heads.wiring.first and heads.wiring.layered else 0
     if heads.wiring.reads == "after":
         on_path *= n
-    if on_path > path:
+    if on_path >= path:
         raise UserError(
-            f"{n} {heads.kind} heads of {heads.layers} layers each need {on_path} of "
-            f"the {path} layers that compute head 1; give fewer heads or layers."
+            f"{n} {heads.kind} heads of {counted(heads.layers, 'layer')} each need "
+            f"{on_path} of the {path} layers that compute head 1, and the trunk needs "
+            "one; give fewer heads or layers."
         )
     layers = path - on_path + heads.counted_layers(n)
     layer = dataclasses.replace(

@@ -7,8 +7,7 @@ import pytest
 from report_runs import BEGIN, lines, nan_steps, record, write_results, write_run
 
 from mtp_jax.errors import UserError
-from mtp_jax.reports import log_columns
-from mtp_jax.reports.log_columns import binned, read_log
+from mtp_jax.reports.bins import binned
 from mtp_jax.reports.result_tables import (
     compared_rows,
     evaluation_rows,
@@ -16,6 +15,8 @@ from mtp_jax.reports.result_tables import (
     task_rows,
 )
 from mtp_jax.reports.run_data import config_differences, config_rows, read_runs
+from mtp_jax.run import log_columns
+from mtp_jax.run.log_columns import read_log
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mtp_jax.reports.log_columns import Binned
+from mtp_jax.reports.bins import Binned
 from mtp_jax.reports.palette import RUN_COLOURS, Palette
 from mtp_jax.reports.printable import printable
 

@@ -12,9 +12,9 @@ import numpy as np
 from mtp_jax.errors import UserError, counted
 from mtp_jax.eval.comparison import compare_runs
 from mtp_jax.model.sizes import sizes_of
-from mtp_jax.reports.log_columns import Log
 from mtp_jax.reports.run_data import RunData
 from mtp_jax.reports.task_table import comparison_table, drafting_line
+from mtp_jax.run.log_columns import Log
 from mtp_jax.run.screen import duration
 
 Rows = list[list[str]]

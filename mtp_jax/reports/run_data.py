@@ -12,8 +12,8 @@ from etils import epath
 
 from mtp_jax.config import Config, as_tree, config_from_json
 from mtp_jax.errors import UserError, counted
-from mtp_jax.reports.log_columns import Log, read_log, records_of
 from mtp_jax.run.history import changes_of_starts, read_history
+from mtp_jax.run.log_columns import Log, read_log, records_of
 from mtp_jax.storage import absolute, run_at, where_runs_are
 
 

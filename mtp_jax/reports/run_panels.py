@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mtp_jax.eval.by_position import PositionAccuracy
+from mtp_jax.reports.bins import binned
 from mtp_jax.reports.drawing import (
     Curve,
     Panel,
@@ -18,8 +19,8 @@ from mtp_jax.reports.drawing import (
     draw_map,
     draw_shares,
 )
-from mtp_jax.reports.log_columns import Log, binned
 from mtp_jax.reports.run_data import RunData
+from mtp_jax.run.log_columns import Log
 from mtp_jax.run.screen import duration
 
 _POINTS = 6000  # of all curves of a panel; a curve has at most 240 and at least 40

@@ -1,20 +1,21 @@
 """Means of what a gradient meter has logged: which heads pull the trunk as head 1.
 
 A head whose gradient at the trunk's output has a cosine above 0 with head 1's makes,
-to first order, head 1's loss smaller with every step of its own.
+to first order, head 1's loss smaller with every step of its own. Axes: R records.
 """
 
-import json
 import os
-import re
+
+import numpy as np
 
 from mtp_jax.errors import counted
 from mtp_jax.eval.intervals import series_interval
+from mtp_jax.run.log_columns import read_log
 from mtp_jax.storage import workdir_at
 
 Interval = tuple[float, float, float]  # mean, ends of the 95% interval
 _FEWEST = 10
-_COSINE = re.compile(r"gradient/cosine/head_(\d+)")
+_COSINE = "gradient/cosine"
 
 
 def helping(workdir: str | os.PathLike[str]) -> list[str]:
@@ -53,20 +54,11 @@ def _cosines(
     workdir: str | os.PathLike[str], first_share: float
 ) -> dict[int, list[float]]:
     """The cosines of each head, a number a record."""
-    path = workdir_at(os.fspath(workdir)) / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    records = {}
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:  # the last line of a run that was killed
-            continue
-        records[record["step"]] = record  # a step that was done again counts once
-    last = max(records, default=0)
-    values: dict[int, list[float]] = {}
-    for step in sorted(records):
-        for name, value in records[step].items():
-            match = _COSINE.fullmatch(name)
-            if match and step > first_share * last and value == value:
-                values.setdefault(int(match[1]), []).append(value)
-    return dict(sorted(values.items()))
+    log = read_log(workdir_at(os.fspath(workdir)) / "metrics.jsonl")
+    late_R = log.step > first_share * max(log.step, default=0.0)
+    values = {}
+    for head in log.heads_of(_COSINE):
+        column_R = log.column(f"{_COSINE}/head_{head}")
+        if found := column_R[late_R & ~np.isnan(column_R)].tolist():
+            values[head] = found
+    return values

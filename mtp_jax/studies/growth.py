@@ -11,11 +11,11 @@ from the start (section 3.2).
 
 import dataclasses
 import fcntl
-import json
 import os
 import pathlib
 
 import jax
+from etils import epath
 
 from mtp_jax.checkpoint.restore import Restored
 from mtp_jax.config import Config, freeze
@@ -26,6 +26,7 @@ from mtp_jax.data.batches import open_sources
 from mtp_jax.eval.heldout import evaluate
 from mtp_jax.growth.grow import initial_params
 from mtp_jax.parallel.sharding import make_mesh
+from mtp_jax.run.log_columns import read_log
 from mtp_jax.studies.study import (
     Claim,
     Figures,
@@ -157,9 +158,9 @@ def measure(trial: Trial) -> Figures:
 
 def _curve(workdir: pathlib.Path) -> dict[int, float]:
     """Accepted length by step, as the run has logged it."""
-    lines = (workdir / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    return {record["step"]: record["accept/length"] for record in records}
+    log = read_log(epath.Path(workdir) / "heldout.jsonl")
+    lengths = log.column("accept/length")
+    return {int(step): float(x) for step, x in zip(log.step, lengths, strict=True)}
 
 
 def _started(cfg: Config, seed: int) -> Restored:

@@ -1,6 +1,6 @@
-"""Logs of a run as columns of numbers, and columns cut into bins for curves.
+"""Logs of a run as columns of numbers.
 
-Axes: R records of a log, K bins.
+Axes: R records of a log.
 """
 
 import dataclasses
@@ -42,16 +42,6 @@ class Log:
         start = f"{name}/head_"
         ends = [x.removeprefix(start) for x in self.columns if x.startswith(start)]
         return sorted(int(end) for end in ends if end.isdecimal())
-
-
-@dataclasses.dataclass(frozen=True)
-class Binned:
-    """A curve of at most K points: of each bin the mean, and what it lies between."""
-
-    x: np.ndarray  # float64 [K], the mean of its records'
-    mean: np.ndarray
-    low: np.ndarray  # the smallest
-    high: np.ndarray  # the largest
 
 
 def records_of(path: epath.Path) -> Iterator[dict[str, Any] | None]:
@@ -107,31 +97,6 @@ def read_log(path: epath.Path) -> Log:
     kept = step < later
     columns = {name: column[kept] for name, column in columns.items()}
     return Log(step[kept], columns, unread)
-
-
-def binned(x: np.ndarray, y: np.ndarray, bins: int) -> Binned:
-    """Cuts a curve into bins of equal width; numbers that are not finite are left out.
-
-    Args:
-      x: float64 [R], in any order; points whose x is not finite are left out.
-      y: float64 [R].
-      bins: most points of the result; fewer points stay as they are.
-    """
-    finite = np.isfinite(x) & np.isfinite(y)
-    order = np.argsort(x[finite], kind="stable")
-    x, y = x[finite][order], y[finite][order]
-    if len(x) <= bins:
-        return Binned(x, y, y, y)
-    width = (x[-1] - x[0]) / bins or 1.0
-    which = np.minimum((x - x[0]) // width, bins - 1)
-    starts = np.flatnonzero(np.diff(which, prepend=-1.0))
-    counts = np.diff(np.append(starts, len(x)))
-    return Binned(
-        np.add.reduceat(x, starts) / counts,
-        np.add.reduceat(y, starts) / counts,
-        np.minimum.reduceat(y, starts),
-        np.maximum.reduceat(y, starts),
-    )
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

@@ -225,3 +225,25 @@ def test_solutions_of_ridge_have_no_gradient():
 
     r = 1e-3 * np.trace(f.T @ f) / 6
     np.testing.assert_allclose(f.T @ (f @ w - y) + r * w, 0, atol=1e-9)
+
+
+@pytest.mark.parametrize("unembedding", ["shared", "own"])
+def test_a_bias_from_embeddings_is_the_same_on_a_mesh(monkeypatch, unembedding):
+    heads = heads_of(kind="linear", markov_rank=4, unembedding=unembedding)
+    after = regrown_config(ONE, 3, heads)
+    monkeypatch.setattr(starts, "bias_of", _noise)
+    found = []
+    for shape in ((1, 1, 1), (1, 2, 2)):
+        with jax.set_mesh(mesh_of(*shape)):
+            params = placed_params(ONE, random_params(ONE))
+            grown = started(ONE, after, params, "ridge", Text(after), 3)
+            w_in, w_out = (np.asarray(grown[f"w_markov_{x}"]) for x in ("in", "out"))
+            found.append((w_in @ w_out.T, grown["heads"]["w_map"], grown["norm"]))
+
+    for one, several in zip(*found, strict=True):
+        np.testing.assert_allclose(several, one, rtol=2e-2, atol=2e-3)
+
+
+def _noise(counts, rank, pairs):
+    noise = np.random.default_rng(0).normal(size=(2, V, rank))
+    return tuple(3.0 * noise.astype(np.float32))

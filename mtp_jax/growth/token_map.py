@@ -133,12 +133,13 @@ def _tables(cfg: ModelConfig, params: Tree) -> tuple[jax.Array, jax.Array]:
 
 @jax.jit
 def _sums(table_VD: jax.Array, weight_V: jax.Array) -> jax.Array:
-    table_VD = table_VD.astype(jnp.float32)
+    vocab = jax.typeof(table_VD).sharding.spec[0]
+    rows_VD = jax.sharding.reshard(table_VD.astype(jnp.float32), jax.P(vocab, None))
+    weighted_VD = rows_VD * jax.sharding.reshard(weight_V, jax.P(vocab))[:, None]
     whole = jax.P(None, None)
     return jnp.einsum(
-        "vd,v,ve->de", table_VD, weight_V, table_VD, precision="highest",
-        out_sharding=whole,
-    )  # fmt: skip
+        "vd,ve->de", weighted_VD, rows_VD, precision="highest", out_sharding=whole
+    )
 
 
 def _gram(table_VD: jax.Array, weight_V: jax.Array) -> np.ndarray:

@@ -8,6 +8,7 @@ from head_cases import OPTIONS, model_of
 from models import random_params, tiny_config
 
 from mtp_jax.config import Config, HeadsConfig, LossConfig, OptimConfig
+from mtp_jax.config.learning import check_learning
 from mtp_jax.errors import UserError
 from mtp_jax.model.flops import train_flops
 from mtp_jax.model.heads.base import layer_entries
@@ -51,9 +52,11 @@ def test_the_smallest_model_has_no_array_that_is_empty(name, n, one_device):
     state = jax.eval_shape(make_init(cfg), jax.random.key(0))
 
     assert all(x.size for x in jax.tree.leaves(state))
+    check_learning(cfg)
     if of_heads := cfg.heads.counted_layers(n):
+        empty = dataclasses.replace(cfg, model=model_of(name, n, trunk=0))
         with pytest.raises(UserError, match=f"num_layers is {of_heads}, and heads"):
-            dataclasses.replace(cfg, model=model_of(name, n, trunk=0))
+            check_learning(empty)
 
 
 def config_of(**heads):

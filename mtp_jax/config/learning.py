@@ -14,7 +14,7 @@ def groups_there(model: ModelConfig) -> list[str]:
     """The groups that the parameters of a model are of, without low-rank updates."""
     n, heads = model.n_future_tokens, model.heads
     there = {
-        "trunk": True,
+        "trunk": model.num_trunk_layers > 0,
         "heads": heads.bodies(n) > 0,
         "unembedding": not model.tie_embeddings or (heads.markov_rank > 0 and n > 1),
         "embedding": True,
@@ -24,13 +24,19 @@ def groups_there(model: ModelConfig) -> list[str]:
 
 
 def check_learning(cfg: Config) -> None:
-    """Refuses a run that trains nothing.
+    """Refuses a run that trains nothing, or whose state no checkpoint can hold.
 
     Raises:
       UserError: all groups that the model has are frozen, or have a rate of 0, or no
-        head has any weight.
+        head has any weight; or heads take all layers.
     """
     loss, n, steps = cfg.loss, cfg.model.n_future_tokens, cfg.train.steps
+    layers = cfg.model.num_layers
+    require(
+        cfg.model.num_trunk_layers > 0,  # Orbax writes no empty arrays
+        f"config.model.num_layers is {layers}, and heads take them all; give "
+        f"{layers + 1} or more, so that a trunk is below the heads.",
+    )
     require(
         not all(loss.weightless(n, steps)) or bool(loss.extra_targets),
         "config.loss.head_weights and config.loss.schedule leave no head any weight at "
@@ -106,7 +112,8 @@ def _of_one_head(loss: LossConfig) -> _Idle:
 def _of_trunk(cfg: Config) -> _Idle:
     """Options of gradients into the trunk, where those train nothing."""
     loss, optim, n = cfg.loss, cfg.optim, cfg.model.n_future_tokens
-    if {"trunk", "embedding"} <= set(optim.frozen) and not optim.lora_rank:
+    below = {"trunk", "embedding"} & set(groups_there(cfg.model))
+    if below <= set(optim.frozen) and not optim.lora_rank:
         why = "nothing that the heads read is trained (config.optim.frozen)"
         if loss.balance != "none":
             yield "loss.balance", loss.balance, why

@@ -191,11 +191,6 @@ class Config:
         n, order = model.n_future_tokens, self.compute.head_loss
         self.loss.check(n, steps, model.heads, order)
         require(
-            model.num_trunk_layers > 0,  # no checkpoint could hold its empty arrays
-            f"config.model.num_layers is {model.num_layers}, and heads take them all; "
-            f"give {model.num_layers + 1} or more, so that a trunk is below the heads.",
-        )
-        require(
             self.data.batch_size % self.train.accumulation == 0,
             f"config.data.batch_size ({self.data.batch_size}) is not divisible by "
             f"config.train.accumulation ({self.train.accumulation}).",

@@ -95,7 +95,7 @@ def test_heads_that_do_not_fit_are_left_out_and_said(tmp_path, kind, capsys):
     assert "auto_map" not in about
     found = reference.all_logits(ids(), tensors.read(tmp_path / "out"), {}, about)
     np.testing.assert_allclose(
-        found[0], logits_of(model, ids())[0], rtol=1e-4, atol=1e-3
+        found[0], logits_of(model, ids())[0], rtol=1e-4, atol=1e-4
     )
     assert f"Its {kind} heads are not in this folder" in (
         tmp_path / "out" / "README.md"

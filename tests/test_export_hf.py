@@ -152,7 +152,7 @@ def test_heads_score_as_the_model_does(tmp_path, fields):
                 before = torch.tensor(ids()[slot + number + 1][None])
                 found = family.draft_scores(number, slot, before)[0].numpy()
                 expected_V = expected_NTV[number + 1, slot]
-                np.testing.assert_allclose(found, expected_V, rtol=1e-4, atol=1e-3)
+                np.testing.assert_allclose(found, expected_V, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", DRAFTING)

@@ -8,10 +8,10 @@ head 1 as --gguf in llama.cpp (package xllamacpp); and --hf in vLLM, plain and d
 with --vllm=PYTHON, the interpreter of an environment that has it and `mtp-vllm`. What
 is not given or not installed is left out.
 
-Every program has one warm-up text; then they take turns, question by question. vLLM,
-in a process of its own, comes after them, and answers all questions one by one. Where a
-text is not plain's, the first token that differs is told, and by how much the logits of
-the two tokens differ there: rounding explains a gap of 1e-3 or less.
+Every program answers all questions once, untimed; then they take turns, question by
+question. vLLM, in a process of its own, does both after them. Where a text is not
+plain's, the first token that differs is told, and by how much the logits of the two
+tokens differ there: rounding explains a gap of 1e-3 or less.
 
 python -m benchmarks.engines --workdir=runs/smollm2/heads --hf=runs/smollm2/hf \
     --gguf=runs/smollm2/gguf/model.gguf --questions=runs/smollm2/heldout.jsonl
@@ -61,6 +61,8 @@ def main(argv: list[str]) -> int:
     )
     if not args.workdir or not args.questions:
         raise UserError("give --workdir=D and --questions=FILE.")
+    if args.vllm and not args.hf:
+        raise UserError("--vllm answers from the folder of --hf; give both.")
     print_environment(args.rounds)
     model = restore_model(args.workdir)
     asked = questions_of(read_questions(args.questions), model.tokenizer)

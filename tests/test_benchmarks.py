@@ -231,6 +231,11 @@ def test_options_become_a_config():
         ("head_loss", ["--head_loss=naive"], "unrecognized arguments: --head_loss"),
         ("dispatch", ["--steps=0"], "--steps"),
         ("decode", ["--decoders", "best"], "--decoder=best is unknown"),
+        (
+            "engines",
+            ["--workdir=D", "--questions=F", "--vllm=python3"],
+            "the folder of --hf",
+        ),
         ("input_pipeline", ["--config=nowhere.py"], "--config=nowhere.py is not a"),
         ("input_pipeline", ["--input=nowhere"], "--input=nowhere does not exist"),
     ],

@@ -17,6 +17,7 @@ from mtp_jax.exporting import meta, tensors
 from mtp_jax.exporting.export import Format, export
 from mtp_jax.exporting.parts import parts_of
 from mtp_jax.interop import reference as importing
+from mtp_jax.interop.formats import open_foreign
 
 pytest.importorskip("safetensors")
 KINDS = {
@@ -62,6 +63,15 @@ def test_a_folder_computes_what_the_model_does(tmp_path, fields):
     assert len(found) == 3
     assert about["model_type"] == "llama"
     assert about["mtp_heads"]["n_future_tokens"] == 3
+
+
+def test_linear_heads_on_a_trunk_of_one_layer_are_read_again(tmp_path):
+    model = random_model(of_model={"num_layers": 1}, kind="linear")
+
+    assert export(model, tmp_path / "out") == []
+
+    found = open_foreign(tmp_path / "out").model
+    assert (found.num_trunk_layers, found.n_future_tokens) == (1, 3)
 
 
 @pytest.mark.parametrize("tied", [False, True])

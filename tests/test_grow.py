@@ -2,17 +2,21 @@
 
 import dataclasses
 
+import foreign
 import jax
 import numpy as np
 import pytest
 from grown_models import ONE, T, Text, V, grown_of, heads_of, outputs
 from models import TINY, mesh_of, placed_batch, placed_params, random_params
 
+from mtp_jax.checkpoint.restore import restore_model
 from mtp_jax.config import Config, HeadsConfig, OptimConfig
 from mtp_jax.config.regrow import regrown_config
 from mtp_jax.errors import UserError
+from mtp_jax.growth.grow import grow
 from mtp_jax.growth.starts import started
 from mtp_jax.growth.states import carried, new_state
+from mtp_jax.run.import_model import import_model
 from mtp_jax.training.train_step import make_init, make_step
 
 KINDS = ("parallel", "linear", "residual", "causal", "anticausal", "serial")
@@ -125,3 +129,17 @@ def test_growing_is_the_same_on_a_mesh():
             found.append(jax.device_get(grown))
 
     jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+def test_a_bias_of_a_rank_that_devices_do_not_divide_is_on_fewer_shards(tmp_path):
+    config = foreign.CONFIGS["mistral"]
+    folder = foreign.write_folder(tmp_path / "hf", config, foreign.tensors_of(config))
+    import_model(folder, tmp_path / "one", tokenizer="bytes")
+    sections = {"heads": {"kind": "linear", "markov_rank": 6}}
+
+    grow(tmp_path / "one", tmp_path / "two", heads=2, start="copy", sections=sections)
+
+    one, two = (restore_model(tmp_path / name) for name in ("one", "two"))
+    assert (one.mesh.shape["fsdp"], two.mesh.shape["fsdp"]) == (8, 2)
+    assert two.params["w_markov_in"].shape == (foreign.V, 6)
+    np.testing.assert_array_equal(one.params["w_embedding"], two.params["w_embedding"])

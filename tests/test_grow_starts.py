@@ -21,10 +21,12 @@ from grown_models import (
 )
 from models import mesh_of, placed_batch, placed_params, random_params
 
-from mtp_jax.config import Config, OptimConfig
+from mtp_jax.config import Config, DataConfig, OptimConfig
 from mtp_jax.config.regrow import regrown_config
+from mtp_jax.data.batches import open_sources
 from mtp_jax.growth import counts, gains, ridge, starts, token_map
 from mtp_jax.growth.starts import started
+from mtp_jax.growth.text import FitText
 from mtp_jax.training.train_step import make_init, make_step
 
 
@@ -215,6 +217,22 @@ def test_a_bias_begins_as_what_tells_more_of_text_that_is_kept_apart(
     assert (losses(after, grown, apart) < losses(without, plain, apart))[1:].all()
     w_in = np.asarray(grown["w_markov_in"])
     assert not np.allclose(w_in, noise[0], atol=0.1)
+
+
+@pytest.mark.parametrize("weights", [(), (3.0, 1.0)])
+def test_text_that_is_kept_apart_is_not_that_of_the_fit(story, corpus_dir, weights):
+    sources = (story, str(corpus_dir)) if weights else (story,)
+    data = DataConfig(sources=sources, weights=weights, seq_len=16, batch_size=4)
+    model = dataclasses.replace(ONE, vocab_size=256)
+    cfg = Config(model=model, data=data)
+    text = FitText(cfg, open_sources(cfg), mesh_of(), 100_000)  # 50 times the story
+
+    parts = [{row.tobytes() for rows in part.rows() for row in rows["tokens"]}
+             for part in text.parted()]  # fmt: skip
+
+    assert len(parts[0]) > 5 * len(parts[1]) > 0 and not parts[0] & parts[1]
+    once = FitText(cfg, text.corpora, mesh_of(), 640)
+    assert [part.part for part in once.parted()] == [(0, 9), (9, 10)]
 
 
 def test_solutions_of_ridge_have_no_gradient():

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from mtp_jax.checkpoint.checkpoints import Checkpoints, restore_newest
-from mtp_jax.config import Config, MeshConfig, config_from_json
+from mtp_jax.config import Config, MeshConfig, ModelConfig, config_from_json
 from mtp_jax.config.heads import DraftCache
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.tokenizer import Tokenizer, tokenizer_from_dir
@@ -76,6 +76,14 @@ class Restored:
         return dataclasses.replace(
             self, config=dataclasses.replace(self.config, model=model)
         )
+
+    def beside(self, other: ModelConfig) -> "Restored":
+        """This model on a mesh of all devices that splits another one evenly, too."""
+        mesh, model = make_mesh(mesh_for(self.config.model, other)), self.config.model
+        if mesh == self.mesh:
+            return self
+        params = moved(model, self.params, mesh)
+        return dataclasses.replace(self, params=params, mesh=mesh)
 
     def keep_heads(self, n: int) -> "Restored":
         """This model with its first n heads.
@@ -145,7 +153,7 @@ def restore_model(
     tokenizer = tokenizer_from_dir(folder, metadata["tokenizer"]["kind"])
     if tokenizer.fingerprint != metadata["tokenizer"]["fingerprint"]:
         raise UserError(f"the tokenizer in {workdir} is not the one of the checkpoint.")
-    mesh = make_mesh(_evaluation_mesh(config)) if mesh is None else mesh
+    mesh = make_mesh(mesh_for(config.model)) if mesh is None else mesh
     with jax.set_mesh(mesh):
         abstract = abstract_tree(_shapes(config), mesh)
         step, items, _ = restore_newest(checkpoints, {"params": abstract}, step)
@@ -169,10 +177,21 @@ def _shapes(config: Config) -> Any:
     )
 
 
-def _evaluation_mesh(config: Config) -> MeshConfig:
-    """The mesh with as many fsdp shards as the width divides into, and copies else.
+def mesh_for(*models: ModelConfig) -> MeshConfig:
+    """The mesh with as many fsdp shards as all widths divide into, and copies else.
 
     There are copies on every slice.
     """
+    widths = [model.d_model for model in models]
+    # 0, which everything divides, without a bias.
+    widths += [model.heads.markov_rank for model in models if model.n_future_tokens > 1]
     of_slice = jax.device_count() // slice_count(jax.devices())
-    return MeshConfig(replica=-1, fsdp=math.gcd(config.model.d_model, of_slice))
+    return MeshConfig(replica=-1, fsdp=math.gcd(*widths, of_slice))
+
+
+def moved(model: ModelConfig, params: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Parameters of a model on another mesh of the same devices."""
+    with jax.set_mesh(mesh):
+        init, _ = model_builder(model)
+        shapes = abstract_tree(jax.eval_shape(init, jax.random.key(0)), mesh)
+    return jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), params, shapes)

@@ -58,7 +58,8 @@ def parts_of(model: Restored) -> Parts:
       UserError: a model whose layers no family has.
     """
     cfg = model.config.model
-    plain = regrown_config(cfg, 1, HeadsConfig())
+    # Heads that begin with the trunk's output: a trunk of one layer is a model, too.
+    plain = regrown_config(cfg, 1, HeadsConfig(kind="linear"))
     family = family_of(plain)
     with jax.set_mesh(model.mesh):
         init, _ = model_builder(plain)

@@ -9,7 +9,7 @@ import jax
 from etils import epath
 
 from mtp_jax.checkpoint.checkpoints import Checkpoints
-from mtp_jax.checkpoint.restore import Restored, restore_model
+from mtp_jax.checkpoint.restore import Restored, moved, restore_model
 from mtp_jax.checkpoint.workdir import new_workdir, refuse_taken, together
 from mtp_jax.config import (
     ComputeConfig,
@@ -30,8 +30,6 @@ from mtp_jax.eval.heldout import make_evaluator, measure, placed_heldout
 from mtp_jax.growth.starts import check_start, reads_text, started
 from mtp_jax.growth.states import carried, new_state, restored_state
 from mtp_jax.growth.text import FitText
-from mtp_jax.model.language_model import model_builder
-from mtp_jax.parallel.sharding import abstract_tree
 from mtp_jax.storage import absolute, workdir_at, write_json
 from mtp_jax.training.train_step import TrainState
 
@@ -95,6 +93,7 @@ def grow(
         refuse_taken(target, option)
         before = restore_model(workdir, step=step)
         cfg = grown_config(before.config, heads, sections, data)
+        before = before.beside(cfg.model)
         check_start(before.config.model, cfg.model, start)
         text = _text(before, cfg, start, fit_tokens)
         there = restored_state(workdir, before) if keep_optimizer else None
@@ -164,6 +163,7 @@ def initial_params(cfg: Config, mesh: jax.sharding.Mesh, corpora: list[Corpus]) 
             "corpora of config.data.sources; prepare them with its tokenizer."
         )
     _check_models(cfg, before.config.model)
+    before = before.beside(cfg.model)
     there = dataclasses.replace(before.config.model, param_dtype=cfg.model.param_dtype)
     with jax.set_mesh(before.mesh):
         text = None
@@ -171,7 +171,7 @@ def initial_params(cfg: Config, mesh: jax.sharding.Mesh, corpora: list[Corpus]) 
             text = FitText(cfg, corpora, before.mesh, init.fit_tokens)
         of = (before.params, init.start, text, cfg.train.seed)
         params = started(there, cfg.model, *of)
-    return _moved(cfg, params, mesh)
+    return moved(cfg.model, params, mesh)
 
 
 def check_init(cfg: Config) -> None:
@@ -234,14 +234,6 @@ def _check_models(cfg: Config, there: ModelConfig) -> None:
             "configs/finetune.py takes a run's model over."
         )
     check_start(there, model, cfg.init.start)
-
-
-def _moved(cfg: Config, params: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Parameters on another mesh of the same devices."""
-    with jax.set_mesh(mesh):
-        init, _ = model_builder(cfg.model)
-        shapes = abstract_tree(jax.eval_shape(init, jax.random.key(0)), mesh)
-    return jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), params, shapes)
 
 
 def _write(

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from mtp_jax.config import Config
-from mtp_jax.data.batches import train_batches
+from mtp_jax.data.batches import different_rows, train_batches
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.parallel.sharding import batch_shards
 from mtp_jax.parallel.to_devices import batch_sharding, place_rows, rows_of_process
@@ -40,9 +40,12 @@ class FitText:
     def parted(self) -> tuple["FitText", "FitText"]:
         """Its batches but for the last eighth, and those, which are kept apart.
 
-        A single batch is both.
+        Of a text that is read more than once they are those of the first time. A single
+        batch is both.
         """
         begin, end = self._range()
+        cfg = _plain(self.config, self.mesh)
+        end = min(end, different_rows(cfg, self.corpora) // cfg.data.batch_size)
         count = end - begin
         if count < 2:
             return self, self

@@ -5,7 +5,6 @@ where the model is from, the sha256 of its files, and which tensors were used.
 """
 
 import dataclasses
-import math
 import os
 import pathlib
 import time
@@ -17,14 +16,13 @@ import numpy as np
 from etils import epath
 
 from mtp_jax.checkpoint.checkpoints import Checkpoints
-from mtp_jax.checkpoint.restore import Restored
+from mtp_jax.checkpoint.restore import Restored, mesh_for
 from mtp_jax.checkpoint.workdir import new_workdir, refuse_taken, together
 from mtp_jax.config import (
     CheckpointConfig,
     Config,
     DataConfig,
     Dtype,
-    MeshConfig,
     ModelConfig,
     config_to_json,
 )
@@ -46,7 +44,7 @@ from mtp_jax.interop.read_params import read_params
 from mtp_jax.interop.reference import reference_logits
 from mtp_jax.model.language_model import model_builder
 from mtp_jax.parallel.processes import compile_on_all, of_first
-from mtp_jax.parallel.sharding import abstract_tree, make_mesh, slice_count
+from mtp_jax.parallel.sharding import abstract_tree, make_mesh
 from mtp_jax.run.environment import environment
 from mtp_jax.run.source_files import digests, refuse_other_sources
 from mtp_jax.storage import absolute, is_remote, workdir_at, write_json
@@ -164,7 +162,7 @@ def _restored(
         batch_size=_BATCH * jax.device_count(),
     )
     cfg = Config(model=model, data=data)
-    mesh = make_mesh(_mesh_for(cfg))
+    mesh = make_mesh(mesh_for(model))
     with jax.set_mesh(mesh):
         params, used = _params(foreign, model, mesh)
     hosts.wait_for_all("the tensors are read")
@@ -246,17 +244,6 @@ def _tokenizer_for(
             f"{foreign.source.where} {foreign.model.vocab_size}; it is another one's."
         )
     return tokenizer
-
-
-def _mesh_for(cfg: Config) -> MeshConfig:
-    """As many fsdp shards as widths divide into, and copies else.
-
-    There are copies on every slice.
-    """
-    rank = cfg.model.heads.markov_rank  # 0, which everything divides, without a bias
-    of_slice = jax.device_count() // slice_count(jax.devices())
-    fsdp = math.gcd(cfg.model.d_model, rank, of_slice)
-    return MeshConfig(replica=-1, fsdp=fsdp)
 
 
 def _params(

@@ -168,16 +168,17 @@ def test_a_token_map_is_the_least_squares_of_all_heads():
     np.testing.assert_allclose(found, expected, rtol=0.02, atol=2e-3)  # but for a ridge
 
 
-@pytest.mark.parametrize("rank", [4, 16, 20])
+@pytest.mark.parametrize(
+    ("rank", "vocab"), [(4, V), (16, V), (20, V), (4, 12), (12, 12)]
+)
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_bias_of_a_token_map_is_the_best_of_its_rank(one_device, rank, tied):
-    cfg = dataclasses.replace(
-        regrown_config(ONE, 3, heads_of(kind="linear", markov_rank=rank)),
-        tie_embeddings=tied,
-    )
+def test_the_bias_of_a_token_map_is_the_best_of_its_rank(one_device, rank, vocab, tied):
+    heads = heads_of(kind="linear", markov_rank=rank)
+    cfg = regrown_config(dataclasses.replace(ONE, vocab_size=vocab), 3, heads)
+    cfg = dataclasses.replace(cfg, tie_embeddings=tied)
     params = placed_params(cfg, random_params(cfg))
     rng = np.random.default_rng(4)
-    map_DD, count_V = rng.normal(size=(16, 16)), rng.integers(0, 50, V).astype(float)
+    map_DD, count_V = rng.normal(size=(16, 16)), rng.uniform(0, 50, vocab)
 
     found = token_map.bias_of_map(cfg, params, map_DD, count_V)
 
@@ -191,7 +192,7 @@ def test_the_bias_of_a_token_map_is_the_best_of_its_rank(one_device, rank, tied)
     np.testing.assert_allclose(
         w_in @ w_out.T, expected, atol=2e-4 * np.abs(whole).max()
     )
-    assert w_in.shape == w_out.shape == (V, rank)
+    assert w_in.shape == w_out.shape == (vocab, rank)
     assert np.all(np.any(w_in != 0, axis=0))
 
 

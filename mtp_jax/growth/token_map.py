@@ -32,6 +32,7 @@ from mtp_jax.parallel.processes import of_first
 
 Tree = Any
 _RIDGE = 1e-3  # in means of the diagonal of each matrix that is solved
+_ROUNDING = 1e-6  # of float32 sums, to their largest eigenvalue
 
 
 def fit_token_map(
@@ -83,19 +84,18 @@ def bias_of_map(
     tokens_DD = _gram(embedding_VD, weight_V)
     outputs_DD = _gram(unembedding_VD, jnp.ones_like(weight_V))
     # The table E B s U^T has the singular values of E B s L, with L L^T = U^T U.
-    root_DD = np.linalg.cholesky(_ridged(outputs_DD, 1e-9))
+    root_DD, back_DD = _roots(outputs_DD)
     into_DD = token_map_DD * scale_D @ root_DD
     _, axes_DD = np.linalg.eigh(into_DD.T @ tokens_DD @ into_DD)
-    largest_Dr = axes_DD[:, ::-1][:, :rank]
-    in_Dr = into_DD @ largest_Dr
-    in_Dr, out_Dr = of_first((in_Dr, np.linalg.solve(root_DD.T, largest_Dr)))
+    axes_Dr = np.pad(axes_DD[:, ::-1][:, :rank], [(0, 0), (0, max(rank - d, 0))])
+    in_Dr, out_Dr = of_first((into_DD @ axes_Dr, back_DD @ axes_Dr))
     share = np.sqrt(np.linalg.norm(out_Dr) / (np.linalg.norm(in_Dr) + 1e-30))
-    w_in = _times(embedding_VD, in_Dr * share, rank)
-    w_out = _times(unembedding_VD, out_Dr / share, rank)
-    if rank > d:  # the rest can still learn
-        rest = 0.02 * jax.random.normal(jax.random.key(0), (len(count_V), rank - d))
-        rest = jax.sharding.reshard(rest, jax.typeof(w_in).sharding.spec)
-        w_in = w_in.at[:, d:].set(rest)
+    w_in = _times(embedding_VD, in_Dr * share)
+    w_out = _times(unembedding_VD, out_Dr / share)
+    silent_1r = ~np.any(out_Dr, axis=0, keepdims=True)
+    if silent_1r.any():  # so that these can still learn
+        rest = 0.02 * jax.random.normal(jax.random.key(0), w_in.shape) * silent_1r
+        w_in += jax.sharding.reshard(rest, jax.typeof(w_in).sharding.spec)
     return w_in, w_out
 
 
@@ -147,10 +147,20 @@ def _gram(table_VD: jax.Array, weight_V: jax.Array) -> np.ndarray:
     return np.asarray(jax.device_get(_sums(table_VD, weight_V)), np.float64)
 
 
-def _times(table_VD: jax.Array, w_Dr: np.ndarray, rank: int) -> jax.Array:
-    """A table times a matrix that is filled up with zeros, float32 [V, rank]."""
-    r = w_Dr.shape[1]
-    w = jnp.asarray(np.pad(w_Dr, [(0, 0), (0, rank - r)]), jnp.float32)
+def _roots(gram_DD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """L with L L^T = G, and its inverse, transposed; both 0 where G is none.
+
+    A vocabulary smaller than the width leaves G singular, but for rounding.
+    """
+    size_D, axes_DD = np.linalg.eigh(gram_DD)
+    there_D = size_D > _ROUNDING * size_D[-1]
+    root_D = np.sqrt(np.where(there_D, size_D, 1.0))
+    return axes_DD * (root_D * there_D), axes_DD * (there_D / root_D)
+
+
+def _times(table_VD: jax.Array, w_Dr: np.ndarray) -> jax.Array:
+    """A table times a matrix, float32 [V, r]."""
+    w = jnp.asarray(w_Dr, jnp.float32)
     vocab = jax.typeof(table_VD).sharding.spec[0]
     return jnp.einsum(
         "vd,dr->vr", table_VD.astype(jnp.float32), w, precision="highest",
@@ -158,7 +168,7 @@ def _times(table_VD: jax.Array, w_Dr: np.ndarray, rank: int) -> jax.Array:
     )  # fmt: skip
 
 
-def _ridged(gram_DD: np.ndarray, ridge: float = _RIDGE) -> np.ndarray:
+def _ridged(gram_DD: np.ndarray) -> np.ndarray:
     """A matrix of sums with a ridge on its diagonal."""
     size = len(gram_DD)
-    return gram_DD + (ridge * np.trace(gram_DD) / size + 1e-30) * np.eye(size)
+    return gram_DD + (_RIDGE * np.trace(gram_DD) / size + 1e-30) * np.eye(size)

@@ -60,13 +60,20 @@ prepare() {
     run prepare --format=chat --input="$folder/answers.jsonl" --tokenizer="$base" \
         --heldout="${HELDOUT:-0.05}" --output="$folder/own" --force
 }
-# Only drafts learn: the tied table, the trunk and with it head 1 stay as they are.
+# Only drafts learn: the trunk, the tables and with them head 1 stay as they are. The bias
+# is of the group of an untied table, and then stays as it begins.
 train() {
+    local frozen='"trunk","embedding"' decays='("heads",0.0),("norms",0.0)'
+    if grep -q '"tied": true' "$base/import.json"; then
+        decays+=',("unembedding",0.0)'
+    else
+        frozen+=',"unembedding"'
+    fi
     run train --workdir="$heads" --config.train.steps="${STEPS:-400}" \
         --config.loss.kind=kl --config.optim.peak_lr=7e-4 --config.optim.warmup_steps=16 \
-        --config.optim.decay_ratio=0.05 --config.optim.frozen='("trunk","embedding")' \
-        --config.optim.decays='(("heads",0.0),("norms",0.0),("unembedding",0.0))' \
-        --config.loss.head_weights='(0.0,1.0,1.0,1.0)' --config.eval.every=0 \
+        --config.optim.decay_ratio=0.05 --config.optim.frozen="($frozen)" \
+        --config.optim.decays="($decays)" --config.loss.head_weights='(0.0,1.0,1.0,1.0)' \
+        --config.eval.every=0 \
         --config.log.every=10 --config.log.tensorboard=False --config.checkpoint.every=50
 }
 # afresh VERB FOLDER ...: without what a run that was ended left of its output.

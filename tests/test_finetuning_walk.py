@@ -7,11 +7,14 @@ import sys
 
 import chats
 import foreign
+import jax
 import json_tokenizers
 import numpy as np
 import pytest
 from json_tokenizers import MARKED, TURN, byte_level
 from runs import ROOT
+
+from mtp_jax.checkpoint.restore import restore_model
 
 SCRIPT = ROOT / "launch" / "heads_for_smollm2.sh"
 QUESTIONS = ROOT / "launch" / "own_questions.py"
@@ -98,6 +101,10 @@ def test_the_script_goes_from_a_model_to_exports_and_goes_on_where_it_stopped(
     of_heads = json.loads((out / "hf" / "config.json").read_text())["mtp_heads"]
     assert (of_heads["kind"], of_heads["markov_rank"]) == ("linear", 128)
     assert (out / "gguf" / "model.gguf").exists()
+    base, drafting = (restore_model(out / name).params for name in ("base", "heads"))
+    for name in ("trunk", "w_embedding", "w_unembedding"):
+        jax.tree.map(np.testing.assert_array_equal, base[name], drafting[name])
+    np.testing.assert_array_equal(base["norm"], drafting["norm"][0])
     asked = (out / "asked.jsonl").read_text().splitlines()
     assert len(asked) > 10
     assert len((out / "heldout.jsonl").read_text().splitlines()) == 2

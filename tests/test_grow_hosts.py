@@ -57,7 +57,7 @@ def grown(base, tmp_path, *options):
 
 @pytest.mark.parametrize(
     ("kind", "start", "rank"),
-    [("parallel", "ridge", 0), ("serial", "ridge", 0), ("linear", "counts", 4)],
+    [("parallel", "ridge", 0), ("serial", "ridge", 0), ("linear", "ridge", 4)],
 )
 def test_starts_on_two_hosts_are_those_on_one(base, tmp_path, kind, start, rank):
     options = [f"--config.heads.kind={kind}", f"--config.heads.markov_rank={rank}"]

@@ -14,7 +14,7 @@ from mtp_jax.config import Config, HeadsConfig, OptimConfig
 from mtp_jax.config.regrow import regrown_config
 from mtp_jax.errors import UserError
 from mtp_jax.growth.grow import grow
-from mtp_jax.growth.starts import started
+from mtp_jax.growth.starts import check_start, started
 from mtp_jax.growth.states import carried, new_state
 from mtp_jax.run.import_model import import_model
 from mtp_jax.training.train_step import make_init, make_step
@@ -119,6 +119,18 @@ def test_moments_go_with_what_they_are_of(one_device):
 def test_heads_that_cannot_be_are_refused(one_device, before, n, start, heads, message):
     with pytest.raises(UserError, match=message):
         grown_of(before, n, start, heads)
+
+
+@pytest.mark.parametrize(
+    ("heads", "message"),
+    [
+        (heads_of(kind="residual", markov_rank=4), "residual heads have not"),
+        (heads_of(kind="serial", shared=True), "one set of weights"),
+    ],
+)
+def test_maps_that_heads_cannot_hold_are_refused_before_text_is_read(heads, message):
+    with pytest.raises(UserError, match=message):
+        check_start(ONE, regrown_config(ONE, 3, heads), "ridge")
 
 
 def test_growing_is_the_same_on_a_mesh():

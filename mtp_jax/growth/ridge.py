@@ -64,9 +64,24 @@ def fit_maps(
       first: of the heads that get them.
       token_map_DD: what a bias says of the token before (`token_map`), and the maps
         need not.
+    """
+    params = _silenced(cfg, params, first)
+    numbers = range(first, cfg.n_future_tokens)
+    # Heads of a chain read what those before them have become.
+    groups = (
+        [list(numbers)] if cfg.heads.wiring.reads == "trunk" else [[i] for i in numbers]
+    )
+    for group in groups:
+        for place in _PLACES[cfg.heads.kind]:
+            params = _fitted(cfg, params, text, place, group, token_map_DD)
+    return params
+
+
+def check_maps(cfg: ModelConfig) -> None:
+    """Refuses a model whose heads hold no map.
 
     Raises:
-      UserError: heads of this kind hold no map.
+      UserError: they have no matrix for it, share their weights, or norm what it adds.
     """
     heads = cfg.heads
     if heads.kind not in _PLACES:
@@ -85,16 +100,6 @@ def fit_maps(
             "a start by ridge fits what a layer adds to its input, and "
             "config.layer.norms=after norms it; choose another start."
         )
-    params = _silenced(cfg, params, first)
-    numbers = range(first, cfg.n_future_tokens)
-    # Heads of a chain read what those before them have become.
-    groups = (
-        [list(numbers)] if heads.wiring.reads == "trunk" else [[i] for i in numbers]
-    )
-    for group in groups:
-        for place in _PLACES[heads.kind]:
-            params = _fitted(cfg, params, text, place, group, token_map_DD)
-    return params
 
 
 def _fitted(

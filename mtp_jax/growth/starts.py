@@ -17,7 +17,7 @@ from mtp_jax.config import HeadStart, ModelConfig
 from mtp_jax.errors import UserError
 from mtp_jax.growth.counts import Counts, bias_of
 from mtp_jax.growth.gains import best_gains
-from mtp_jax.growth.ridge import fit_maps
+from mtp_jax.growth.ridge import check_maps, fit_maps
 from mtp_jax.growth.stacks import with_last
 from mtp_jax.growth.text import FitText
 from mtp_jax.growth.token_map import bias_of_map, fit_token_map
@@ -39,7 +39,7 @@ def check_start(before: ModelConfig, after: ModelConfig, start: HeadStart) -> No
     """Refuses a start that heads of a model cannot have.
 
     Raises:
-      UserError: it needs a gain a head or a bias, and the heads have none.
+      UserError: it needs a gain a head, a bias or maps, and the heads have none.
     """
     n, heads = after.n_future_tokens, after.heads
     if n <= before.n_future_tokens or heads.wiring.reads == "after":
@@ -59,6 +59,8 @@ def check_start(before: ModelConfig, after: ModelConfig, start: HeadStart) -> No
             f"a start by {start} would change the bias of the heads that are there; "
             "choose another start."
         )
+    if start == "ridge":
+        check_maps(after)
 
 
 def started(
@@ -80,7 +82,7 @@ def started(
       seed: of what is drawn.
 
     Raises:
-      UserError: what `check_start` raises, or heads of this kind hold no map.
+      UserError: what `check_start` raises.
     """
     check_start(before, after, start)
     n, n_before = after.n_future_tokens, before.n_future_tokens

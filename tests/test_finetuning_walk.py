@@ -102,9 +102,11 @@ def test_the_script_goes_from_a_model_to_exports_and_goes_on_where_it_stopped(
     assert (of_heads["kind"], of_heads["markov_rank"]) == ("linear", 128)
     assert (out / "gguf" / "model.gguf").exists()
     base, drafting = (restore_model(out / name).params for name in ("base", "heads"))
-    for name in ("trunk", "w_embedding", "w_unembedding"):
-        jax.tree.map(np.testing.assert_array_equal, base[name], drafting[name])
-    np.testing.assert_array_equal(base["norm"], drafting["norm"][0])
+    of_first = {name: drafting[name] for name in ("w_embedding", "w_unembedding")}
+    of_first["norm"] = drafting["norm"][0]
+    of_first["trunk"] = jax.tree.map(lambda x: x[:-1], drafting["trunk"])
+    for name, x in of_first.items():
+        jax.tree.map(np.testing.assert_array_equal, base[name], x)
     asked = (out / "asked.jsonl").read_text().splitlines()
     assert len(asked) > 10
     assert len((out / "heldout.jsonl").read_text().splitlines()) == 2

@@ -34,6 +34,7 @@ from mtp_jax.checkpoint.restore import Restored, restore_model
 from mtp_jax.cli.decoder_args import decoder_of
 from mtp_jax.data.prompts import read_questions
 from mtp_jax.decode.generator import Generator
+from mtp_jax.decode.prompt_list import WholePrompt
 from mtp_jax.decode.questions import questions_of
 from mtp_jax.errors import UserError
 from mtp_jax.eval.outputs import head_outputs
@@ -96,8 +97,6 @@ def _ours(generator: Generator, name: str, new: int) -> Program:
     decoder = decoder_of(name)
 
     def answer(ids: list[int]) -> Answer:
-        from mtp_jax.decode.prompt_list import WholePrompt
-
         prompt = WholePrompt(np.array(ids, np.int32))
         [made] = generator.generate([prompt], decoder=decoder, max_new_tokens=new)
         return made.tokens, made.forwards

@@ -18,7 +18,7 @@ from mtp_jax.config.heads import DraftCache
 from mtp_jax.data.corpus import Corpus
 from mtp_jax.data.tokenizer import Tokenizer, tokenizer_from_dir
 from mtp_jax.errors import UserError
-from mtp_jax.model.language_model import keep_heads, model_builder
+from mtp_jax.model.language_model import abstract_params, keep_heads, model_builder
 from mtp_jax.parallel.sharding import abstract_tree, make_mesh, slice_count
 from mtp_jax.storage import run_at, where_runs_are
 from mtp_jax.training.lora import merged, with_lora
@@ -192,6 +192,5 @@ def mesh_for(*models: ModelConfig) -> MeshConfig:
 def moved(model: ModelConfig, params: Any, mesh: jax.sharding.Mesh) -> Any:
     """Parameters of a model on another mesh of the same devices."""
     with jax.set_mesh(mesh):
-        init, _ = model_builder(model)
-        shapes = abstract_tree(jax.eval_shape(init, jax.random.key(0)), mesh)
+        shapes = abstract_params(model)
     return jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), params, shapes)

@@ -112,11 +112,7 @@ def _fitted(
 ) -> Tree:
     """Parameters with the map of one place in each head of a group."""
     add = _adder(cfg, place, tuple(group), token_map_DD)
-    total: Any = None
-    for batch in text.batches():
-        sums = jax.device_get(add(params, batch))
-        sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
-        total = sums if total is None else jax.tree.map(np.add, total, sums)
+    total = summed(add, params, text)
     maps = of_first([solve(*sums) for sums in zip(*total, strict=True)])
     path = place.path
     if place.features is forward.attention_reads or (
@@ -125,6 +121,16 @@ def _fitted(
         path = (*_last_layer(cfg), *path)
     at = [i if cfg.heads.wiring.first else i - 1 for i in group]
     return {**params, "heads": _with(params["heads"], path, at, maps)}
+
+
+def summed(add: Callable[[Tree, dict], Any], params: Tree, text: FitText) -> Any:
+    """The sums over all batches of a text of what `add` makes of each, float64."""
+    total: Any = None
+    for batch in text.batches():
+        sums = jax.device_get(add(params, batch))
+        sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+        total = sums if total is None else jax.tree.map(np.add, total, sums)
+    return total
 
 
 def solve(gram_XX: np.ndarray, cross_XD: np.ndarray) -> np.ndarray:

@@ -21,10 +21,9 @@ from mtp_jax.growth.ridge import check_maps, fit_maps
 from mtp_jax.growth.stacks import with_last
 from mtp_jax.growth.text import FitText
 from mtp_jax.growth.token_map import bias_of_map, fit_token_map
-from mtp_jax.model.language_model import model_builder
+from mtp_jax.model.language_model import abstract_params, model_builder
 from mtp_jax.model.regrow import regrown
 from mtp_jax.parallel.processes import of_first
-from mtp_jax.parallel.sharding import abstract_tree
 
 Tree = Any
 _FITTED = ("unigram", "counts", "ridge")
@@ -103,7 +102,8 @@ def started(
         assert text is not None
         if start == "ridge":
             return _by_ridge(after, grown, text, n_before)
-        grown = _with_counts(after, grown, text, pairs=start == "counts")
+        counts = Counts.of(text)
+        grown = _with_counts(after, grown, counts, pairs=start == "counts")
         if start == "unigram":
             return _with_gains(grown, n_before, np.zeros(n - n_before))
     assert text is not None
@@ -114,9 +114,7 @@ def started(
 def _fresh(before: ModelConfig, after: ModelConfig, params: Tree, seed: int) -> Tree:
     """New parameters of a model; its norms and unembeddings are copies of head 1's."""
     init, _ = model_builder(after)
-    mesh = jax.sharding.get_mesh()
-    shapes = abstract_tree(jax.eval_shape(init, jax.random.key(0)), mesh)
-    layout = jax.tree.map(lambda x: x.sharding, shapes)
+    layout = jax.tree.map(lambda x: x.sharding, abstract_params(after))
 
     def make(key: jax.Array, params: Tree) -> Tree:
         found = init(key)
@@ -175,12 +173,13 @@ def _by_ridge(cfg: ModelConfig, params: Tree, text: FitText, first: int) -> Tree
         params = fit_maps(cfg, params, text, first)
         return _with_gains(params, first, best_gains(cfg, params, text, first).of_heads)
     fit, apart = text.parted()
-    counted = _with_counts(cfg, params, fit, pairs=True)
+    counts = Counts.of(fit)
+    counted = _with_counts(cfg, params, counts, pairs=True)
     tried = [fit_maps(cfg, counted, fit, first)]
     if not cfg.heads.wiring.reads_tokens:  # else the maps have that embedding
         token_map_DD = fit_token_map(cfg, params, fit, first)
-        counts_V = Counts.of(fit).token_V
-        biased = _with_bias(params, *bias_of_map(cfg, params, token_map_DD, counts_V))
+        both = bias_of_map(cfg, params, token_map_DD, counts.token_V)
+        biased = _with_bias(params, *both)
         tried.append(fit_maps(cfg, biased, fit, first, token_map_DD))
     found = [best_gains(cfg, each, apart, first, of_bias=True) for each in tried]
     gains, params = min(zip(found, tried, strict=True), key=lambda pair: pair[0].loss)
@@ -189,9 +188,9 @@ def _by_ridge(cfg: ModelConfig, params: Tree, text: FitText, first: int) -> Tree
     return params | {"w_markov_out": (gains.of_bias * w_out).astype(w_out.dtype)}
 
 
-def _with_counts(cfg: ModelConfig, params: Tree, text: FitText, pairs: bool) -> Tree:
-    """Parameters with the bias by the token before from counts of the text."""
-    both = of_first(bias_of(Counts.of(text), cfg.heads.markov_rank, pairs))
+def _with_counts(cfg: ModelConfig, params: Tree, counts: Counts, pairs: bool) -> Tree:
+    """Parameters with the bias by the token before from counts of a text."""
+    both = of_first(bias_of(counts, cfg.heads.markov_rank, pairs))
     return _with_bias(params, *both)
 
 

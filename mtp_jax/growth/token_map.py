@@ -26,12 +26,12 @@ import numpy as np
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.growth.forward import Pass, unit
+from mtp_jax.growth.ridge import solve, summed
 from mtp_jax.growth.text import FitText
 from mtp_jax.model.language_model import model_builder
 from mtp_jax.parallel.processes import of_first
 
 Tree = Any
-_RIDGE = 1e-3  # in means of the diagonal of each matrix that is solved
 _ROUNDING = 1e-6  # of float32 sums, to their largest eigenvalue
 
 
@@ -41,12 +41,7 @@ def fit_token_map(
     """B, float64 [D, D], for heads from number `first` on, counted from 0."""
     heads = range(first, cfg.n_future_tokens)
     add = _adder(cfg, tuple(heads))
-    total: Any = None
-    for batch in text.batches():
-        sums = jax.device_get(add(params, batch))
-        sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
-        total = sums if total is None else jax.tree.map(np.add, total, sums)
-    return np.asarray(of_first(solve_token_map(*total)))
+    return np.asarray(of_first(solve_token_map(*summed(add, params, text))))
 
 
 def solve_token_map(gram_NZZ: np.ndarray, cross_NZD: np.ndarray) -> np.ndarray:
@@ -59,11 +54,11 @@ def solve_token_map(gram_NZZ: np.ndarray, cross_NZD: np.ndarray) -> np.ndarray:
     d = gram_NZZ.shape[1] // 2
     left_DD, right_DD = np.zeros((d, d)), np.zeros((d, d))
     for gram_ZZ, cross_ZD in zip(gram_NZZ, cross_NZD, strict=True):
-        of_f, of_both = _ridged(gram_ZZ[:d, :d]), gram_ZZ[:d, d:]
-        solved = np.linalg.solve(of_f, of_both)
+        of_both = gram_ZZ[:d, d:]
+        solved = solve(gram_ZZ[:d, :d], of_both)
         left_DD += gram_ZZ[d:, d:] - of_both.T @ solved
         right_DD += cross_ZD[d:] - solved.T @ cross_ZD[:d]
-    return np.linalg.solve(_ridged(left_DD), right_DD)
+    return solve(left_DD, right_DD)
 
 
 def bias_of_map(
@@ -166,9 +161,3 @@ def _times(table_VD: jax.Array, w_Dr: np.ndarray) -> jax.Array:
         "vd,dr->vr", table_VD.astype(jnp.float32), w, precision="highest",
         out_sharding=jax.P(vocab, None),
     )  # fmt: skip
-
-
-def _ridged(gram_DD: np.ndarray) -> np.ndarray:
-    """A matrix of sums with a ridge on its diagonal."""
-    size = len(gram_DD)
-    return gram_DD + (_RIDGE * np.trace(gram_DD) / size + 1e-30) * np.eye(size)

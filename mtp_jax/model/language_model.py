@@ -20,6 +20,7 @@ from mtp_jax.model.heads import kind_of
 from mtp_jax.model.heads.walk import Parts, Weights
 from mtp_jax.model.layers import embed, stack, unstack, weight
 from mtp_jax.model.rope import rope_angles
+from mtp_jax.parallel.sharding import abstract_tree
 
 # Of the Markov bias, whose entries begin with a deviation of 0.02.
 _BIAS_FAN_IN = 2500
@@ -217,3 +218,10 @@ def model_builder(
         lambda key: nnx.to_pure_dict(nnx.state(make(key))),
         lambda params: nnx.merge(graphdef, params),
     )
+
+
+def abstract_params(cfg: ModelConfig) -> Any:
+    """Shapes, dtypes and shardings of a model's parameters on the mesh that is set."""
+    init, _ = model_builder(cfg)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return abstract_tree(shapes, jax.sharding.get_mesh())

@@ -42,9 +42,9 @@ from mtp_jax.interop.llama2c_tokenizer import is_tokenizer, llama2c_tokenizer
 from mtp_jax.interop.places import check_names, places_of
 from mtp_jax.interop.read_params import read_params
 from mtp_jax.interop.reference import reference_logits
-from mtp_jax.model.language_model import model_builder
+from mtp_jax.model.language_model import abstract_params
 from mtp_jax.parallel.processes import compile_on_all, of_first
-from mtp_jax.parallel.sharding import abstract_tree, make_mesh
+from mtp_jax.parallel.sharding import make_mesh
 from mtp_jax.run.environment import environment
 from mtp_jax.run.source_files import digests, refuse_other_sources
 from mtp_jax.storage import absolute, is_remote, workdir_at, write_json
@@ -164,7 +164,7 @@ def _restored(
     cfg = Config(model=model, data=data)
     mesh = make_mesh(mesh_for(model))
     with jax.set_mesh(mesh):
-        params, used = _params(foreign, model, mesh)
+        params, used = _params(foreign, model)
     hosts.wait_for_all("the tensors are read")
     return Restored(cfg, params, mesh, 0, tokenizer), used
 
@@ -246,12 +246,9 @@ def _tokenizer_for(
     return tokenizer
 
 
-def _params(
-    foreign: Foreign, model: ModelConfig, mesh: jax.sharding.Mesh
-) -> tuple[Any, list[str]]:
-    """The parameters on the mesh, and the names of tensors that they are from."""
-    init, _ = model_builder(model)
-    abstract = abstract_tree(jax.eval_shape(init, jax.random.key(0)), mesh)
+def _params(foreign: Foreign, model: ModelConfig) -> tuple[Any, list[str]]:
+    """The parameters on the mesh that is set, and the names of what they are from."""
+    abstract = abstract_params(model)
     places = places_of(model, foreign.names, abstract)
     used = check_names(places, foreign.needed, foreign.source.where)
     return read_params(abstract, places, foreign.source), used

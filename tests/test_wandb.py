@@ -2,13 +2,18 @@
 
 import importlib.util
 import json
+import os
+import pathlib
+import pty
+import shutil
 import struct
+import subprocess
 import sys
 
 import pytest
 from etils import epath
 from models import tiny_config
-from runs import complete, train_args
+from runs import ROOT, complete, train_args
 
 from mtp_jax.config import LogConfig
 from mtp_jax.errors import UserError
@@ -47,6 +52,11 @@ def history(path):
     ]  # fmt: skip
 
 
+def kept_id(workdir):
+    """The id that a workdir keeps of its run."""
+    return (workdir / "wandb" / "id").read_text().splitlines()[0]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not there, reason="needs wandb")
 def test_starts_of_a_run_are_one_run_there(corpus_dir, tmp_path, monkeypatch):
@@ -67,7 +77,7 @@ def test_starts_of_a_run_are_one_run_there(corpus_dir, tmp_path, monkeypatch):
         next(r.run for r in records(file) if r.WhichOneof("record_type") == "run")
         for file in files
     ]
-    assert begun[0].run_id == begun[1].run_id == (workdir / "wandb/id").read_text()
+    assert begun[0].run_id == begun[1].run_id == kept_id(workdir)
     assert {x.project for x in begun} == {"mine"}
     config = {x.key: json.loads(x.value_json) for x in begun[0].config.update}
     assert config["train"]["steps"] == 4 and config["log"]["wandb"] == "mine"
@@ -76,6 +86,55 @@ def test_starts_of_a_run_are_one_run_there(corpus_dir, tmp_path, monkeypatch):
     written = [json.loads(line) for line in lines]
     assert [row["step"] for row in rows] == [row["step"] for row in written]
     assert [row["metrics/loss"] for row in rows] == [row["loss"] for row in written]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not there, reason="needs wandb")
+def test_who_is_not_logged_in_is_refused_and_never_asked(tmp_path, corpus_dir):
+    """On a terminal, where the library would ask which account to use."""
+    ours, theirs = pty.openpty()
+    args = train_args(tmp_path / "run", corpus_dir, "--config.log.wandb=mine")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    nowhere = {"HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    done = subprocess.run(
+        [sys.executable, "-m", "mtp_jax", *args],
+        cwd=ROOT,
+        env={**clean, **nowhere, "TERM": "xterm", "NETRC": str(tmp_path / "none")},
+        stdin=theirs,
+        stderr=theirs,
+        stdout=subprocess.PIPE,
+        timeout=240,
+        check=False,
+    )
+    os.close(theirs)
+    told = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+
+    assert done.returncode == 2, told
+    assert "run wandb login, or set WANDB_MODE=offline" in told
+    assert "Traceback" not in told and "Enter your choice" not in told
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not there, reason="needs wandb")
+def test_a_copy_of_a_workdir_is_a_run_of_its_own_there(
+    tmp_path, corpus_dir, monkeypatch
+):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    first, copy = tmp_path / "first", tmp_path / "copy"
+    more = ("--config.log.wandb=mine", "--config.checkpoint.every=2")
+    complete(train_args(first, corpus_dir, *more, "--config.train.steps=2"))
+    shutil.copytree(first, copy, ignore=shutil.ignore_patterns("offline-run-*"))
+    for workdir in (first, copy):
+        complete(train_args(workdir, corpus_dir, *more, "--config.train.steps=4"))
+
+    def ids(workdir):
+        files = workdir.glob("wandb/offline-run-*/*.wandb")
+        return {r.run.run_id for file in files for r in records(file)
+                if r.WhichOneof("record_type") == "run"}  # fmt: skip
+
+    assert ids(first) == {kept_id(first)}
+    assert ids(copy) == {kept_id(copy)} and ids(copy) != ids(first)
 
 
 def test_without_its_package_it_is_refused_before_anything_else(monkeypatch):
@@ -95,7 +154,9 @@ class Lost:
     def __init__(self):
         self.calls = []
 
-    def init(self, **_):
+    def init(self, **settings):
+        self.settings = settings
+        self.could_ask = sys.stdin.isatty() or os.environ.get("TERM") != "dumb"
         return self
 
     def define_metric(self, *_, **__):
@@ -121,17 +182,62 @@ def test_a_run_goes_on_where_its_service_is_lost(tmp_path, monkeypatch, capsys):
     assert "gets no more of this run: the service is gone" in capsys.readouterr().err
 
 
+class Terminal:
+    """Stands in for the stdin of somebody who could be asked."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("name", ["xterm", None])
+def test_a_library_that_could_ask_finds_nobody(tmp_path, monkeypatch, name):
+    lost, terminal = Lost(), Terminal()
+    monkeypatch.setitem(sys.modules, "wandb", lost)
+    monkeypatch.setattr(sys, "stdin", terminal)
+    monkeypatch.delenv("TERM", raising=False)
+    if name is not None:
+        monkeypatch.setenv("TERM", name)
+
+    WandbRun(tiny_config(), epath.Path(tmp_path))
+
+    assert not lost.could_ask
+    assert sys.stdin is terminal and os.environ.get("TERM") == name
+
+
+def test_an_id_stays_with_its_workdir(tmp_path, monkeypatch):
+    lost = Lost()
+    monkeypatch.setitem(sys.modules, "wandb", lost)
+
+    def id_at(workdir):
+        WandbRun(tiny_config(), epath.Path(workdir))
+        assert lost.settings["id"] == kept_id(pathlib.Path(workdir))
+        return lost.settings["id"]
+
+    first, copy, old = (tmp_path / name for name in ("first", "copy", "old"))
+    made = id_at(first)
+    monkeypatch.chdir(tmp_path)
+    assert id_at(first) == id_at("first") == made
+
+    shutil.copytree(first, copy)
+    assert id_at(copy) != made and id_at(copy) == id_at(copy)
+    assert id_at(first) == made
+
+    (old / "wandb").mkdir(parents=True)
+    (old / "wandb" / "id").write_text("0123456789ab")  # before workdirs were kept
+    assert id_at(old) == "0123456789ab"
+    shutil.copytree(old, tmp_path / "older")
+    assert id_at(tmp_path / "older") != "0123456789ab"
+
+
 @pytest.mark.parametrize("failed", [False, True])
 def test_a_run_that_fails_is_told_to_have_failed(tmp_path, monkeypatch, failed):
     lost = Lost()
     monkeypatch.setitem(sys.modules, "wandb", lost)
-    folder = tmp_path / "wandb"
-    folder.mkdir()
 
     WandbRun(tiny_config(), epath.Path(tmp_path)).close(failed)
 
     assert lost.calls == [{"exit_code": int(failed)}]
-    assert len((folder / "id").read_text()) == 12
+    assert len(kept_id(tmp_path)) == 12
 
 
 def test_a_folder_of_its_name_is_not_the_package(tmp_path, monkeypatch):

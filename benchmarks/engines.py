@@ -2,8 +2,8 @@
 
 Greedy answers to the questions of a .jsonl file, one text at a time, in float32, with
 as many threads as this process may use cores. This package on --workdir, plain and with
-a --decoder that uses the first so many --heads (0: all; several numbers, a row each);
-the folder that `export` wrote, --hf, in transformers, plain and drafting with itself;
+each --decoder (as `verify` names them) that uses the first so many --heads (0: all;
+several numbers, a row each); the folder that `export` wrote, --hf, in transformers, plain and drafting with itself;
 head 1 as --gguf in llama.cpp (package xllamacpp); and --hf in vLLM, plain and drafting,
 with --vllm=PYTHON, the interpreter of an environment that has it and `mtp-vllm`. What
 is not given or not installed is left out.
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
         gguf="",
         vllm="",
         questions="",
-        decoder="blockwise",
+        decoder=["blockwise"],
         heads=[0],
         max_new_tokens=128,
         rounds=1,
@@ -84,7 +84,8 @@ def _programs(model: Restored, args: Any) -> dict[str, Program]:
     for count in args.heads:
         k = count or model.config.model.n_future_tokens
         generator = Generator.from_checkpoint(args.workdir, heads=k)
-        programs[f"{args.decoder}, {k} heads"] = _ours(generator, args.decoder, new)
+        for name in args.decoder:
+            programs[f"{name}, {k} heads"] = _ours(generator, name, new)
     if args.hf and all(map(importlib.util.find_spec, ("torch", "transformers"))):
         programs["transformers"] = _transformers(args.hf, new, ends, False)
         programs["transformers, use_mtp"] = _transformers(args.hf, new, ends, True)

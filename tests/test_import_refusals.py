@@ -106,7 +106,11 @@ REFUSED = {
         "rope_scaling and rope_parameters say different things",
     ),
     "two bases of positions": (
-        edit_config(rope_theta=5e5, rope_parameters={"rope_theta": 10_000.0}),
+        edit_config(
+            rope_theta=5e5,
+            rope_scaling=None,
+            rope_parameters={"rope_theta": 10_000.0},
+        ),
         "rope_theta is there several times, and not alike: 10000.0, 500000.0",
     ),
     "positions that are a text": (

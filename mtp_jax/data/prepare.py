@@ -114,8 +114,7 @@ def prepare(
     _check_options(output, tokenizer, train_tokenizer, heldout)
     _check_counts(train_tokenizer, shard_tokens, block_documents, workers)
     reading = _read_options(text_field, heldout, skip_bad, split_at, split_bytes)
-    field = None if text_field == "text" else text_field
-    of_texts = train_tokenizer, field, split_at, split_bytes, block_documents or None
+    of_texts = train_tokenizer, split_at, split_bytes, block_documents or None
     reading = chat_options(reading, format, chat_form, chat_template, of_texts)
     names, folder = _names(inputs), pathlib.Path(output)
     progress = progress or _no_progress

@@ -287,6 +287,7 @@ def test_turns_that_end_otherwise_than_texts_end_them_from_now_on(folder, capsys
         (["--tokenizer=bytes"], "bytes has no chat template; give a tokenizer"),
         (["--chat_template=none.jinja"], "none.jinja cannot be read"),
         (["--split_bytes=100"], "are for texts; leave them out"),
+        (["--text_field=talk"], "text_field, .* are for texts; leave them out"),
         (["--format=text", "--chat_form=alpaca"], "are for conversations"),
         (["--chat_form=alpaca"], "is not of the form alpaca"),
     ],

@@ -1,12 +1,24 @@
 """Heads that several processes give a model are those that one gives it."""
 
+import json
 import os
+import shutil
 
 import jax
 import numpy as np
 import pytest
 from models import mesh_of
-from runs import complete, complete_hosts, finish_hosts, losses, start_hosts, told
+from runs import (
+    complete,
+    complete_hosts,
+    finish,
+    finish_hosts,
+    free_port,
+    losses,
+    start,
+    start_hosts,
+    told,
+)
 from runs import train_args as arguments_of_run
 
 from mtp_jax.checkpoint.checkpoints import Checkpoints
@@ -103,6 +115,27 @@ def test_a_run_on_two_hosts_begins_with_the_model_of_another(base, tmp_path):
     found = [losses(tmp_path / name) for name in ("one", "two")]
     assert len(found[0]) == 3
     np.testing.assert_allclose(*found, rtol=1e-4)
+
+
+@pytest.mark.parametrize("of_run", [True, False], ids=["of the run", "given"])
+def test_a_host_that_does_not_come_is_waited_for(base, tmp_path, of_run):
+    waits, source = 2, base
+    if of_run:
+        source = tmp_path / "run"
+        shutil.copytree(base, source)
+        run = json.loads((source / "run.json").read_text())
+        run["config"]["train"]["join_timeout_s"] = waits
+        (source / "run.json").write_text(json.dumps(run))
+    command = ["grow", f"--workdir={source}", f"--output={tmp_path / 'two'}"]
+    command += ["--heads=3", f"--coordinator=127.0.0.1:{free_port()}"]
+    command += ["--num_processes=2", "--process_id=0"]
+    command += [] if of_run else [f"--config.train.join_timeout_s={waits}"]
+
+    code, _, err = finish(start(command), 120)
+
+    assert code == 1 and len(told(err)) == 1
+    assert f"host 1 of 2 did not come within {waits} s" in told(err)[0]
+    assert not (tmp_path / "two").exists()
 
 
 def test_heads_that_cannot_be_are_refused_on_all_hosts(base, tmp_path):

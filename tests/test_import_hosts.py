@@ -12,7 +12,16 @@ import jax
 import numpy as np
 import pytest
 from models import mesh_of
-from runs import ROOT, complete, complete_hosts, finish_hosts, free_port, start, told
+from runs import (
+    ROOT,
+    complete,
+    complete_hosts,
+    finish,
+    finish_hosts,
+    free_port,
+    start,
+    told,
+)
 from test_import import CONFIGS
 
 from mtp_jax.checkpoint.checkpoints import Checkpoints
@@ -186,6 +195,19 @@ def test_hosts_with_other_options_are_refused(tmp_path):
     for code, _, err in results:
         assert code == 2 and len(told(err)) == 1
         assert "the hosts differ in arguments" in told(err)[0]
+    assert set(os.listdir(tmp_path)) == {"hf"}
+
+
+def test_a_host_that_does_not_come_is_waited_for_as_long_as_is_asked(tmp_path):
+    folder = folder_of(tmp_path / "hf")
+    command = ["import", f"--from={folder}", f"--workdir={tmp_path / 'run'}"]
+    alone = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
+    waits = "--config.train.join_timeout_s=2"
+
+    code, _, err = finish(start([*command, *alone, "--process_id=0", waits]), 120)
+
+    assert code == 1 and len(told(err)) == 1
+    assert "host 1 of 2 did not come within 2 s" in told(err)[0]
     assert set(os.listdir(tmp_path)) == {"hf"}
 
 

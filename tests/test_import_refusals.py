@@ -98,7 +98,52 @@ REFUSED = {
     "untied by the config alone": (
         edit_tensors(lambda t: t.pop("lm_head.weight")), "are not tied"
     ),
+    "two kinds of positions": (
+        edit_config(
+            rope_scaling={"type": "linear", "factor": 2.0},
+            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        ),
+        "rope_scaling and rope_parameters say different things",
+    ),
+    "two bases of positions": (
+        edit_config(
+            rope_theta=5e5,
+            rope_scaling=None,
+            rope_parameters={"rope_theta": 10_000.0},
+        ),
+        "rope_theta is there several times, and not alike: 10000.0, 500000.0",
+    ),
+    "positions that are a text": (
+        edit_config(rope_scaling="linear"), "rope_scaling is 'linear'; it must be an"
+    ),
+    "a factor that is a text": (
+        edit_config(rope_scaling={"type": "linear", "factor": "two"}),
+        "factor is 'two'; it must be a number",
+    ),
+    "no attention heads": (
+        edit_config(num_attention_heads=0), "num_attention_heads is 0; it must be"
+    ),
+    "a context of 0": (
+        edit_config(max_position_embeddings=0), "max_position_embeddings is 0"
+    ),
+    "an epsilon that is a text": (
+        edit_config(rms_norm_eps="x"), "rms_norm_eps is 'x'; it must be a number"
+    ),
+    "a tie that is a text": (
+        edit_config(tie_word_embeddings="no"), "it must be true or false"
+    ),
+    "attention heads that do not share": (
+        edit_config(num_key_value_heads=3), "config.json is of a model that cannot be"
+    ),
+    "kinds of more layers": (
+        edit_config(layer_types=["full_attention"] * 9), "layer_types must name"
+    ),
+    "weights that are not finite": (
+        edit_tensors(lambda t: t["model.norm.weight"].__setitem__(0, np.nan)),
+        "weights that are not finite",
+    ),
     "no size": (edit_config(hidden_size="16"), "hidden_size is '16'"),
+    "a size that is missing": (edit_config(hidden_size=None), "lacks the field hidden"),
     "no JSON": (lambda folder: (folder / "config.json").write_text("{"), "be read"),
     "no weights": (
         lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"
@@ -133,6 +178,9 @@ def test_folders_that_cannot_be_are_refused(tmp_path, refusal):
     assert "there is no such" in said(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     assert "has no config.json" in said(tmp_path / "empty")
+    for name in ("a.gguf", "b.bin"):
+        (tmp_path / "empty" / name).touch()
+    assert "name one of them: a.gguf, b.bin" in said(tmp_path / "empty")
     edit_config(vocab_size=200)(folder)
     assert "has 256 ids" in said(folder, tmp_path / "run", "--tokenizer=bytes")
     stories = tmp_path / "stories.bin"

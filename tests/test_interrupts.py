@@ -26,6 +26,23 @@ from test_hosts import NOTHING, begin, wait_for
 from mtp_jax.distributed.lifetime import signals_held
 
 MANY = "--config.train.steps=1000000"
+RUN = ROOT / "tests" / "data" / "run_format_0" / "run"
+# An export that gets a signal when it has written a file.
+EXPORT = """
+import os, sys, time
+import mtp_jax.exporting.export
+from mtp_jax.__main__ import program
+
+number, *sys.argv = sys.argv[1:]
+
+def write(parts, folder, length):
+    (folder / "model.gguf").write_bytes(b"a part")
+    os.kill(os.getpid(), int(number))
+    time.sleep(60)
+
+sys.modules["mtp_jax.exporting.export"].write_gguf = write
+program()
+"""
 
 pytestmark = pytest.mark.slow  # real runs, in processes of their own
 
@@ -251,6 +268,17 @@ def test_hosts_of_a_killed_rehearsal_end_with_it(after_s, tmp_path, corpus_dir):
         assert gone(pids, within_s=5)
     finally:
         kill(pids)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_export_leaves_nothing_when_it_is_interrupted(number, tmp_path):
+    program = (sys.executable, "-c", EXPORT, str(int(number)), "mtp-jax")
+    options = [f"--workdir={RUN}", f"--output={tmp_path / 'out'}", "--format=gguf"]
+
+    code, _, err = finish(start(["export", *options], program=program), timeout_s=120)
+
+    assert (code, told(err)) == (128 + number, ["mtp-jax: interrupted"])
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -1,6 +1,10 @@
 """Low-rank updates of a frozen trunk, against the matrices that they add up to."""
 
 import dataclasses
+import json
+import pathlib
+import shutil
+import types
 
 import jax
 import numpy as np
@@ -10,6 +14,7 @@ from models import TINY, mesh_of, placed_batch, placed_params, random_params
 
 from mtp_jax.config import Config, OptimConfig
 from mtp_jax.errors import UserError
+from mtp_jax.growth.states import restored_state
 from mtp_jax.training.lora import merged
 from mtp_jax.training.train_step import make_gradients, make_step, state_of
 
@@ -125,3 +130,15 @@ def test_gradients_are_those_of_the_chain_rule(one_device):
 def test_updates_that_cannot_be_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
         OptimConfig(**fields)
+
+
+def test_a_run_of_updates_does_not_go_on_with_other_heads_and_says_why(tmp_path):
+    there = pathlib.Path(__file__).parent / "data" / "run_format_0" / "run"
+    shutil.copytree(there, tmp_path / "run")
+    file = tmp_path / "run" / "checkpoints" / "20" / "_CHECKPOINT_METADATA"
+    written = json.loads(file.read_text())
+    written["custom_metadata"]["config"]["optim"]["lora_rank"] = 2
+    file.write_text(json.dumps(written))
+
+    with pytest.raises(UserError, match=r"lora_rank=2.*Leave --keep_optimizer out"):
+        restored_state(tmp_path / "run", types.SimpleNamespace(step=20))

@@ -17,6 +17,7 @@ FOLDER = pathlib.Path(__file__).parent / "data" / "run_format_0"
 VERBS = {
     "generate": (generate, ["--heldout=2", "--prompt_tokens=8", "--max_new_tokens=2",
                             "--json", "--decoder=plain"]),
+    "evaluate": (evaluate, ["--max_batches=1"]),
     "calibrate": (calibrate, ["--output=tree.json", "--passages=3", "--nodes=3"]),
     "audit": (audit, ["--step=3"]),
     "verify": (verify, ["--heldout=1", "--prompt_tokens=6", "--decoder=blockwise"]),

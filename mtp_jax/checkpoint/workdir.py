@@ -107,7 +107,10 @@ def lock_for_all(workdir: epath.Path, option: str) -> TextIO | None:
 
 @contextlib.contextmanager
 def together(
-    target: epath.Path, cluster: ProcessInfo | None, arguments: Any
+    target: epath.Path,
+    cluster: ProcessInfo | None,
+    arguments: Any,
+    waits: TrainConfig,
 ) -> Iterator[None]:
     """A context in which all processes of several make one new workdir.
 
@@ -119,12 +122,12 @@ def together(
       cluster: which process of how many this is; None: what a TPU pod, GKE, Slurm or
         Open MPI says, or one process alone.
       arguments: what the verb was told, values and containers of them.
+      waits: how long processes wait for each other, and for one that says nothing.
 
     Raises:
       UserError: the processes do not fit together, or have no secret.
       RunFailed: a process did not come, and which.
     """
-    waits = TrainConfig()
     process = cluster or detect(waits.join_timeout_s)
     if process is None or process.num_processes == 1:
         yield

@@ -4,7 +4,8 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING
 
-from mtp_jax.cli.args import Parser, positive_int
+from mtp_jax.cli.args import Parser, edited, positive_int
+from mtp_jax.config import Config, TrainConfig, as_tree
 from mtp_jax.distributed import cluster
 from mtp_jax.errors import counted
 
@@ -24,6 +25,7 @@ def main(argv: list[str]) -> int:
         "Make a workdir of a model of other people: a folder of Hugging Face "
         "(safetensors), Meta (consolidated.pth) or Fast-LLM, a .gguf file, a .bin file "
         "of llama2.c. evaluate, generate, verify and train take it.",
+        epilog="Any field of the run's config.train: --config.train.field=value.",
     )
     parser.add_argument(
         "--from", dest="source", required=True, metavar="PATH", help="folder or file"
@@ -55,8 +57,10 @@ def main(argv: list[str]) -> int:
         )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     cluster.add_options(parser)
-    args = parser.parse_args(argv)
+    args, overrides = parser.parse_known_args(argv)
     where = cluster.from_options(args)
+    tree = {"train": as_tree(Config())["train"]}
+    train = TrainConfig(**edited(tree, "import", overrides)["train"])
 
     # Not before the flags are known to be good: this imports JAX.
     import jax
@@ -70,6 +74,7 @@ def main(argv: list[str]) -> int:
         seq_len=args.seq_len,
         param_dtype=args.param_dtype,
         compute_dtype=args.compute_dtype,
+        train=train,
         cluster=where,
     )
     if jax.process_index() != 0:

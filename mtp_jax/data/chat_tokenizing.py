@@ -111,10 +111,10 @@ def chat_options(
         return reading
     if form is not None and form not in FORMS:
         raise UserError(f"chat_form is {form!r}; known are {', '.join(FORMS)}.")
-    if any(option is not None for option in for_texts):
+    if any(x is not None for x in for_texts) or reading.text_field != "text":
         raise UserError(
-            "train_tokenizer, split_at, split_bytes and block_documents are for texts; "
-            "leave them out with --format=chat."
+            "train_tokenizer, text_field, split_at, split_bytes and block_documents "
+            "are for texts; leave them out with --format=chat."
         )
     return dataclasses.replace(reading, chat=True, chat_form=form)
 

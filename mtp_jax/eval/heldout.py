@@ -148,12 +148,7 @@ def evaluate(
     restored = as_restored(model)
     cfg = restored.config
     directories = None if data is None else [os.fspath(name) for name in data]
-    sources = open_sources(
-        cfg,
-        directories,
-        splits=["heldout"],
-        tokenizer=restored.tokenizer.fingerprint,
-    )
+    sources = heldout_sources(restored, directories)
     with jax.set_mesh(restored.mesh):
         evaluator = make_evaluator(cfg.model, ComputeConfig(), restored.tokenizer)
         batches = placed_heldout(cfg, sources, restored.mesh, max_batches)
@@ -163,6 +158,29 @@ def evaluate(
         "data": [str(source.directory) for source in sources],
         **figures,
     }
+
+
+def heldout_sources(
+    restored: Restored, directories: Sequence[str] | None
+) -> list[Corpus]:
+    """The corpora whose held-out text is measured; None for those of the run.
+
+    Raises:
+      UserError: a corpus is missing, of another tokenizer, or has no held-out text.
+    """
+    try:
+        return open_sources(
+            restored.config,
+            directories,
+            splits=["heldout"],
+            tokenizer=restored.tokenizer.fingerprint,
+        )
+    except UserError as error:
+        if directories is not None:
+            raise
+        raise UserError(
+            f"{error} Held-out text of another corpus is read with --data=DIR."
+        ) from None
 
 
 def placed_heldout(

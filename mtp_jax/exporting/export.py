@@ -1,6 +1,7 @@
 """A model of a workdir in a format of other programs."""
 
 import contextlib
+import functools
 import os
 import pathlib
 import shutil
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from mtp_jax.checkpoint.restore import Restored, as_restored
+from mtp_jax.distributed import hosts
 from mtp_jax.errors import UserError, disk_errors_told
 from mtp_jax.eval.heldout import evaluate
 from mtp_jax.exporting.eagle3 import write_eagle3
@@ -85,16 +87,16 @@ def _figures(model: Restored) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def _whole_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A context with a folder to write to, which gets its name when all is well."""
+    """A context with a folder to write to, which gets its name when all is well.
+
+    Otherwise it is removed: by an error, and by a signal that ends the process.
+    """
     target = pathlib.Path(os.path.abspath(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name[:100]}.{os.getpid()}")
-    part.mkdir()
-    try:
+    with hosts.undone(functools.partial(shutil.rmtree, part, ignore_errors=True)):
+        part.mkdir()
         yield part
         if target.exists():
             target.rmdir()  # it is empty
         part.rename(target)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise

@@ -16,6 +16,7 @@ from mtp_jax.config import (
     Config,
     HeadStart,
     ModelConfig,
+    TrainConfig,
     as_tree,
     config_to_json,
     freeze,
@@ -89,7 +90,8 @@ def grow(
     target, option = workdir_at(os.fspath(output)), f"--output={output}"
     wanted = (heads, start, sections, data, fit_tokens, keep_optimizer, step)
     arguments = [os.fspath(workdir), os.fspath(output), *wanted]
-    with together(target, cluster, arguments), disk_errors_told(output):
+    waits = _train_config(workdir, sections)
+    with together(target, cluster, arguments, waits), disk_errors_told(output):
         refuse_taken(target, option)
         before = restore_model(workdir, step=step)
         cfg = grown_config(before.config, heads, sections, data)
@@ -101,6 +103,15 @@ def grow(
         with new_workdir(absolute(target), option) as folder:
             _write(folder, grown, state, about)
         return Grown(cfg, int(state.step), start_losses(grown))
+
+
+def _train_config(
+    workdir: str | os.PathLike[str],
+    sections: Mapping[str, Mapping[str, Any]] | None,
+) -> TrainConfig:
+    """`config.train` of the run in a workdir, with the fields that are given."""
+    fields = as_tree(config_of(workdir))["train"]
+    return TrainConfig(**fields | dict((sections or {}).get("train", {})))
 
 
 def _grown(

@@ -16,6 +16,7 @@ from mtp_jax.checkpoint.checkpoints import (
 )
 from mtp_jax.checkpoint.restore import Restored
 from mtp_jax.config import Config
+from mtp_jax.errors import UserError
 from mtp_jax.model.regrow import regrown
 from mtp_jax.storage import run_at
 from mtp_jax.training.groups import trained
@@ -38,9 +39,21 @@ def widened(params: Tree) -> Tree:
 def restored_state(
     workdir: str | os.PathLike[str], model: Restored
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The training state of a model's checkpoint, and where its data stands."""
+    """The training state of a model's checkpoint, and where its data stands.
+
+    Raises:
+      UserError: the run trains low-rank updates, whose moments no other model can have.
+    """
     folder, _ = run_at(os.fspath(workdir))
     checkpoints = Checkpoints(folder)
+    optim = checkpoints.saved_metadata(model.step)["config"]["optim"]
+    if rank := optim.get("lora_rank"):
+        raise UserError(
+            f"--keep_optimizer: the run in {os.fspath(workdir)} trains low-rank "
+            f"updates (config.optim.lora_rank={rank}); growing adds them to the "
+            "matrices of the trunk, and then nothing is left that their moments are "
+            "of. Leave --keep_optimizer out."
+        )
     with jax.set_mesh(model.mesh):
         key = jax.random.key(0)
         abstract = abstract_items(jax.eval_shape(make_init(model.config), key))

@@ -11,6 +11,7 @@ from typing import Any
 
 from mtp_jax.config import HeadsConfig, ModelConfig
 from mtp_jax.errors import UserError
+from mtp_jax.interop.fields import whole
 from mtp_jax.interop.hf_config import from_hf, to_hf
 from mtp_jax.interop.hf_names import hf_names
 from mtp_jax.interop.places import HeadNames, Names
@@ -32,9 +33,7 @@ def from_fast_llm(
     """
     more = frozenset({"prediction_heads", "return_all_prediction_heads"})
     model, tied = from_hf(config, where, more, family="llama")
-    n = config.get("prediction_heads", 1)
-    if type(n) is not int or n < 1:
-        raise UserError(f"{where}: prediction_heads is {n!r}; it must be at least 1.")
+    n = whole(config, "prediction_heads", where, 1)
     heads = HeadsConfig(norm="own")
     layers = model.num_layers + n - 1
     return (

@@ -70,10 +70,15 @@ def open_foreign(path: pathlib.Path) -> Foreign:
             for p in path.iterdir()
             if p.suffix in (".gguf", ".bin") and not llama2c_tokenizer.is_tokenizer(p)
         )
-        if len(found) != 1:
+        if not found:
             raise UserError(
                 f"--from={path} has no config.json (Hugging Face, Fast-LLM), no "
-                f"params.json (Meta) and {len(found)} files .gguf or .bin."
+                "params.json (Meta) and no file .gguf or .bin."
+            )
+        if len(found) > 1:
+            raise UserError(
+                f"--from={path} has several models; name one of them: "
+                f"{', '.join(p.name for p in found)}."
             )
         path = found[0]
     if path.suffix == ".gguf":

@@ -14,6 +14,7 @@ import numpy as np
 
 from mtp_jax.config import LayerConfig, ModelConfig, RopeConfig
 from mtp_jax.errors import UserError
+from mtp_jax.interop.fields import told_with
 from mtp_jax.interop.places import Names
 from mtp_jax.interop.sources import Arrays
 from mtp_jax.model.rope import frequencies
@@ -187,7 +188,13 @@ def read_gguf(path: pathlib.Path) -> tuple[ModelConfig, str, Arrays, dict[str, A
         tensors = {t.name: t for t in reader.tensors}
     except Exception as error:  # of a file of any content
         raise UserError(f"{path} is damaged, or no GGUF file: {error}.") from None
-    model, arch = from_gguf(fields, set(tensors), str(path))
+    try:
+        with told_with(str(path)):
+            model, arch = from_gguf(fields, set(tensors), str(path))
+    except (ArithmeticError, TypeError, ValueError):
+        raise UserError(
+            f"{path} has keys of a model that cannot be, or that differ by layer."
+        ) from None
 
     def make(name: str) -> np.ndarray:
         t = tensors[name]

@@ -11,6 +11,7 @@ from typing import Any
 
 from mtp_jax.config import LayerConfig, ModelConfig
 from mtp_jax.errors import UserError
+from mtp_jax.interop.fields import real, told_with, truth, whole
 from mtp_jax.interop.hf_rope import rope_from_hf, rope_to_hf
 
 Json = Mapping[str, Any]
@@ -135,25 +136,32 @@ def from_hf(
         )
     _refuse_unknown(config, where, more)
     sizes: dict[str, Any] = {
-        ours: _number(config, theirs, where) for theirs, ours in _SIZES.items()
+        ours: whole(config, theirs, where) for theirs, ours in _SIZES.items()
     }
     of, heads = FAMILIES[kind], sizes["num_query_heads"]
-    d_head = config.get("head_dim") or of.d_head or sizes["d_model"] // heads
-    layers = _number(config, "num_hidden_layers", where)
-    context = config.get("max_position_embeddings") or of.context
+    layers = whole(config, "num_hidden_layers", where)
+    context = whole(config, "max_position_embeddings", where, of.context)
+    tied = config.get("tie_word_embeddings")
+    if tied is not None:
+        tied = truth(config, "tie_word_embeddings", where)
+    kv_heads = whole(config, "num_key_value_heads", where, heads)
+    d_head = of.d_head or sizes["d_model"] // heads
+    d_head = whole(config, "head_dim", where, d_head)
+    norm_eps = real(config, "rms_norm_eps", where, of.norm_eps)
+    layer = _layer(config, kind, layers, where)
+    with told_with(where):
+        model = ModelConfig(
+            **sizes,
+            num_kv_heads=kv_heads,
+            d_head=d_head,
+            num_layers=layers,
+            n_future_tokens=1,
+            rope_theta=10_000.0,
+            norm_eps=norm_eps,
+            layer=layer,
+        )
     theta, rope = rope_from_hf(config, of.rope_theta, context, where)
-    model = ModelConfig(
-        **sizes,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
-        d_head=d_head,
-        num_layers=layers,
-        n_future_tokens=1,
-        rope_theta=theta,
-        norm_eps=float(config.get("rms_norm_eps") or of.norm_eps),
-        layer=_layer(config, kind, layers, where),
-        rope=rope,
-    )
-    return model, config.get("tie_word_embeddings")
+    return dataclasses.replace(model, rope_theta=theta, rope=rope), tied
 
 
 def _refuse_unknown(config: Json, where: str, more: frozenset[str]) -> None:
@@ -170,24 +178,18 @@ def _refuse_unknown(config: Json, where: str, more: frozenset[str]) -> None:
             )
 
 
-def _number(config: Json, name: str, where: str) -> int:
-    value = config.get(name)
-    if type(value) is not int:
-        raise UserError(f"{where}: {name} is {value!r}; it must be a whole number.")
-    return value
-
-
 def _layer(config: Json, kind: str, layers: int, where: str) -> LayerConfig:
     """Biases, norms and windows of the layers."""
-    bias = bool(config.get("attention_bias"))
+    bias = truth(config, "attention_bias", where)
+    mlp_bias = truth(config, "mlp_bias", where)
     if bias and kind in ("mistral", "phi3", "qwen2"):
         raise UserError(f"{where}: {kind} has no attention_bias, and it is {bias}.")
-    if config.get("mlp_bias") and kind != "llama":
+    if mlp_bias and kind != "llama":
         raise UserError(f"{where}: {kind} has no mlp_bias, and it is True.")
     return LayerConfig(
         qkv_bias=bias or kind == "qwen2",
         out_bias=bias,
-        mlp_bias=bool(config.get("mlp_bias")),
+        mlp_bias=mlp_bias,
         qk_norm={"qwen3": "head", "olmo2": "whole"}.get(kind, "none"),  # type: ignore[arg-type]
         norms="after" if kind == "olmo2" else "before",
         windows=_windows(config, kind, layers, where),
@@ -196,34 +198,41 @@ def _layer(config: Json, kind: str, layers: int, where: str) -> LayerConfig:
 
 def _windows(config: Json, kind: str, layers: int, where: str) -> tuple[int, ...]:
     """Windows as `config.layer.windows` has them: one value if all are alike."""
+    kinds = _layer_types(config, layers, where)
     if kind in ("llama", "olmo2"):
-        if config.get("sliding_window") is not None:
+        if config.get("sliding_window") is not None or "sliding_attention" in kinds:
             raise UserError(f"{where}: {kind} has no sliding_window.")
         return ()
-    usual = FAMILIES[kind].window
-    window = config.get("sliding_window", usual)
-    kinds = config.get("layer_types")
-    if kind.startswith("qwen"):
-        window = config.get("sliding_window", 4096)
-        window = window if config.get("use_sliding_window") else None
-        full = config.get("max_window_layers", 28)
-        kinds = kinds or [
-            "sliding_attention" if i >= full else "full_attention"
-            for i in range(layers)
-        ]
-    if window is None and not (kinds and "sliding_attention" in kinds):
+    is_qwen = kind.startswith("qwen")
+    if is_qwen and not truth(config, "use_sliding_window", where):
         return ()
-    kinds = kinds or ["sliding_attention"] * layers
-    known = {"sliding_attention", "full_attention"}
-    if len(kinds) != layers or set(kinds) - known or window is None:
-        if window is None and kind.startswith("qwen") and not set(kinds) - known:
-            return ()  # without use_sliding_window their layers are full
-        raise UserError(
-            f"{where}: layer_types must name {layers} layers, each full_attention or "
-            "sliding_attention, and these need sliding_window."
-        )
-    each = tuple(window if k == "sliding_attention" else 0 for k in kinds)
+    window = config.get("sliding_window", 4096 if is_qwen else FAMILIES[kind].window)
+    if window is not None:
+        window = whole({"sliding_window": window}, "sliding_window", where)
+    elif is_qwen:
+        return ()
+    elif "sliding_attention" in kinds:
+        raise UserError(f"{where}: layer_types has sliding_attention, without a width.")
+    full = whole(config, "max_window_layers", where, 28, least=0) if is_qwen else 0
+    kinds = kinds or [
+        "sliding_attention" if i >= full else "full_attention" for i in range(layers)
+    ]
+    each = tuple(window or 0 if k == "sliding_attention" else 0 for k in kinds)
     return _shortest(each)
+
+
+def _layer_types(config: Json, layers: int, where: str) -> list[str]:
+    """The kind of attention of each layer; none if the file does not say it."""
+    kinds = config.get("layer_types")
+    known = ("full_attention", "sliding_attention")
+    if kinds is None:
+        return []
+    if type(kinds) is not list or len(kinds) != layers or set(kinds) - {*known}:
+        raise UserError(
+            f"{where}: layer_types must name {layers} layers, each "
+            f"{' or '.join(known)}."
+        )
+    return kinds
 
 
 def _shortest(windows: tuple[int, ...]) -> tuple[int, ...]:

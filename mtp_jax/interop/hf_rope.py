@@ -6,6 +6,7 @@ from typing import Any
 
 from mtp_jax.config import ModelConfig, RopeConfig
 from mtp_jax.errors import UserError
+from mtp_jax.interop.fields import fields_in, real, told_with, truth, whole
 
 
 def rope_from_hf(
@@ -14,7 +15,7 @@ def rope_from_hf(
     """The base of rotary positions of a `config.json`, and how they are stretched.
 
     Args:
-      config: its content; of fields of several names the newest counts.
+      config: its content; fields of several names must agree.
       theta: the base where it has none.
       context: positions of the longest text.
       where: the file, for errors.
@@ -22,15 +23,7 @@ def rope_from_hf(
     Raises:
       UserError: a kind or a field of it that is not known, or one that is missing.
     """
-    found = dict(config.get("rope_scaling") or {}) | dict(
-        config.get("rope_parameters") or {}
-    )
-    kind = found.pop("rope_type", None) or found.pop("type", None) or "default"
-    found.pop("type", None)
-    theta = found.pop("rope_theta", None) or config.get("rope_theta") or theta
-    usual = config.get("original_max_position_embeddings") or context
-    if found.pop("partial_rotary_factor", 1.0) not in (None, 1.0):
-        raise UserError(f"{where}: partial_rotary_factor is not 1, which is not known.")
+    kind, theta, found = _said(config, theta, where)
     known: dict[str, set[str]] = {
         "default": {"factor", "original_max_position_embeddings"},
         "linear": {"factor", "original_max_position_embeddings"},
@@ -47,43 +40,97 @@ def rope_from_hf(
         raise UserError(
             f"{where}: rope_type is {kind!r}; known are {', '.join(known)}."
         )
-    found = {name: x for name, x in found.items() if x is not None}
     if surplus := sorted(found.keys() - known[kind]):
         raise UserError(f"{where}: {surplus[0]} of rope_type {kind} is not known.")
     if kind == "default":
-        return float(theta), RopeConfig(context=context)
-    if "factor" not in found:
-        raise UserError(f"{where}: rope_type is {kind}, and its factor is missing.")
+        return theta, RopeConfig(context=context)
     values: dict[str, Any] = {
-        name: float(found[name])
+        name: real(found, name, where)
         for name in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
-        if name in found
+        if name in found or (kind == "llama3" and name.endswith("freq_factor"))
     }
-    if kind == "llama3" and {"low_freq_factor", "high_freq_factor"} - values.keys():
-        raise UserError(f"{where}: llama3 needs low_freq_factor and high_freq_factor.")
+    factor = real(found, "factor", where)
     if kind != "linear":
-        usual = found.get("original_max_position_embeddings", usual)
-        values |= {"original_context": usual}
+        original = whole(found, "original_max_position_embeddings", where, context)
+        values |= {"original_context": original}
     if kind == "yarn":
         values |= {
-            "truncate": found.get("truncate", True),
-            "attention_factor": _attention_factor(found),
+            "truncate": truth(found, "truncate", where, True),
+            "attention_factor": _attention_factor(found, where),
         }
-    rope = RopeConfig(
-        scaling=kind,  # type: ignore[arg-type]
-        factor=float(found["factor"]),
-        context=context,
-        **values,
-    )
-    return float(theta), rope
+    with told_with(where):
+        rope = RopeConfig(
+            scaling=kind,  # type: ignore[arg-type]
+            factor=factor,
+            context=context,
+            **values,
+        )
+    return theta, rope
 
 
-def _attention_factor(found: Mapping[str, Any]) -> float:
+def _said(
+    config: Mapping[str, Any], theta: float, where: str
+) -> tuple[str, float, dict[str, Any]]:
+    """The kind of positions of a `config.json`, their base, and their other fields.
+
+    Programs differ in which of several names they believe: today's transformers takes
+    `rope_scaling` before `rope_parameters`, and the one of before knows nothing else.
+
+    Raises:
+      UserError: the file says two things of one, or something that is not known.
+    """
+    told = [
+        _of_one_name(config, name, where)
+        for name in ("rope_parameters", "rope_scaling")
+    ]
+    thetas = [fields.pop("rope_theta", None) for fields in told]
+    originals = {
+        name: config[name]
+        for name in ("original_max_position_embeddings",)
+        if config.get(name) is not None
+    }
+    newest, older = ({**originals, **x} if x else x for x in told)
+    if newest and older and newest != older:
+        raise UserError(
+            f"{where}: rope_scaling and rope_parameters say different things of "
+            "positions; keep the one that is meant."
+        )
+    found = newest or older or {"rope_type": "default", **originals}
+    if any(found.get(name) != x for name, x in originals.items()):
+        raise UserError(
+            f"{where}: original_max_position_embeddings is there twice, and not alike."
+        )
+    bases = {
+        real({"rope_theta": x}, "rope_theta", where)
+        for x in (*thetas, config.get("rope_theta"))
+        if x is not None
+    }
+    if len(bases) > 1:
+        raise UserError(
+            f"{where}: rope_theta is there several times, and not alike: "
+            f"{', '.join(map(str, sorted(bases)))}."
+        )
+    if found.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(f"{where}: partial_rotary_factor is not 1, which is not known.")
+    kind = found.pop("rope_type")
+    return kind, bases.pop() if bases else theta, found
+
+
+def _of_one_name(config: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    """The fields under one name, with their kind as `rope_type`; none without it."""
+    found = fields_in(config, name, where)
+    kind = found.pop("type", "default")
+    return {"rope_type": kind, **found} if found or kind != "default" else {}
+
+
+def _attention_factor(found: Mapping[str, Any], where: str) -> float:
     """The factor of yarn on queries and keys; 0: by the usual formula."""
-    if found.get("attention_factor") is not None:
-        return float(found["attention_factor"])
-    scale, of_all = found.get("mscale"), found.get("mscale_all_dim")
-    if not scale or not of_all or found["factor"] <= 1:
+    if "attention_factor" in found:
+        return real(found, "attention_factor", where)
+    if not found.get("mscale") or not found.get("mscale_all_dim"):
+        return 0.0
+    scale, of_all = (real(found, x, where) for x in ("mscale", "mscale_all_dim"))
+    if found["factor"] <= 1:
         return 0.0
     log = 0.1 * math.log(found["factor"])
     return (scale * log + 1) / (of_all * log + 1)

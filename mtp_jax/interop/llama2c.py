@@ -14,6 +14,7 @@ import numpy as np
 
 from mtp_jax.config import ModelConfig, RopeConfig
 from mtp_jax.errors import UserError
+from mtp_jax.interop.fields import told_with
 from mtp_jax.interop.meta import NAMES as _META
 from mtp_jax.interop.places import Names
 from mtp_jax.interop.sources import Arrays
@@ -53,17 +54,18 @@ def read_llama2c(path: pathlib.Path) -> tuple[ModelConfig, bool, Arrays]:
     sizes = (d, d_ff, layers, heads, kv_heads, vocab, context)
     if min(sizes) < 1 or max(sizes) > 2**24 or d % heads:
         raise UserError(f"{path} is no file of llama2.c: its header says {numbers}.")
-    model = ModelConfig(
-        vocab_size=vocab,
-        d_model=d,
-        num_layers=layers,
-        n_future_tokens=1,
-        num_query_heads=heads,
-        num_kv_heads=kv_heads,
-        d_head=d // heads,
-        d_ff=d_ff,
-        rope=RopeConfig(context=context),
-    )
+    with told_with(str(path)):
+        model = ModelConfig(
+            vocab_size=vocab,
+            d_model=d,
+            num_layers=layers,
+            n_future_tokens=1,
+            num_query_heads=heads,
+            num_kv_heads=kv_heads,
+            d_head=d // heads,
+            d_ff=d_ff,
+            rope=RopeConfig(context=context),
+        )
     order = _order(model, version=int(magic == _MAGIC), tied=tied)
     size = begin + 4 * sum(math.prod(shape) for _, shape in order)
     if len(data) != size:

@@ -14,6 +14,7 @@ import numpy as np
 
 from mtp_jax.config import ModelConfig, RopeConfig
 from mtp_jax.errors import UserError
+from mtp_jax.interop.fields import real, told_with, whole
 from mtp_jax.interop.places import HeadNames, Names
 from mtp_jax.interop.sources import Arrays
 
@@ -67,31 +68,31 @@ def from_meta(params: Mapping[str, Any], where: str) -> ModelConfig:
         raise UserError(f"{where}: {unknown[0]} is a field that is not known here.")
 
     def number(name: str, usual: int | None = None) -> int:
-        value = params.get(name)
-        value = usual if value is None else value
-        if type(value) is not int or value < 1:
-            raise UserError(f"{where}: {name} is {value!r}; it must be a whole number.")
-        return value
+        return whole(params, name, where, usual)
 
     d, heads = number("dim"), number("n_heads")
-    d_ff = int(8 * d / 3)
-    if (factor := params.get("ffn_dim_multiplier")) is not None:
-        d_ff = int(factor * d_ff)
+    d_ff = int(real(params, "ffn_dim_multiplier", where, 1.0) * int(8 * d / 3))
     multiple = number("multiple_of", 256)
+    sizes = {
+        "vocab_size": number("vocab_size"),
+        "num_layers": number("n_layers"),
+        "n_future_tokens": number("n_future_tokens", 1),
+        "num_kv_heads": number("n_kv_heads", heads),
+        "d_ff": -(-d_ff // multiple) * multiple,
+    }
+    norm_eps = real(params, "norm_eps", where, 1e-5)
+    theta = real(params, "rope_theta", where, 10_000.0)
     context = number("max_seq_len", _CONTEXT)
-    return ModelConfig(
-        vocab_size=number("vocab_size"),
-        d_model=d,
-        num_layers=number("n_layers"),
-        n_future_tokens=number("n_future_tokens", 1),
-        num_query_heads=heads,
-        num_kv_heads=number("n_kv_heads", heads),
-        d_head=d // heads,
-        d_ff=-(-d_ff // multiple) * multiple,
-        norm_eps=float(params.get("norm_eps", 1e-5)),
-        rope_theta=float(params.get("rope_theta", 10_000.0)),
-        rope=RopeConfig(context=context),
-    )
+    with told_with(where):
+        return ModelConfig(
+            **sizes,
+            d_model=d,
+            num_query_heads=heads,
+            d_head=d // heads,
+            norm_eps=norm_eps,
+            rope_theta=theta,
+            rope=RopeConfig(context=context),
+        )
 
 
 def to_meta(model: ModelConfig, context: int) -> dict[str, Any]:

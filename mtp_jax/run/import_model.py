@@ -24,6 +24,7 @@ from mtp_jax.config import (
     DataConfig,
     Dtype,
     ModelConfig,
+    TrainConfig,
     config_to_json,
 )
 from mtp_jax.data.tokenizer import (
@@ -86,6 +87,7 @@ def import_model(
     seq_len: int | None = None,
     param_dtype: Dtype = "float32",
     compute_dtype: Dtype = "float32",
+    train: TrainConfig | None = None,
     cluster: ProcessInfo | None = None,
 ) -> ImportReport:
     """Makes a workdir of a model in a format of other people.
@@ -111,6 +113,8 @@ def import_model(
       seq_len: of the run's rows; None: the model's context, at most 1024.
       param_dtype: of the parameters that are kept.
       compute_dtype: of products and activations.
+      train: `config.train` of the run, with how long processes wait for each other;
+        None: as in every config.
       cluster: which process of how many this is; None: what a TPU pod, GKE, Slurm or
         Open MPI says, or one process alone.
 
@@ -127,15 +131,21 @@ def import_model(
         "tokenizer": tokenizer,
         "seq_len": seq_len,
         "dtypes": (param_dtype, compute_dtype),
+        "train": dataclasses.asdict(train := train or TrainConfig()),
     }
-    with together(target, cluster, arguments), disk_errors_told(workdir):
+    with together(target, cluster, arguments, train), disk_errors_told(workdir):
         _refuse_taken(target, f"--workdir={name}")
         foreign = _opened(path)
         found = _tokenizer_for(foreign, _folder_of(path), tokenizer)
         refuse_other_sources(foreign, found)
         dtypes: Any = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
         model = dataclasses.replace(foreign.model, **dtypes)
-        restored, used = _restored(foreign, model, found, seq_len)
+        data = DataConfig(
+            seq_len=seq_len or min(model.rope.context, _SEQ_LEN),
+            batch_size=_BATCH * jax.device_count(),
+        )
+        cfg = Config(model=model, data=data, train=train)
+        restored, used = _restored(foreign, cfg, found)
         report = _report(foreign, restored, path, used)
         with new_workdir(absolute(target), f"--workdir={name}") as folder:
             _write(folder, restored, report)
@@ -154,17 +164,12 @@ def _opened(path: pathlib.Path) -> Foreign:
 
 
 def _restored(
-    foreign: Foreign, model: ModelConfig, tokenizer: Tokenizer, seq_len: int | None
+    foreign: Foreign, cfg: Config, tokenizer: Tokenizer
 ) -> tuple[Restored, list[str]]:
     """The model on all devices, and the names of tensors that it is of."""
-    data = DataConfig(
-        seq_len=seq_len or min(model.rope.context, _SEQ_LEN),
-        batch_size=_BATCH * jax.device_count(),
-    )
-    cfg = Config(model=model, data=data)
-    mesh = make_mesh(mesh_for(model))
+    mesh = make_mesh(mesh_for(cfg.model))
     with jax.set_mesh(mesh):
-        params, used = _params(foreign, model)
+        params, used = _params(foreign, cfg.model)
     hosts.wait_for_all("the tensors are read")
     return Restored(cfg, params, mesh, 0, tokenizer), used
 
@@ -175,6 +180,7 @@ def _report(
     """The report of a model that says what its file says.
 
     Raises:
+      UserError: the file's logits are not finite.
       RunFailed: it says something else.
     """
     differs, deviation = _compared(foreign, restored)
@@ -258,6 +264,7 @@ def _compared(foreign: Foreign, restored: Restored) -> tuple[float, float]:
     """The largest difference of logits to the file's own, and the logits' deviation.
 
     Raises:
+      UserError: logits of the file are not finite.
       RunFailed: it is more than rounding.
     """
     model = restored.config.model
@@ -273,6 +280,11 @@ def _compared(foreign: Foreign, restored: Restored) -> tuple[float, float]:
         off = float(np.abs(found_NTV - exact_NTV).max())
         deviation = float(exact_NTV.std())
     off, deviation = (float(x) for x in of_first((off, deviation)))
+    if not np.isfinite(deviation):
+        raise UserError(
+            f"{foreign.source.where} has weights that are not finite, or so large that "
+            "its logits are not; is it damaged?"
+        )
     allowed = _OFF if model.param_dtype == "float32" else 0.1
     if not off <= allowed * max(deviation, 1e-6):
         raise RunFailed(

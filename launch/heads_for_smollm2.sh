@@ -12,8 +12,7 @@
 # are not answered, to be asked of the finished heads (16). HELDOUT: share of answers that
 # is not trained on (0.05). ANSWER: tokens of an answer at most (192). STEPS: of training
 # (640). FIT: tokens that the start is fitted to (24576). SEQ: positions of a row (512).
-# NODES: drafts of the tree that is chosen for the heads (10). GROW, VERIFY: further
-# options of `grow` and `verify`.
+# GROW, VERIFY: further options of `grow` and `verify`.
 set -euo pipefail
 
 folder=${1:-runs/smollm2}
@@ -88,7 +87,6 @@ afresh() {
 }
 
 base=$folder/base heads=$folder/heads apart=${APART:-16}
-tree=tree:tree=$folder/tree.json
 if [ -z "${MODEL:-}" ]; then
     MODEL=$folder/model.gguf
     step fetch fetch
@@ -105,11 +103,9 @@ step grow afresh grow "$heads" --workdir="$base" --output="$heads" --heads=4 \
     --config.data.batch_size=1 ${GROW:-}
 step train train
 step evaluate run evaluate --workdir="$heads"
-step calibrate run calibrate --workdir="$heads" --nodes="${NODES:-10}" \
-    --output="$folder/tree.json"
 # shellcheck disable=SC2086
-step verify run verify --workdir="$heads" --decoder=blockwise --decoder="$tree" \
-    --heldout=4 ${VERIFY:---samples=64}
+step verify run verify --workdir="$heads" --decoder=blockwise --heldout=4 \
+    ${VERIFY:---samples=64}
 step export afresh export "$folder/hf" --workdir="$heads" --output="$folder/hf"
 step gguf afresh export "$folder/gguf" --workdir="$heads" --format=gguf \
     --output="$folder/gguf"

@@ -101,10 +101,6 @@ def test_the_script_goes_from_a_model_to_exports_and_goes_on_where_it_stopped(
     of_heads = json.loads((out / "hf" / "config.json").read_text())["mtp_heads"]
     assert (of_heads["kind"], of_heads["markov_rank"]) == ("linear", 128)
     assert (out / "gguf" / "model.gguf").exists()
-    [verified] = [x for x in done.stdout.splitlines() if x.startswith("+ mtp_jax verify")]
-    assert f"--decoder=tree:tree={out / 'tree.json'}" in verified
-    drafts = json.loads((out / "tree.json").read_text())["nodes"]
-    assert 1 <= len(drafts) <= 10
     base, drafting = (restore_model(out / name).params for name in ("base", "heads"))
     of_first = {name: drafting[name] for name in ("w_embedding", "w_unembedding")}
     of_first["norm"] = drafting["norm"][0]

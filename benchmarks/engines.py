@@ -3,10 +3,10 @@
 Greedy answers to the questions of a .jsonl file, one text at a time, in float32, with
 as many threads as this process may use cores. This package on --workdir, plain and with
 each --decoder (as `verify` names them) that uses the first so many --heads (0: all;
-several numbers, a row each); the folder that `export` wrote, --hf, in transformers, plain and drafting with itself;
-head 1 as --gguf in llama.cpp (package xllamacpp); and --hf in vLLM, plain and drafting,
-with --vllm=PYTHON, the interpreter of an environment that has it and `mtp-vllm`. What
-is not given or not installed is left out.
+several numbers, a row each); the folder that `export` wrote, --hf, in transformers,
+plain and drafting with itself; head 1 as --gguf in llama.cpp (package xllamacpp); and
+--hf in vLLM, plain and drafting, with --vllm=PYTHON, the interpreter of an environment
+that has it and `mtp-vllm`. What is not given or not installed is left out.
 
 Every program answers all questions once, untimed; then they take turns, question by
 question. vLLM, in a process of its own, does both after them. Where a text is not

@@ -1,6 +1,8 @@
 """Every file of configs/: it freezes, and its model has the shape it promises."""
 
+import dataclasses
 import importlib.util
+import math
 
 import jax
 import pytest
@@ -9,6 +11,7 @@ from runs import ROOT
 from mtp_jax.config import freeze
 from mtp_jax.errors import UserError
 from mtp_jax.model.language_model import model_builder
+from mtp_jax.parallel.sharding import check_divisible
 
 # Millions of parameters, embeddings included, recomputed by hand from table S14 of
 # arXiv:2404.19737 with Llama's feed-forward width and 32,000 tokens.
@@ -93,7 +96,32 @@ def test_llama_has_its_size_and_a_layer_for_each_further_head(one_device):
     assert sizes[4] - sizes[1] == 3 * layer
 
 
-@pytest.mark.parametrize("argument", ["8b", "8b-n0", "70b-n4", "8b-nx"])
+# Layers of trunk and head 1, parameters by hand from arXiv:2407.21783, table 3, with
+# three layers more; and the devices of the pods that docs/performance.md names.
+LLAMAS = {
+    "8b-n4-long": (32, 8_684_597_248, {"sequence": 16}, 64),
+    "70b-n4": (80, 73_120_669_696, {"tensor": 8}, 512),
+    "405b-n4": (126, 415_416_500_224, {"tensor": 8}, 512),
+}
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_larger_llamas_have_their_sizes_and_split_over_pods(one_device, name):
+    layers, params, axes, devices = LLAMAS[name]
+    cfg = load("llama", name)
+
+    assert parameters(cfg) == params
+    assert cfg.model.num_trunk_layers == layers - 1
+    sizes = {"replica": 1, "sequence": 1, "tensor": 1} | axes
+    fsdp = devices // math.prod(sizes.values())
+    names = tuple(sizes | {"fsdp": fsdp})
+    check_divisible(cfg, jax.sharding.AbstractMesh((*sizes.values(), fsdp), names))
+    assert dataclasses.asdict(cfg.mesh) == sizes | {"fsdp": -1}
+
+
+@pytest.mark.parametrize(
+    "argument", ["8b", "8b-n0", "7b-n4", "8b-nx", "8b-n2-", "8b-n1-heads"]
+)
 def test_an_unknown_llama_is_refused(argument):
     with pytest.raises(UserError):
         load("llama", argument)

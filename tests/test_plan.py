@@ -168,7 +168,13 @@ def test_other_numbers_of_heads_drop_the_weights(cfg):
 
 
 FITS = Compiled(
-    100, 10, 5, 7, 15, None, HloProgram({"all-gather": Traffic(2, 8e9)}, (), 1, ())
+    100,
+    10,
+    5,
+    7,
+    15,
+    None,
+    HloProgram({"all-gather": Traffic(3, 8e9, 2, 5e9)}, (), 1, ()),
 )
 TOO_LARGE = Compiled(100, 10, 50, 50, 60, 40, None)
 
@@ -274,6 +280,12 @@ def test_rows_and_table(four_chips):
     text = table(rows, [1, 2, 4])
     assert "v5e:16x16, n = 4: fits with --config.train.accumulation=2" in text
     assert max(map(len, text.splitlines())) <= 100
+    counts = first["collectives"]["all-gather"]
+    assert counts == {"count": 3, "bytes": 8e9, "hidden": 2, "hidden_bytes": 5e9}
+    overlap = text.partition("Collectives of a step")[2].splitlines()[1:5]
+    assert overlap[0].split() == ["topology", "heads", "all-gather", "exposed"]
+    assert overlap[1].split() == ["v5e:16x16", "1", "2", "of", "3", "3"]
+    assert overlap[3].split() == ["v5e:16x16", "4", "?", "?"]
     assert json.loads(json.dumps(rows)) == rows
 
 

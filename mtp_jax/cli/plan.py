@@ -30,7 +30,9 @@ def main(argv: list[str]) -> int:
         "the interconnect (links) bounds; tokens/s: of a chip at that time; vs n=1: "
         "time to that of one head on as many layers; even: accepted tokens a pass "
         "from which blockwise decoding is faster than plain; chip-hours, days, "
-        "dollars: what the tokens take at the least time of a step, without pauses.",
+        "dollars: what the tokens take at the least time of a step, without pauses. "
+        "Collectives: 3 of 4 means that the device computes during three of four; "
+        "exposed: GB that it sends in those during which it does not.",
     )
     parser.add_argument(
         "--config",

@@ -12,62 +12,75 @@ def table(rows: list[Row], heads: list[int]) -> str:
       rows: of `plan`.
       heads: numbers of heads that were asked for; n = 1 may be there to compare with.
     """
-    memory = [
-        {
-            "topology": row["topology"],
-            "chips": str(row["chips"]),
-            "heads": str(row["heads"]),
-            "params": _millions(row["params"]),
-            "state": _gib(row["argument_bytes"]),
-            "temp": _gib(row["temp_bytes"]),
-            "of": _gib(row["hbm_limit_bytes"]),
-            "fits": "yes" if row["fits"] else "NO",
-            "step s": f"{row['step_s']:.3g}",
-            "bound": row["bound_by"],
-            "tokens/s": f"{row['tokens_per_s_per_chip']:,.0f}",
-            "vs n=1": f"{row['overhead_vs_n1']:+.1%}",
-            "even": f"{row['breakeven_accept_length']:.3f}",
-        }
-        for row in rows
-    ]
     kinds = [k for k in KINDS if any(k in (row["collectives"] or ()) for row in rows)]
-    work = [
-        {
-            "topology": row["topology"],
-            "heads": str(row["heads"]),
-            "FLOPs/step": f"{row['flops_per_step']:.3g}",
-            "trunk": f"{row['flops_trunk'] / row['flops_per_step']:.1%}",
-            "heads'": f"{row['flops_heads'] / row['flops_per_step']:.1%}",
-            "unembed": f"{row['flops_unembedding'] / row['flops_per_step']:.1%}",
-            **{kind: _sent(row["collectives"], kind) for kind in kinds},
-        }
-        for row in rows
-    ]
-    run = [
-        {
-            "topology": row["topology"],
-            "heads": str(row["heads"]),
-            "chip-hours": _amount(row["chip_hours"]),
-            "days": _amount(row["hours"] / 24),
-            **({"dollars": _amount(row["dollars"])} if row["dollars"] else {}),
-        }
-        for row in rows
-        if "chip_hours" in row
-    ]
+    run = [_run(row) for row in rows if "chip_hours" in row]
     notes = [_note(r) for r in rows if not r["fits"] and r["heads"] in heads]
     return "\n".join(
         [
             "GiB of a device; the least time of a step by the roofline; tokens a chip. "
             "More: --help.",
-            *_aligned(memory),
+            *_aligned([_memory(row) for row in rows]),
             "",
             "Useful FLOPs of a step, all chips; GB that a device sends in it.",
-            *_aligned(work),
+            *_aligned([_work(row, kinds) for row in rows]),
+            "",
+            "Collectives of a step, those beside which the device computes first; GB "
+            "sent in the others.",
+            *_aligned([_overlap(row, kinds) for row in rows]),
             *(["", _of_a_run(rows[0]), *_aligned(run)] if run else []),
             *([""] if notes else []),
             *notes,
         ]
     )
+
+
+def _memory(row: Row) -> dict[str, str]:
+    return {
+        "topology": row["topology"],
+        "chips": str(row["chips"]),
+        "heads": str(row["heads"]),
+        "params": _millions(row["params"]),
+        "state": _gib(row["argument_bytes"]),
+        "temp": _gib(row["temp_bytes"]),
+        "of": _gib(row["hbm_limit_bytes"]),
+        "fits": "yes" if row["fits"] else "NO",
+        "step s": f"{row['step_s']:.3g}",
+        "bound": row["bound_by"],
+        "tokens/s": f"{row['tokens_per_s_per_chip']:,.0f}",
+        "vs n=1": f"{row['overhead_vs_n1']:+.1%}",
+        "even": f"{row['breakeven_accept_length']:.3f}",
+    }
+
+
+def _work(row: Row, kinds: list[str]) -> dict[str, str]:
+    return {
+        "topology": row["topology"],
+        "heads": str(row["heads"]),
+        "FLOPs/step": f"{row['flops_per_step']:.3g}",
+        "trunk": f"{row['flops_trunk'] / row['flops_per_step']:.1%}",
+        "heads'": f"{row['flops_heads'] / row['flops_per_step']:.1%}",
+        "unembed": f"{row['flops_unembedding'] / row['flops_per_step']:.1%}",
+        **{kind: _sent(row["collectives"], kind) for kind in kinds},
+    }
+
+
+def _overlap(row: Row, kinds: list[str]) -> dict[str, str]:
+    return {
+        "topology": row["topology"],
+        "heads": str(row["heads"]),
+        **{kind: _hidden(row["collectives"], kind) for kind in kinds},
+        "exposed": _exposed(row["collectives"]),
+    }
+
+
+def _run(row: Row) -> dict[str, str]:
+    return {
+        "topology": row["topology"],
+        "heads": str(row["heads"]),
+        "chip-hours": _amount(row["chip_hours"]),
+        "days": _amount(row["hours"] / 24),
+        **({"dollars": _amount(row["dollars"])} if row["dollars"] else {}),
+    }
 
 
 def _aligned(cells: list[dict[str, str]]) -> list[str]:
@@ -115,6 +128,22 @@ def _sent(collectives: Row | None, kind: str) -> str:
     return (
         f"{collectives[kind]['bytes'] / chips.GB:.3g}" if kind in collectives else "-"
     )
+
+
+def _hidden(collectives: Row | None, kind: str) -> str:
+    if collectives is None:
+        return "?"
+    if kind not in collectives:
+        return "-"
+    return f"{collectives[kind]['hidden']} of {collectives[kind]['count']}"
+
+
+def _exposed(collectives: Row | None) -> str:
+    """GB that a device sends while it does nothing else."""
+    if collectives is None:
+        return "?"
+    sent = sum(x["bytes"] - x["hidden_bytes"] for x in collectives.values())
+    return f"{sent / chips.GB:.3g}"
 
 
 def _note(row: Row) -> str:

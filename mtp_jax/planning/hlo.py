@@ -8,6 +8,9 @@ import dataclasses
 import math
 import re
 
+from mtp_jax.planning.hlo_text import Computation, Instruction, parse
+from mtp_jax.planning.overlap import chain_of, overlapped
+
 KINDS = (
     "all-gather",
     "all-reduce",
@@ -31,15 +34,7 @@ _VIEWS = {
 }
 # Instructions that call computations which write buffers, as fusions do not.
 _RUNS = {"async-start", "call", "conditional", "while"}
-_INSTRUCTION = re.compile(
-    r"^\s*(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>.*?) (?P<op>[a-z][a-z0-9\-]*)"
-    r"\((?P<rest>.*)$"
-)
-_COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
-_CALLED = re.compile(
-    r"\b(?:calls|to_apply|body|condition|\w+_computations?)=(?:\{([^}]*)\}|(%?[\w.\-]+))"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +43,24 @@ class Traffic:
 
     count: int = 0  # collectives
     bytes: float = 0.0  # sent by a device; see `_Counting._sent`
+    hidden: int = 0  # collectives beside which the device computes
+    hidden_bytes: float = 0.0  # sent in those
 
     def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(self.count + other.count, self.bytes + other.bytes)
+        return Traffic(
+            self.count + other.count,
+            self.bytes + other.bytes,
+            self.hidden + other.hidden,
+            self.hidden_bytes + other.hidden_bytes,
+        )
 
     def __mul__(self, times: int) -> "Traffic":
-        return Traffic(self.count * times, self.bytes * times)
+        return Traffic(
+            self.count * times,
+            self.bytes * times,
+            self.hidden * times,
+            self.hidden_bytes * times,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,64 +98,15 @@ class HloProgram:
         return self.collectives.get("dcn", Traffic()).bytes
 
 
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
-    """An instruction of HLO, its line taken apart."""
-
-    name: str
-    op: str
-    type: str
-    arguments: str  # between the parentheses
-    attributes: str  # after the parentheses
-    root: bool
-
-    @property
-    def operands(self) -> list[str]:
-        return re.findall(r"%([\w.\-]+)", self.arguments)
-
-    @property
-    def called(self) -> list[str]:
-        found = _CALLED.findall(self.attributes)
-        names = [name for some, one in found for name in (some or one).split(",")]
-        return [name.strip(" %") for name in names]
-
-    def attribute(self, name: str) -> str:
-        """The x of `name=%x`; empty if there is no such attribute."""
-        match = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
-        return match[1] if match else ""
-
-
-_Computation = dict[str, _Instruction]
-
-
 def read_hlo(text: str) -> HloProgram:
     """Reads the text of an optimized module, as `compiled.as_text()` gives it.
 
     Raises:
       ValueError: the text has no entry computation.
     """
-    header = text.partition("\n")[0]
-    counts = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", header)
-    computations: dict[str, _Computation] = {}
-    entry = ""
-    for line in text.splitlines():
-        if match := _COMPUTATION.match(line):
-            name = match["name"]
-            computations[name] = {}
-            entry = name if match["entry"] else entry
-        elif computations and (match := _INSTRUCTION.match(line)):
-            arguments, _, attributes = match["rest"].partition(")")
-            computations[name][match["name"]] = _Instruction(
-                match["name"],
-                match["op"],
-                match["type"],
-                arguments,
-                attributes,
-                bool(match["root"]),
-            )
-    if not entry:
-        raise ValueError("the text is not an HLO module: it has no ENTRY.")
-    counting = _Counting(computations, math.prod(map(int, counts)))
+    module = parse(text)
+    computations, entry = module.computations, module.entry
+    counting = _Counting(computations, module.devices)
     return HloProgram(
         counting.traffic(entry),
         _buffers(computations, entry),
@@ -157,7 +115,7 @@ def read_hlo(text: str) -> HloProgram:
     )
 
 
-def _buffers(computations: dict[str, _Computation], entry: str) -> tuple[Buffer, ...]:
+def _buffers(computations: dict[str, Computation], entry: str) -> tuple[Buffer, ...]:
     """The buffers that a run from the entry computation writes, the largest first."""
     found, reached = [], [entry]
     for computation in reached:  # grows on the way
@@ -176,10 +134,11 @@ def _buffers(computations: dict[str, _Computation], entry: str) -> tuple[Buffer,
 class _Counting:
     """Adds up the collectives of a module's computations."""
 
-    def __init__(self, computations: dict[str, _Computation], devices: int):
+    def __init__(self, computations: dict[str, Computation], devices: int):
         self.computations = computations
         self.devices = devices
         self.unknown_loops: list[str] = []
+        self._hidden = overlapped(computations, KINDS)
         self._chains: dict[str, str] = {}  # of each chain, the member that counts
         self._known: dict[str, dict[str, Traffic]] = {}
 
@@ -196,14 +155,17 @@ class _Counting:
                 parts = [max(parts, key=lambda p: sum(t.bytes for t in p.values()))]
             times = self._trips(x, computation) if x.op == "while" and any(parts) else 1
             if kind := self._kind(x, computation):
-                parts.append({kind: Traffic(1, self._sent(kind, x, computation))})
+                sent = self._sent(kind, x, computation)
+                hidden = x.name in self._hidden
+                traffic = Traffic(1, sent, int(hidden), sent if hidden else 0.0)
+                parts.append({kind: traffic})
             for part in parts:
                 for key, traffic in part.items():
                     total[key] = total.get(key, Traffic()) + traffic * times
         self._known[computation] = total
         return total
 
-    def _kind(self, x: _Instruction, computation: str) -> str:
+    def _kind(self, x: Instruction, computation: str) -> str:
         """The kind of collective that begins here; empty if none does.
 
         TPU programs have three forms of their own. A reduce-scatter is a fusion named
@@ -216,15 +178,15 @@ class _Counting:
         kind = x.op.removesuffix("-start")
         if kind not in KINDS:
             return ""
-        chain = re.search(r'chain_id="(\d+)"', x.attributes)
-        if chain and self._chains.setdefault(chain[1], x.name) != x.name:
+        chain = chain_of(x)
+        if chain and self._chains.setdefault(chain, x.name) != x.name:
             return ""
         scattered = kind == "all-reduce" and computation.startswith(
             "all-reduce-scatter"
         )
         return "reduce-scatter" if scattered else kind
 
-    def _sent(self, kind: str, x: _Instruction, computation: str) -> float:
+    def _sent(self, kind: str, x: Instruction, computation: str) -> float:
         """The bytes that a device sends, on a ring of the g devices of its group.
 
         From the bytes b of its operands, as they are without padding: (g - 1) b for an
@@ -243,7 +205,7 @@ class _Counting:
         share = size * (group - 1) / group
         return share * {"all-gather": group, "all-reduce": 2}.get(kind, 1)
 
-    def _trips(self, loop: _Instruction, computation: str) -> int:
+    def _trips(self, loop: Instruction, computation: str) -> int:
         """The number of times that a loop's body runs.
 
         TPU programs do not say: there it follows from the constant that a counter is
@@ -269,21 +231,21 @@ class _Counting:
         return 1
 
 
-def _through_copies(x: _Instruction, computation: _Computation) -> _Instruction:
+def _through_copies(x: Instruction, computation: Computation) -> Instruction:
     """The instruction that x is a copy of, directly or not; else x."""
     while x.op in ("copy", "bitcast", "convert") and x.operands:
         x = computation[x.operands[0]]
     return x
 
 
-def _element(x: _Instruction, index: int, computation: _Computation) -> _Instruction:
+def _element(x: Instruction, index: int, computation: Computation) -> Instruction:
     """The instruction at `index` of a tuple made here; else the tuple itself."""
     if x.op != "tuple":
         return x
     return _through_copies(computation[x.operands[index]], computation)
 
 
-def _constant(x: _Instruction, computation: _Computation) -> int | None:
+def _constant(x: Instruction, computation: Computation) -> int | None:
     """The value of a whole-number constant, None if x is none."""
     x = _through_copies(x, computation)
     number = x.op == "constant" and re.fullmatch(r"-?\d+", x.arguments)

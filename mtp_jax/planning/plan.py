@@ -14,8 +14,9 @@ for each topology and number of heads, has the keys:
 - flops_per_step and its parts flops_trunk, flops_heads, flops_unembedding: useful work
   of all chips (`flops.train_flops`); executed_flops_per_step: with what is computed
   again;
-- collectives: {kind: {count, bytes}}, bytes sent by a device (`hlo`), null where
-  there is no program because it does not fit; dcn is all that goes to other slices;
+- collectives: {kind: {count, bytes, hidden, hidden_bytes}}, bytes sent by a device
+  (`hlo`), null where there is no program because it does not fit; hidden are those
+  during which the device computes (`overlap`); dcn is all that goes to other slices;
   unknown_loops: how many loops with collectives were counted as one turn, as the
   program does not tell how many they make;
 - compute_s, hbm_s, links_s (null without a program), dcn_s (null also where the speed

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import numpy as np
@@ -30,10 +31,11 @@ def tiny_config(**of_model):
     return Config(model=dataclasses.replace(TINY, **of_model))
 
 
-def mesh_of(replica=1, fsdp=1, tensor=1, sequence=1):
+def mesh_of(replica=1, fsdp=1, tensor=1, sequence=1, vocab=1):
     """A mesh of as many of the devices as it needs."""
-    cfg = MeshConfig(replica=replica, fsdp=fsdp, tensor=tensor, sequence=sequence)
-    return make_mesh(cfg, jax.devices()[: replica * fsdp * tensor * sequence])
+    axes = dict(replica=replica, vocab=vocab, fsdp=fsdp, tensor=tensor)
+    cfg = MeshConfig(**axes, sequence=sequence)
+    return make_mesh(cfg, jax.devices()[: math.prod(axes.values()) * sequence])
 
 
 def random_params(cfg, seed=0):

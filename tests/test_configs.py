@@ -112,7 +112,7 @@ def test_larger_llamas_have_their_sizes_and_split_over_pods(one_device, name):
 
     assert parameters(cfg) == params
     assert cfg.model.num_trunk_layers == layers - 1
-    sizes = {"replica": 1, "sequence": 1, "tensor": 1} | axes
+    sizes = {"replica": 1, "sequence": 1, "vocab": 1, "tensor": 1} | axes
     fsdp = devices // math.prod(sizes.values())
     names = tuple(sizes | {"fsdp": fsdp})
     check_divisible(cfg, jax.sharding.AbstractMesh((*sizes.values(), fsdp), names))

@@ -34,6 +34,8 @@ MESHES = {
     "all axes": (2, 2, 2),
     "sequence": (1, 1, 1, 8),
     "fsdp x tensor x sequence": (1, 2, 2, 2),
+    "fsdp x tensor x vocab": (1, 2, 2, 1, 2),
+    "sequence x vocab": (1, 1, 1, 2, 4),
 }
 KINDS = {"packed": (3, 4), "unpacked": (1, 0)}  # documents a row, padding
 # Layers, the loss, and what it makes of the heads; every n has a loss of its own.
@@ -152,7 +154,9 @@ def test_gradients_of_bfloat16_parameters_add_up_in_float32():
     jax.tree.map_with_path(near, one_by_one["trunk"], at_once["trunk"])
 
 
-@pytest.mark.parametrize("mesh", ["one device", "fsdp x tensor"])
+@pytest.mark.parametrize(
+    "mesh", ["one device", "fsdp x tensor", "fsdp x tensor x vocab"]
+)
 @pytest.mark.parametrize("form", ["fused", "remat", "naive"])
 def test_gradients_in_bfloat16_are_those_in_float64_to_its_rounding(form, mesh):
     cfg = config_of(4, form, 5, compute_dtype="bfloat16")

@@ -184,7 +184,7 @@ def four_chips(monkeypatch):
     """Any topology has four v5e chips, and libtpu is not needed."""
     devices = [device("TPU v5 lite", num_cores=1)] * 4
     mesh = types.SimpleNamespace(
-        shape={"replica": 1, "fsdp": 4, "sequence": 1, "tensor": 1}
+        shape={"replica": 1, "vocab": 1, "fsdp": 4, "sequence": 1, "tensor": 1}
     )
     for module in (plan, remedies):
         monkeypatch.setattr(module, "topology_devices", lambda name: devices)

@@ -161,7 +161,7 @@ def test_replicas_are_on_slices_of_their_own(monkeypatch):
 
     mesh = make_mesh(MeshConfig(**sizes), devices)
 
-    assert mesh.devices.shape == (4, 1, 2, 1)
+    assert mesh.devices.shape == (4, 1, 1, 2, 1)
     slices = [{d.slice_index for d in replica.flat} for replica in mesh.devices]
     assert slices == [{0}, {0}, {1}, {1}]
     assert len(set(mesh.devices.flat)) == 8

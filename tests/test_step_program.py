@@ -171,6 +171,21 @@ def test_chunks_exchange_only_figures_of_tokens_over_the_vocabulary(mesh):
     assert four["all-reduce"].bytes == pytest.approx(one["all-reduce"].bytes)
 
 
+@pytest.mark.parametrize(("vocab", "part"), [(1, 1), (2, 2), (4, 4)])
+def test_devices_along_vocab_hold_a_part_of_the_unembedding_each(vocab, part):
+    n, chunks, fsdp = 4, 8, 8 // vocab
+    found = program(config(n, chunk_tokens=T // chunks), (1, fsdp, 1, 1, vocab))
+
+    # Its copy and its gradient are larger than all else: logits of a chunk, layers.
+    assert found.buffers[0].elements == V * D // part
+    # A device sends less of them, and more of its tokens: forward, their hidden states
+    # to all others of the pool, and backward, sums of the gradients to where they are.
+    table = V // part * D * 4 * (fsdp - 1) / fsdp
+    tokens = 0 if vocab == 1 else T * D * 4 * (vocab - 1)
+    sent = found.collectives["reduce-scatter"].bytes
+    assert sent == n * (table + tokens)
+
+
 def test_one_device_sends_nothing():
     assert program(config()).sent_bytes == 0
 

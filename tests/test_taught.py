@@ -46,6 +46,7 @@ MESHES = {
     "fsdp x tensor": (1, 4, 2),
     "sequence": (1, 1, 1, 4),
     "all axes": (1, 2, 2, 2),
+    "all but fsdp": (1, 1, 2, 2, 2),
 }
 
 
@@ -190,7 +191,7 @@ def test_an_entropy_mask_trains_heads_up_to_the_end_of_a_group(mesh):
 
 # The others, each of which takes ten seconds, are slow.
 USUAL = {("kl", 0, 1), ("tv", 2, 0), ("e2e", 0, 3), ("hard, smooth", 1, 2)}
-USUAL |= {("e2e, one waits", 0, 1)}
+USUAL |= {("e2e, one waits", 0, 1), ("kl", 1, 4)}
 
 
 def cases():

@@ -47,6 +47,7 @@ _MEANINGS = {
     "compute.chunk_tokens": "chunk chunk_size logits_chunk",
     "mesh.replica": "dp data_parallel replicas ddp",
     "mesh.fsdp": "zero shard sharded",
+    "mesh.vocab": "vocab_parallel parallel_vocab",
     "mesh.tensor": "tp tensor_parallel model_parallel",
     "mesh.sequence": "sp cp context_parallel sequence_parallel",
     "checkpoint.every": "save_every save_interval checkpoint_every save_steps "

@@ -100,6 +100,7 @@ class MeshConfig:
     """Devices along each axis; one of them may be -1: all that are left."""
 
     replica: int = 1  # copies of the model; a multiple of the number of slices
+    vocab: int = 1  # as fsdp; in the loss the vocabulary is split, not copied
     fsdp: int = -1  # parameters and batch split
     sequence: int = 1  # positions of a row split, and parameters as over fsdp
     tensor: int = 1  # attention heads, feed-forward width and vocabulary split

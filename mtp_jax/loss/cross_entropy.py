@@ -6,8 +6,9 @@ chunk, v tokens of the vocabulary, d a device's share of the width.
 
 Where a table is several tables side by side, D is the sum of their widths.
 
-Every device works on its own tokens, so the only collectives are sums over the shards
-of the vocabulary: logits never leave the device that made them.
+Every device works on its own tokens, or on those that it pools with others (`pooling`),
+so that logits never leave the device that made them: there are sums over the shards of
+the vocabulary.
 """
 
 import dataclasses
@@ -19,6 +20,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mtp_jax.loss.pooling import (
+    added_to_own,
+    of_own_tokens,
+    pool_size,
+    pooled,
+    shared_width,
+    whole_width,
+)
 from mtp_jax.model.layers import unembed
 from mtp_jax.parallel.sharding import axes_of, spec
 
@@ -28,7 +37,7 @@ _LOGITS = 2**27
 
 TOKENS = spec("batch", "time")
 HIDDEN = spec("batch", "time", None)
-COPIES = spec("copies", "vocab", None)
+COPIES = spec("copies", "logits", None)
 
 
 @jax.tree_util.register_dataclass
@@ -52,13 +61,12 @@ def copy_unembedding(w_VD: jax.Array, dtype: str) -> jax.Array:
     """The output matrix, whole in width in every group of devices: [R, V, D].
 
     Copies of one matrix, and still an axis: what a group adds up for its copy stays
-    there until the gradient of this function adds up the groups.
+    there until the gradient of this function adds up the groups. Devices that pool
+    their tokens have one copy, a part of the vocabulary each.
     """
 
     def local(w_vd):
-        axis = axes_of("embed")
-        w_vd = w_vd.astype(dtype)  # gathered in the narrower type
-        return lax.all_gather(w_vd, axis, axis=1, tiled=True)[None]
+        return whole_width(w_vd.astype(dtype))[None]  # gathered in the narrower type
 
     by_width = spec("vocab", "embed")
     return jax.shard_map(local, in_specs=by_width, out_specs=COPIES)(w_VD)
@@ -83,10 +91,10 @@ def score_tokens(
     def local(hidden_btD, w_1vD, targets_bt):
         @jax.checkpoint
         def one_chunk(_, token):
-            hidden_CD, target_C = token
+            hidden_CD, target_C = pooled(token)
             w_vD = w_1vD[0].astype(hidden_CD.dtype)
             logits_Cv = logits_of(hidden_CD, w_vD)
-            return None, scores_of(logits_Cv, target_C)
+            return None, of_own_tokens(scores_of(logits_Cv, target_C))
 
         tokens = (hidden_btD, targets_bt)
         return scan_chunks(one_chunk, None, tokens, w_1vD.shape[1], chunk_tokens)[1]
@@ -127,7 +135,7 @@ def score_tokens_and_grad(
         w_vD = w_1vD[0]
 
         def one_chunk(d_w_vD, token):
-            hidden_CD, target_C, weight_C = token
+            hidden_CD, target_C, weight_C = pooled(token)
             logits_Cv = logits_of(hidden_CD, w_vD)
             scores = scores_of(logits_Cv, target_C)
             log_z_C1 = scores.log_z[:, None]
@@ -137,9 +145,9 @@ def score_tokens_and_grad(
             d_logits_Cv -= jnp.where(is_target_Cv, weight_C[:, None], 0.0)
             # Products in the compute dtype, or they would cost many times more.
             d_logits_Cv = d_logits_Cv.astype(hidden_CD.dtype)
-            d_hidden_CD = dot("cv,vd->cd", d_logits_Cv, w_vD)
+            d_hidden_CD = dot("cv,vd->cd", d_logits_Cv, w_vD).astype(hidden_CD.dtype)
             d_w_vD += dot("cv,cd->vd", d_logits_Cv, hidden_CD)
-            return d_w_vD, (scores, d_hidden_CD.astype(hidden_CD.dtype))
+            return d_w_vD, (of_own_tokens(scores), added_to_own(d_hidden_CD))
 
         tokens = (hidden_btD, targets_bt, weight_bt)
         zeros_vD = jnp.zeros_like(w_vD, jnp.float32)
@@ -165,10 +173,8 @@ def add_copies(d_w_vD: jax.Array) -> jax.Array:
 
     Within a `shard_map`, as whatever is below.
     """
-    width = axes_of("embed")
-    others = tuple(axis for axis in axes_of("copies") if axis not in width)
-    d_w_vd = lax.psum_scatter(d_w_vD, width, scatter_dimension=1, tiled=True)
-    return lax.psum(d_w_vd, others)
+    others = tuple(axis for axis in axes_of("copies") if axis not in axes_of("embed"))
+    return lax.psum(shared_width(d_w_vD), others)
 
 
 def scan_chunks(
@@ -181,11 +187,13 @@ def scan_chunks(
     """Runs `one_chunk` over the tokens [b, t, ...] of a device, C at a time.
 
     The chunks are of one size, the smallest at which there are no more of them, so that
-    few tokens are added to fill the last.
+    few tokens are added to fill the last. `vocab` tokens of the vocabulary are the
+    device's; where it pools tokens, a chunk has C of each device's.
     """
     b, t = jax.tree.leaves(tokens)[0].shape[:2]
     m = b * t
-    k = -(-m // min(m, chunk_tokens or max(1, _LOGITS // vocab)))
+    logits = vocab * pool_size()  # of a token, of all that pool theirs
+    k = -(-m // min(m, chunk_tokens or max(1, _LOGITS // logits)))
     c = -(-m // k)
 
     def split(x_btX):
@@ -231,7 +239,7 @@ def is_token(v: int, target_C: jax.Array) -> jax.Array:
 
 def _ids(v: int) -> jax.Array:
     """Token ids of the device's share of the vocabulary, int32 [1, v]."""
-    first = lax.axis_index(axes_of("vocab")) * v
+    first = lax.axis_index(axes_of("logits")) * v
     return (first + jnp.arange(v, dtype=jnp.int32))[None]
 
 
@@ -241,7 +249,7 @@ def scores_of(logits_Cv: jax.Array, target_C: jax.Array) -> TokenScores:
     Comparisons and reductions, no gather and no argmax: they stay on their shards, and
     compilers make vector code of them.
     """
-    axis, v = axes_of("vocab"), logits_Cv.shape[1]
+    axis, v = axes_of("logits"), logits_Cv.shape[1]
     fixed_Cv = lax.stop_gradient(logits_Cv)
     top_C1 = lax.pmax(jnp.max(fixed_Cv, axis=1), axis)[:, None]
     is_target_Cv = is_token(v, target_C)

@@ -48,14 +48,14 @@ class Law:
 def law_of(logits_Cv: jax.Array, log_z_C: jax.Array | None = None) -> Law:
     """The law of logits, of which each device has a share."""
     if log_z_C is None:
-        top_C = lax.pmax(jnp.max(logits_Cv, axis=1), axes_of("vocab"))
+        top_C = lax.pmax(jnp.max(logits_Cv, axis=1), axes_of("logits"))
         log_z_C = top_C + jnp.log(over_vocab(jnp.exp(logits_Cv - top_C[:, None])))
     return Law(logits_Cv, log_z_C, jnp.exp(logits_Cv - log_z_C[:, None]))
 
 
 def over_vocab(x_Cv: jax.Array) -> jax.Array:
     """The sum over the vocabulary, [C]."""
-    return lax.psum(jnp.sum(x_Cv, axis=1), axes_of("vocab"))
+    return lax.psum(jnp.sum(x_Cv, axis=1), axes_of("logits"))
 
 
 def acceptance(student: Law, teacher: Law) -> jax.Array:

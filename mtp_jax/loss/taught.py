@@ -29,6 +29,7 @@ from mtp_jax.loss.cross_entropy import (
     scores_of,
 )
 from mtp_jax.loss.laws import acceptance, entropy, law_of, over_vocab, soft_loss
+from mtp_jax.loss.pooling import added_to_own, of_own_tokens, pooled
 from mtp_jax.parallel.sharding import axes_of, spec
 
 
@@ -89,15 +90,16 @@ def teach(
         teacher_vD = None if teacher_1vD is None else teacher_1vD[0]
 
         def one_chunk(d_w_vD, token):
-            hidden_CD, lesson = token
+            hidden_CD, lesson = pooled(token)
             logits_Cv = logits_of(hidden_CD, w_vD)
             scores, d_logits_Cv = _chunk(logits_Cv, teacher_vD, lesson, manner)
+            scores = of_own_tokens(scores)
             if not gradient:
                 return d_w_vD, (scores, ())
             d_logits_Cv = d_logits_Cv.astype(hidden_CD.dtype)
-            d_hidden_CD = dot("cv,vd->cd", d_logits_Cv, w_vD)
+            d_hidden_CD = dot("cv,vd->cd", d_logits_Cv, w_vD).astype(hidden_CD.dtype)
             d_w_vD += dot("cv,cd->vd", d_logits_Cv, hidden_CD)
-            return d_w_vD, (scores, d_hidden_CD.astype(hidden_CD.dtype))
+            return d_w_vD, (scores, added_to_own(d_hidden_CD))
 
         carry = jnp.zeros_like(w_vD, jnp.float32) if gradient else ()
         d_w_vD, (scores, d_hidden_btD) = scan_chunks(
@@ -132,7 +134,7 @@ def _chunk(
     scores = scores_of(logits_Cv, lesson.target_BT)
     student = law_of(logits_Cv, scores.log_z)
     v = logits_Cv.shape[1]
-    vocab = v * lax.axis_size(axes_of("vocab"))
+    vocab = v * lax.axis_size(axes_of("logits"))
     hard_C, z_C, e = lesson.hard_BT, lesson.z_BT, manner.smoothing
     loss_C = hard_C * scores.nll + z_C * jnp.square(scores.log_z)
     pull_C1 = (hard_C + 2.0 * z_C * scores.log_z)[:, None]

@@ -4,8 +4,11 @@ The mesh is in explicit mode: the sharding of an array is part of its type, and 
 operation whose result could be laid out in several ways is told which.
 
 Axes of the mesh, from the slowest network to the fastest: replica (copies of the model,
-over slices too), fsdp (rows, parameters), sequence (positions of a row, parameters),
-tensor (attention heads, feed-forward width, vocabulary).
+over slices too), vocab and fsdp (rows, parameters), sequence (positions of a row,
+parameters), tensor (attention heads, feed-forward width, vocabulary).
+
+Devices along vocab differ from those along fsdp in the loss alone: they pool their
+tokens, and each has the logits of a part of the vocabulary.
 """
 
 import dataclasses
@@ -23,13 +26,15 @@ from mtp_jax.parallel.zigzag import pieces
 
 _MESH_AXES: dict[str | None, tuple[str, ...] | str | None] = {
     None: None,
-    "batch": ("replica", "fsdp"),
+    "batch": ("replica", "vocab", "fsdp"),
     "time": "sequence",  # of activations in training; decoding keeps it whole
-    "copies": ("replica", "fsdp", "sequence"),  # devices with tokens of their own
-    "embed": ("fsdp", "sequence"),  # width of weights; activations keep it whole
+    "copies": ("replica", "fsdp", "sequence"),  # of the unembedding, in the loss
+    "pool": "vocab",  # devices with one copy, a part of the vocabulary each
+    "embed": ("vocab", "fsdp", "sequence"),  # width of weights, whole in activations
     "heads": "tensor",
     "ff": "tensor",
     "vocab": "tensor",
+    "logits": ("tensor", "vocab"),  # the vocabulary, in the loss
 }
 
 
@@ -161,7 +166,7 @@ def check_divisible(cfg: Config, mesh: Mesh) -> None:
         ("model.num_query_heads", model.num_query_heads, "heads"),
         ("model.num_kv_heads", model.num_kv_heads, "heads"),
         ("model.d_ff", model.d_ff, "ff"),
-        ("model.vocab_size", model.vocab_size, "vocab"),
+        ("model.vocab_size", model.vocab_size, "logits"),
         ("heads.markov_rank", model.heads.markov_rank, "embed"),
     ]
     for field, size, logical in splits:

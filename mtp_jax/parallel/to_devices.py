@@ -37,8 +37,8 @@ def rows_of_process(
     except ValueError:
         raise UserError(
             f"config.data.batch_size ({batch_size}) / config.train.accumulation "
-            f"({accumulation}) = {shape[1]} rows do not split evenly over the replica "
-            "and fsdp axes of the mesh; give a multiple of their product."
+            f"({accumulation}) = {shape[1]} rows do not split evenly over the replica, "
+            "vocab and fsdp axes of the mesh; give a multiple of their product."
         ) from None
     numbers = np.arange(batch_size).reshape(shape)
     return np.unique(np.concatenate([numbers[i].ravel() for i in places.values()]))

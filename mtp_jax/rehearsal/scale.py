@@ -60,6 +60,7 @@ def scale_down(
     """
     shapes = [dataclasses.asdict(scaled_mesh(cfg.mesh, n)) for n in device_counts]
     tensor = math.lcm(*(shape["tensor"] for shape in shapes))
+    logits = math.lcm(*(shape["tensor"] * shape["vocab"] for shape in shapes))
     # Whatever else an array is split over, each size below is a multiple of it.
     shards = math.lcm(*(math.prod(x.values()) // x["tensor"] for x in shapes))
     if shards > 64 or tensor > 16:
@@ -73,7 +74,7 @@ def scale_down(
     d_head = _D_HEAD * shards // math.gcd(queries * _D_HEAD, shards)
     small = dataclasses.replace(
         model,
-        vocab_size=-(-vocab_size // tensor) * tensor,
+        vocab_size=-(-vocab_size // logits) * logits,
         d_model=queries * d_head,
         num_layers=model.heads.counted_layers(model.n_future_tokens)
         + min(model.num_trunk_layers, _TRUNK_LAYERS),

@@ -16,14 +16,17 @@ NEEDS_PYTHON = $(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 
 
 .PHONY: quickstart test test-all test-vllm chromium bubblewrap check lock clean
 
-quickstart: .venv/installed
+quickstart: .venv/report
 	$(RUN) prepare --input=$(STDLIB) --output=data/stdlib --force \
 	    --exclude=site-packages --exclude=test --exclude=tests \
 	    --exclude=idlelib --exclude=lib2to3 --exclude=turtledemo
 	$(RUN) train --config=configs/quickstart.py --workdir=$(QUICKSTART)
 	$(RUN) evaluate --workdir=$(QUICKSTART)
-	$(RUN) generate --workdir=$(QUICKSTART) --heldout=16 --max_new_tokens=128 --compare
-	$(RUN) generate --workdir=$(QUICKSTART) --prompt='def read_' --max_new_tokens=200
+	$(RUN) report --workdir=$(QUICKSTART) --output=$(QUICKSTART)/report.html
+	$(RUN) generate --workdir=$(QUICKSTART) --prompt='def read_' --max_new_tokens=300 \
+	    --temperature=0.7 --top_p=0.9
+	$(RUN) generate --workdir=$(QUICKSTART) --heldout=16 --max_new_tokens=128 \
+	    --batch_size=1 --compare
 
 test: .venv/installed
 	$(BIN)/python $(PYTEST) -m 'not slow'
@@ -56,6 +59,11 @@ check: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install $(QUIETLY) -r requirements.txt
 	$(BIN)/pip install $(QUIETLY) --no-deps --editable .
+	touch $@
+
+# Pages are drawn by a library that nothing else of .venv needs.
+.venv/report: .venv/installed
+	$(BIN)/pip install $(QUIETLY) -c requirements.txt --editable '.[report]'
 	touch $@
 
 # Apart from .venv, so that nothing there is slower or finds a device for it.

@@ -104,7 +104,7 @@ def test_of_options_that_are_used_nothing_is_told(fields):
 @pytest.mark.parametrize(
     "name",
     [
-        "quickstart.py", "paper.py", "bytes_n4.py", "tiny.py",
+        "quickstart.py", "paper.py", "bytes_n4.py", "bytes_small.py", "tiny.py",
         "llama.py:8b-n4-heads", "finetune.py:heads,{run},4",
         "finetune.py:joint,{run},4", "finetune.py:lora,{run},4",
     ],

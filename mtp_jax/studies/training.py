@@ -13,8 +13,8 @@ from mtp_jax.errors import RunFailed
 from mtp_jax.run.train import train
 from mtp_jax.studies.study import Size, Trial
 
-# Width, feed-forward width, positions of a row and steps; the full one was that of
-# configs/quickstart.py when the first studies ran, and stays, so that they compare.
+# Width, feed-forward width, positions of a row and steps; the full one is that of
+# configs/bytes_small.py.
 _SHAPES: dict[Size, tuple[int, int, int, int]] = {
     "tiny": (12, 16, 32, 2),
     "quick": (48, 128, 192, 250),

@@ -73,7 +73,7 @@ def from_meta(params: Mapping[str, Any], where: str) -> ModelConfig:
     d, heads = number("dim"), number("n_heads")
     d_ff = int(real(params, "ffn_dim_multiplier", where, 1.0) * int(8 * d / 3))
     multiple = number("multiple_of", 256)
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": number("vocab_size"),
         "num_layers": number("n_layers"),
         "n_future_tokens": number("n_future_tokens", 1),

@@ -97,7 +97,7 @@ def test_llama_has_its_size_and_a_layer_for_each_further_head(one_device):
 
 
 # Layers of trunk and head 1, parameters by hand from arXiv:2407.21783, table 3, with
-# three layers more; and the devices of the pods that docs/performance.md names.
+# three layers more; and the devices of the pods that the file names.
 LLAMAS = {
     "8b-n4-long": (32, 8_684_597_248, {"sequence": 16}, 64),
     "70b-n4": (80, 73_120_669_696, {"tensor": 8}, 512),

@@ -84,11 +84,8 @@ def _said(
         for name in ("rope_parameters", "rope_scaling")
     ]
     thetas = [fields.pop("rope_theta", None) for fields in told]
-    originals = {
-        name: config[name]
-        for name in ("original_max_position_embeddings",)
-        if config.get(name) is not None
-    }
+    name = "original_max_position_embeddings"
+    originals = {} if config.get(name) is None else {name: config[name]}
     newest, older = ({**originals, **x} if x else x for x in told)
     if newest and older and newest != older:
         raise UserError(
@@ -96,10 +93,8 @@ def _said(
             "positions; keep the one that is meant."
         )
     found = newest or older or {"rope_type": "default", **originals}
-    if any(found.get(name) != x for name, x in originals.items()):
-        raise UserError(
-            f"{where}: original_max_position_embeddings is there twice, and not alike."
-        )
+    if originals and found.get(name) != originals[name]:
+        raise UserError(f"{where}: {name} is there twice, and not alike.")
     bases = {
         real({"rope_theta": x}, "rope_theta", where)
         for x in (*thetas, config.get("rope_theta"))

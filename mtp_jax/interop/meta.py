@@ -73,24 +73,19 @@ def from_meta(params: Mapping[str, Any], where: str) -> ModelConfig:
     d, heads = number("dim"), number("n_heads")
     d_ff = int(real(params, "ffn_dim_multiplier", where, 1.0) * int(8 * d / 3))
     multiple = number("multiple_of", 256)
-    sizes: dict[str, Any] = {
-        "vocab_size": number("vocab_size"),
-        "num_layers": number("n_layers"),
-        "n_future_tokens": number("n_future_tokens", 1),
-        "num_kv_heads": number("n_kv_heads", heads),
-        "d_ff": -(-d_ff // multiple) * multiple,
-    }
-    norm_eps = real(params, "norm_eps", where, 1e-5)
-    theta = real(params, "rope_theta", where, 10_000.0)
     context = number("max_seq_len", _CONTEXT)
     with told_with(where):
         return ModelConfig(
-            **sizes,
+            vocab_size=number("vocab_size"),
             d_model=d,
+            num_layers=number("n_layers"),
+            n_future_tokens=number("n_future_tokens", 1),
             num_query_heads=heads,
+            num_kv_heads=number("n_kv_heads", heads),
             d_head=d // heads,
-            norm_eps=norm_eps,
-            rope_theta=theta,
+            d_ff=-(-d_ff // multiple) * multiple,
+            norm_eps=real(params, "norm_eps", where, 1e-5),
+            rope_theta=real(params, "rope_theta", where, 10_000.0),
             rope=RopeConfig(context=context),
         )
 

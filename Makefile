@@ -1,7 +1,7 @@
 # make quickstart: from nothing but Python to a trained model that drafts for itself.
-# make test: the tests that are fast and need no other packages, about twenty minutes.
-# make test-all: every test but those that take an hour, with what they need, about an
-# hour; TESTS='-m slow': only what make test leaves out.
+# make test: the tests that are fast and need no other packages, a quarter of an hour.
+# make test-all: every test but those that take an hour, with what they need, more than
+# an hour; TESTS='-m packages': those that set us beside other people's programs.
 # make test-vllm: those of integrations/vllm, in .venv-vllm with vLLM for CPUs, of 3.4 GB.
 # make check: formatter, linter, type checker.
 PYTHON ?= python3
@@ -26,7 +26,7 @@ quickstart: .venv/installed
 	$(RUN) generate --workdir=$(QUICKSTART) --prompt='def read_' --max_new_tokens=200
 
 test: .venv/installed
-	$(BIN)/python $(PYTEST) -m 'not slow'
+	$(BIN)/python $(PYTEST) -m 'not slow and not packages'
 
 TESTS ?=
 test-all: .venv-all/installed chromium bubblewrap

@@ -345,7 +345,7 @@ def test_cudnn_is_called_forward_and_backward_for_each_devices_rows_and_heads(
         assert f"tensor<2x1x{t}x64xbf16>" in operands
 
 
-@pytest.mark.slow
+@pytest.mark.packages
 def test_programs_for_tpu_call_splash_and_offload_what_they_say():
     pytest.importorskip("libtpu")
     tests = pathlib.Path(__file__).parent

@@ -247,7 +247,7 @@ def test_bad_input_is_one_line(name, argv, words, capsys):
     assert words in line
 
 
-@pytest.mark.slow
+@pytest.mark.packages
 def test_torch_trains_the_same_shape(capsys):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")

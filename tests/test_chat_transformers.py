@@ -19,7 +19,7 @@ from mtp_jax.data.conversations import NoConversation, conversation_of
 from mtp_jax.data.json_tokenizer import JsonTokenizer
 from mtp_jax.data.tokenizer import load_tokenizer
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.packages
 
 CONVERSATIONS = 1000
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from compiled_dots import dot_flops
 from models import TINY, mesh_of
+from usual_cases import cases
 
 from mtp_jax.config import HeadsConfig, ModelConfig
 from mtp_jax.decode.batch import _prompts
@@ -116,7 +117,9 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize(
+    "heads", cases(HEADS, ["residual", "causal, shared", "serial of two layers"])
+)
 def test_arithmetic_of_a_pass_is_that_of_its_program(heads):
     of_heads = HeadsConfig(**heads)
     cfg = dataclasses.replace(

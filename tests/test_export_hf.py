@@ -24,7 +24,7 @@ from mtp_jax.exporting.export import export
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.packages, pytest.mark.timeout(900)]
 AutoModel = transformers.AutoModelForCausalLM
 
 

@@ -196,7 +196,7 @@ def test_keys_that_cannot_be_are_refused_in_a_line(name):
     assert "a.gguf" in str(refused.value)
 
 
-@pytest.mark.slow
+@pytest.mark.packages
 @pytest.mark.parametrize("pre", [*CUTS, "pieces", "no space", "phi-3"])
 def test_ids_of_a_hundred_texts_are_llama_cpps(pre, tmp_path):
     pytest.importorskip("xllamacpp")
@@ -219,7 +219,7 @@ def test_ids_of_a_hundred_texts_are_llama_cpps(pre, tmp_path):
         assert [*found.prompt_begin, *found.encode(text).tolist()] == ids, text
 
 
-@pytest.mark.slow
+@pytest.mark.packages
 def test_ids_of_smollm2_are_llama_cpps():
     pytest.importorskip("xllamacpp")
     gguf = pytest.importorskip("gguf")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from grown_models import ONE, T, Text, V, grown_of, heads_of, outputs
 from models import TINY, mesh_of, placed_batch, placed_params, random_params
+from usual_cases import cases
 
 from mtp_jax.checkpoint.restore import restore_model
 from mtp_jax.config import Config, HeadsConfig, OptimConfig
@@ -52,7 +53,10 @@ def test_a_copy_of_these_kinds_says_what_head_1_says(one_device, kind):
     np.testing.assert_allclose(logits_NBTV[1], logits_NBTV[0], atol=1e-3)
 
 
-@pytest.mark.parametrize("fields", [{}, {"layers": 2}, {"kind": "serial"}])
+FIELDS = {"plain": {}, "deep": {"layers": 2}, "serial": {"kind": "serial"}}
+
+
+@pytest.mark.parametrize("fields", cases(FIELDS, ["deep"]))
 def test_there_and_back_is_the_same_model(one_device, fields):
     layers = fields.get("layers", 1)
     before = dataclasses.replace(ONE, num_layers=3 + layers)

@@ -20,6 +20,7 @@ from grown_models import (
     outputs,
 )
 from models import mesh_of, placed_batch, placed_params, random_params
+from usual_cases import named
 
 from mtp_jax.config import Config, DataConfig, OptimConfig
 from mtp_jax.config.regrow import regrown_config
@@ -102,7 +103,10 @@ def learned():
         return jax.device_get(state.params)
 
 
-@pytest.mark.parametrize("kind", ["parallel", "causal", "linear", "serial"])
+KINDS = ["parallel", "causal", "linear", "serial"]
+
+
+@pytest.mark.parametrize("kind", named(KINDS, ["causal", "linear"]))
 def test_a_start_by_ridge_is_below_the_frequencies(one_device, learned, kind):
     after = regrown_config(ONE, 3, heads_of(kind=kind))
     text, params = Text(after), placed_params(ONE, learned)
@@ -246,7 +250,7 @@ def test_solutions_of_ridge_have_no_gradient():
     np.testing.assert_allclose(f.T @ (f @ w - y) + r * w, 0, atol=1e-9)
 
 
-@pytest.mark.parametrize("unembedding", ["shared", "own"])
+@pytest.mark.parametrize("unembedding", named(["shared", "own"], ["own"]))
 def test_a_bias_from_embeddings_is_the_same_on_a_mesh(monkeypatch, unembedding):
     heads = heads_of(kind="linear", markov_rank=4, unembedding=unembedding)
     after = regrown_config(ONE, 3, heads)

@@ -11,6 +11,7 @@ import pytest
 from export_models import FAMILIES, ids, random_model
 from foreign import write_safetensors
 from models import mesh_of
+from usual_cases import cases
 
 from mtp_jax.checkpoint.restore import restore_model
 from mtp_jax.config import HeadsConfig
@@ -55,7 +56,10 @@ def comes_back(model, workdir):
     return again
 
 
-@pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS)
+USUAL = ["own norms and tables", "bias", "deep causal", "linear", "norms after"]
+
+
+@pytest.mark.parametrize("fields", cases(KINDS, USUAL))
 def test_a_model_comes_back_bit_for_bit(tmp_path, fields):
     model = random_model(**fields)
     cfg = model.config.model
@@ -74,7 +78,7 @@ def test_a_model_comes_back_bit_for_bit(tmp_path, fields):
 
 @pytest.mark.parametrize(
     ("format", "norm"),
-    [("fastllm", "own"), pytest.param("meta", "shared", marks=pytest.mark.slow)],
+    [("fastllm", "own"), pytest.param("meta", "shared", marks=pytest.mark.packages)],
 )
 def test_other_layouts_bring_all_heads_back_bit_for_bit(tmp_path, format, norm):
     if format == "meta":

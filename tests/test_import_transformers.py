@@ -11,7 +11,7 @@ from mtp_jax.checkpoint.restore import restore_model
 from mtp_jax.eval.outputs import head_outputs
 from mtp_jax.run.import_model import import_model
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.packages
 IDS = np.random.default_rng(0).integers(0, foreign.V, 40)
 _SIZES = {
     "vocab_size": foreign.V,

@@ -250,7 +250,7 @@ def test_real_text_round_trips_and_counts_its_bytes():
         assert found.piece_bytes()[ids].sum() == len(text.encode())
 
 
-@pytest.mark.slow
+@pytest.mark.packages
 @pytest.mark.parametrize("framed", [False, True])
 def test_ids_of_a_hundred_texts_are_those_of_transformers(tmp_path, framed):
     transformers = pytest.importorskip("transformers")

@@ -18,6 +18,7 @@ from test_config import edited
 from test_decode import Letters
 from test_decode_kinds import params_of
 from test_model import ours, packed, theirs
+from usual_cases import named
 
 from mtp_jax.config import (
     ComputeConfig,
@@ -55,7 +56,7 @@ def test_logits_of_every_head_are_those_of_the_loops(name, one_device):
         assert np.abs(theirs(plain, params, rows) - expected_NBTV).max() > 1e-2
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", named(FORMS, list(FORMS)[-2:]))
 def test_meshes_do_not_change_loss_and_gradients(name):
     """The loss is that of the loops, and gradients are those of one device."""
     model = FORMS[name]
@@ -122,8 +123,15 @@ def greedy(name):
     return cfg, params, texts
 
 
-@pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize("kernels", ["own", "xla", "two devices"])
+def kernels_cases():
+    """Each form with one of the kernels, the other pairs slow."""
+    for i, name in enumerate(FORMS):
+        for j, kernels in enumerate(["own", "xla", "two devices"]):
+            marks = [] if (i + j) % 3 == 0 else [pytest.mark.slow]
+            yield pytest.param(name, kernels, marks=marks)
+
+
+@pytest.mark.parametrize(("name", "kernels"), list(kernels_cases()))
 def test_greedy_texts_are_those_of_the_loops_drafted_or_not(name, kernels, monkeypatch):
     if kernels == "own" and not native.serves("float32"):
         pytest.skip("no C++ compiler here")

@@ -12,7 +12,7 @@ from test_evaluate_files import OLD_RUN
 from test_task_run import model
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.packages,
     pytest.mark.filterwarnings("ignore"),
 ]
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight")

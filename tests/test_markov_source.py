@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import all_logits, mesh_of
+from usual_cases import named
 
 from mtp_jax.config import (
     Config,
@@ -50,7 +51,7 @@ KINDS = {
     "linear, bias": {"kind": "linear", "markov_rank": 4},
     "parallel, 2 layers, own": {"layers": 2, "unembedding": "own", "norm": "own"},
 }
-QUICK = ("parallel, bias", "serial")
+QUICK = ("parallel, bias",)
 
 
 def text(rng, rows, length):
@@ -104,13 +105,7 @@ def trained(cfg):
     )
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
-        for name in KINDS
-    ],
-)
+@pytest.mark.parametrize("name", named(KINDS, QUICK))
 def test_every_head_reaches_the_entropy_of_what_it_can_know(name):
     cfg = config_of(KINDS[name])
     waits = cfg.model.heads.wait_for_tokens(N)

@@ -91,7 +91,7 @@ def test_logits_of_every_head_are_those_of_a_plain_transformer(
     assert np.std(expected_NBTV) > 0.1
 
 
-@pytest.mark.slow
+@pytest.mark.packages
 def test_one_head_is_the_llama_of_another_library(one_device):
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")

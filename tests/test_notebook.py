@@ -22,7 +22,7 @@ def test_the_notebook_holds_no_outputs():
             assert cell["outputs"] == [] and cell["execution_count"] is None
 
 
-@pytest.mark.slow
+@pytest.mark.packages
 @pytest.mark.parametrize("whole", [False, True])
 def test_every_cell_of_the_notebook_runs(whole, monkeypatch, capsys):
     matplotlib = pytest.importorskip("matplotlib", reason="the extra `notebook`")

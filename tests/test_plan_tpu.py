@@ -92,7 +92,7 @@ def planned(*options):
     return finish(start(["plan", *options]))
 
 
-@pytest.mark.slow
+@pytest.mark.packages
 @needs_libtpu
 def test_topologies_and_meshes_are_refused_before_compiling(refused, monkeypatch):
     for name, value in (
@@ -119,7 +119,7 @@ def test_topologies_and_meshes_are_refused_before_compiling(refused, monkeypatch
     assert "config.data.seq_len is 64" in refused("--topology=v5e:2x2", splash)
 
 
-@pytest.mark.slow
+@pytest.mark.packages
 @needs_libtpu
 def test_a_tiny_model_compiles_for_a_tpu():
     code, out, err = planned(
@@ -151,7 +151,7 @@ def test_a_tiny_model_compiles_for_a_tpu():
     assert rows[1]["flops_unembedding"] == 2 * rows[0]["flops_unembedding"]
 
 
-@pytest.mark.slow
+@pytest.mark.packages
 @needs_libtpu
 def test_replicas_are_on_slices_of_their_own(monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
@@ -167,7 +167,7 @@ def test_replicas_are_on_slices_of_their_own(monkeypatch):
     assert len(set(mesh.devices.flat)) == 8
 
 
-@pytest.mark.slow
+@pytest.mark.packages
 @needs_libtpu
 def test_a_step_compiles_for_two_slices_whose_rows_are_split():
     code, out, err = planned(
@@ -189,7 +189,7 @@ def test_a_step_compiles_for_two_slices_whose_rows_are_split():
     assert row["dcn_s"] == row["collectives"]["dcn"]["bytes"] / 6.25e9
 
 
-@pytest.mark.slow
+@pytest.mark.packages
 @needs_libtpu
 def test_what_does_not_fit_is_told_with_its_remedy(tmp_path):
     # So many small layers, with all of each kept, that only their number costs.

@@ -213,7 +213,7 @@ def test_scores_of_a_real_model_are_those_of_its_known_answers(one_device):
     np.testing.assert_allclose([s.log_prob for s in every], expected, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.packages
 def test_scores_of_a_real_model_are_those_of_transformers(one_device):
     llama = stories_in_transformers()
     import torch

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 from test_decode import NEW, VOCAB, Letters, case, init, one_device
+from usual_cases import cases
 
 from mtp_jax.decode.decoders.beam import Beam
 from mtp_jax.decode.generator import Generator
@@ -31,8 +32,11 @@ def cut(text, ends):
     return text[:NEW], None
 
 
+ALL = {x: x for x in ("plain", "blockwise", "speculative", "tree")}
+
+
 @pytest.mark.parametrize(
-    "decoder", ["plain", "blockwise", "speculative", "tree", Beam(beams=1)], ids=str
+    "decoder", cases(ALL | {"beam": Beam(beams=1)}, ["speculative", "tree", "beam"])
 )
 def test_the_first_end_of_any_kind_ends_a_text(decoder):
     c = case(4, 5)

@@ -19,7 +19,7 @@ from mtp_jax.decode.questions import questions_of
 from mtp_jax.exporting.export import export
 from mtp_jax.run.import_model import import_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.packages, pytest.mark.timeout(1800)]
 NEW = 32  # tokens of an answer
 QUESTIONS = (
     "What is the capital of France?",

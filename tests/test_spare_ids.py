@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from models import mesh_of, placed_params, random_params
 from test_decode import VOCAB, Letters
+from usual_cases import cases
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.data.tokenizer import ByteTokenizer
@@ -76,7 +77,10 @@ def generators():
     )
 
 
-@pytest.mark.parametrize("decoder", ALL, ids=lambda d: type(d).__name__.lower())
+@pytest.mark.parametrize(
+    "decoder",
+    cases({type(x).__name__.lower(): x for x in ALL}, ["speculative", "tree"]),
+)
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_texts_have_no_id_that_no_token_has(generators, decoder, temperature):
     if temperature and isinstance(decoder, Beam):

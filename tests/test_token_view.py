@@ -121,7 +121,7 @@ def test_the_page_holds_every_token_and_asks_for_nothing():
     assert "runs/a &amp; &quot;b&quot;" in text
 
 
-@pytest.mark.slow
+@pytest.mark.packages
 def test_the_page_is_shown_by_a_browser(tmp_path):
     browser = next(
         filter(None, map(shutil.which, ("chromium", "chromium-browser",

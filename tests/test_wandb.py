@@ -57,7 +57,7 @@ def kept_id(workdir):
     return (workdir / "wandb" / "id").read_text().splitlines()[0]
 
 
-@pytest.mark.slow
+@pytest.mark.packages
 @pytest.mark.skipif(not there, reason="needs wandb")
 def test_starts_of_a_run_are_one_run_there(corpus_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -88,7 +88,7 @@ def test_starts_of_a_run_are_one_run_there(corpus_dir, tmp_path, monkeypatch):
     assert [row["metrics/loss"] for row in rows] == [row["loss"] for row in written]
 
 
-@pytest.mark.slow
+@pytest.mark.packages
 @pytest.mark.skipif(not there, reason="needs wandb")
 def test_who_is_not_logged_in_is_refused_and_never_asked(tmp_path, corpus_dir):
     """On a terminal, where the library would ask which account to use."""
@@ -115,7 +115,7 @@ def test_who_is_not_logged_in_is_refused_and_never_asked(tmp_path, corpus_dir):
     assert "Traceback" not in told and "Enter your choice" not in told
 
 
-@pytest.mark.slow
+@pytest.mark.packages
 @pytest.mark.skipif(not there, reason="needs wandb")
 def test_a_copy_of_a_workdir_is_a_run_of_its_own_there(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")

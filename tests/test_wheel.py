@@ -12,7 +12,7 @@ import zipfile
 import pytest
 from runs import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.packages
 
 
 def run(command, **options):

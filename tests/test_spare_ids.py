@@ -47,6 +47,7 @@ ALL = [
     DynamoExact(alpha=0.0),
     Beam(beams=12, lookahead=0.5),  # more continuations than there are tokens
 ]
+NAMED = {type(decoder).__name__.lower(): decoder for decoder in ALL}
 PROMPTS = [np.array([1, 2, 3], np.int32), np.array([5], np.int32)]
 
 
@@ -77,10 +78,7 @@ def generators():
     )
 
 
-@pytest.mark.parametrize(
-    "decoder",
-    cases({type(x).__name__.lower(): x for x in ALL}, ["speculative", "tree"]),
-)
+@pytest.mark.parametrize("decoder", cases(NAMED, ["speculative", "tree"]))
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_texts_have_no_id_that_no_token_has(generators, decoder, temperature):
     if temperature and isinstance(decoder, Beam):

@@ -9,6 +9,7 @@ import functools
 import jax
 import pytest
 from models import mesh_of
+from usual_cases import named
 
 from mtp_jax.config import (
     ComputeConfig,
@@ -216,7 +217,7 @@ def test_logits_of_heads_of_any_kind_are_of_a_chunk(name):
     assert largest == chunk * V < ROWS * T * V
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", named(KINDS, ["causal", "serial"]))
 def test_memory_of_heads_of_any_kind_does_not_depend_on_their_number(name):
     """But for what a chain keeps: of each head what it reads, and a gradient."""
     two, eight = (temporaries(with_kind(name, n)) for n in (2, 8))
@@ -226,7 +227,7 @@ def test_memory_of_heads_of_any_kind_does_not_depend_on_their_number(name):
     assert eight - (6 * of_a_head if chained else 0) <= 1.05 * two
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", named(KINDS, ["linear", "anticausal", "repeated"]))
 def test_memory_of_heads_of_any_kind_does_not_depend_on_the_vocabulary(name):
     """But for the tables' own, as where heads are parallel.
 

@@ -95,6 +95,8 @@ def interpreted(monkeypatch):
         ("xla", 40, 4, 4),
         ("xla", 40, 4, 2),
         ("xla", 40, 4, 1),
+        ("xla", 130, 4, 2),  # two blocks of queries on a CPU
+        ("xla", 301, 2, 1),  # four, which are not of one size
         ("splash", 128, 2, 2),
         ("splash", 128, 4, 2),
         ("splash", 640, 3, 1),  # five blocks of queries, five of keys
@@ -140,6 +142,7 @@ def test_every_device_reads_with_its_own_rows_heads_and_positions(
     ("kernel", "t", "axes"),
     [
         ("xla", 40, {}),
+        ("xla", 301, {}),  # four blocks of queries on a CPU
         ("xla", 40, {"sequence": 2}),
         ("splash", 384, {}),
         ("splash", 512, {"sequence": 2}),

@@ -185,7 +185,7 @@ def project(equation: str, x: jax.Array, w: nnx.Param, out: PartitionSpec) -> ja
 
 
 def _flat_product(x: jax.Array, w: jax.Array, out: PartitionSpec) -> jax.Array:
-    """The einsum of `project` as a product of two matrices, tokens by inputs by outputs.
+    """The einsum of `project` as a product of two matrices.
 
     A CPU has fast products of matrices only, not of what has more axes.
     """

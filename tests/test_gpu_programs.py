@@ -65,9 +65,9 @@ def test_layers_written_out_are_no_loop():
 
 
 def test_one_cpu_writes_out_few_layers(one_device):
-    # Two heads, so that one layer is not of the trunk.
-    assert loops("auto", 9) == loops("no", 9) == loops("yes", 9) - 2
-    assert loops("auto", 10) == loops("yes", 10)
+    # Two layers are the heads'.
+    assert loops("auto", 10) == loops("no", 10) == loops("yes", 10) - 2
+    assert loops("auto", 11) == loops("yes", 11)
 
 
 def test_documents_are_told_by_length_and_beginning():

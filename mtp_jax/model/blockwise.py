@@ -66,11 +66,10 @@ def _blocks(t: int) -> list[tuple[int, int]]:
 def _read(
     q_BGQK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, mask_BTS: jax.Array
 ) -> jax.Array:
-    """What queries read of a block's keys, float32 [B, G, Q, K].
+    """Attention of queries to a block's keys, float32 [B, G, Q, K].
 
-    The backward pass keeps the weights before they are divided by their sum, makes no
-    further sum over keys, and asks for no product with a transposed matrix of weights:
-    those are slow.
+    Its backward pass keeps the weights before they are divided by their sum, makes no
+    further sum over keys, and multiplies so that XLA's products on a CPU are fast ones.
     """
     return _read_forward(q_BGQK, k_BGSK, v_BGSK, mask_BTS)[0]
 

@@ -19,7 +19,7 @@ from models import mesh_of
 
 from mtp_jax.config import ComputeConfig, Config, DataConfig, ModelConfig
 from mtp_jax.errors import UserError
-from mtp_jax.model import kernels
+from mtp_jax.model import attention, kernels
 from mtp_jax.model.attention import causal_attention, check_attention
 from mtp_jax.parallel import zigzag
 from mtp_jax.parallel.sharding import spec
@@ -184,7 +184,7 @@ def test_a_row_comes_back_from_the_devices_in_order(parts):
 @pytest.mark.parametrize(
     ("device", "t", "k", "dtype", "expected"),
     [
-        (CPU, 1024, 64, "bfloat16", "xla"),
+        (CPU, 1024, 64, "bfloat16", "blockwise"),
         (TPU, 1024, 64, "bfloat16", "splash"),
         (TPU, 384, 80, "float32", "splash"),
         (TPU, 1000, 64, "bfloat16", "xla"),
@@ -203,13 +203,14 @@ def test_auto_takes_the_kernel_of_the_device_if_the_shape_allows(
     device, t, k, dtype, expected, monkeypatch
 ):
     taken = []
-    for name in ("splash", "cudnn", "xla"):
+    for name in ("splash", "cudnn", "xla", "blockwise"):
 
         def kernel(q_BTHK, *_, name=name):
             taken.append(name)
             return q_BTHK
 
-        monkeypatch.setattr(kernels, name, kernel)
+        module = attention if name == "blockwise" else kernels
+        monkeypatch.setattr(module, name, kernel)
     mesh = abstract_mesh(device)
 
     with jax.sharding.use_abstract_mesh(mesh):

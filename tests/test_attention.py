@@ -19,7 +19,7 @@ from models import mesh_of
 
 from mtp_jax.config import ComputeConfig, Config, DataConfig, ModelConfig
 from mtp_jax.errors import UserError
-from mtp_jax.model import kernels
+from mtp_jax.model import attention, kernels
 from mtp_jax.model.attention import causal_attention, check_attention
 from mtp_jax.parallel import zigzag
 from mtp_jax.parallel.sharding import spec
@@ -95,6 +95,8 @@ def interpreted(monkeypatch):
         ("xla", 40, 4, 4),
         ("xla", 40, 4, 2),
         ("xla", 40, 4, 1),
+        ("xla", 130, 4, 2),  # two blocks of queries on a CPU
+        ("xla", 301, 2, 1),  # four, which are not of one size
         ("splash", 128, 2, 2),
         ("splash", 128, 4, 2),
         ("splash", 640, 3, 1),  # five blocks of queries, five of keys
@@ -140,6 +142,7 @@ def test_every_device_reads_with_its_own_rows_heads_and_positions(
     ("kernel", "t", "axes"),
     [
         ("xla", 40, {}),
+        ("xla", 301, {}),  # four blocks of queries on a CPU
         ("xla", 40, {"sequence": 2}),
         ("splash", 384, {}),
         ("splash", 512, {"sequence": 2}),
@@ -181,7 +184,7 @@ def test_a_row_comes_back_from_the_devices_in_order(parts):
 @pytest.mark.parametrize(
     ("device", "t", "k", "dtype", "expected"),
     [
-        (CPU, 1024, 64, "bfloat16", "xla"),
+        (CPU, 1024, 64, "bfloat16", "blockwise"),
         (TPU, 1024, 64, "bfloat16", "splash"),
         (TPU, 384, 80, "float32", "splash"),
         (TPU, 1000, 64, "bfloat16", "xla"),
@@ -200,13 +203,14 @@ def test_auto_takes_the_kernel_of_the_device_if_the_shape_allows(
     device, t, k, dtype, expected, monkeypatch
 ):
     taken = []
-    for name in ("splash", "cudnn", "xla"):
+    for name in ("splash", "cudnn", "xla", "blockwise"):
 
         def kernel(q_BTHK, *_, name=name):
             taken.append(name)
             return q_BTHK
 
-        monkeypatch.setattr(kernels, name, kernel)
+        module = attention if name == "blockwise" else kernels
+        monkeypatch.setattr(module, name, kernel)
     mesh = abstract_mesh(device)
 
     with jax.sharding.use_abstract_mesh(mesh):

@@ -48,19 +48,26 @@ def test_layers_written_out_have_the_loss_and_gradients_of_a_loop(mesh, remat):
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(a)
 
 
+def loops(scan, layers):
+    """The loops over layers in the gradients' program, on the mesh that is set."""
+    cfg = tiny_config(num_layers=layers)
+    compute = ComputeConfig(scan_layers=scan, head_loss="naive")
+    gradients = make_gradients(dataclasses.replace(cfg, compute=compute))
+    params = placed_params(cfg.model, random_params(cfg.model))
+    batch = placed_batch(rows_of(3), 1)
+    return str(jax.make_jaxpr(gradients)(params, batch)).count("scan[")
+
+
 def test_layers_written_out_are_no_loop():
-    cfg = tiny_config(num_layers=5)
-
-    def loops(scan):
-        compute = ComputeConfig(scan_layers=scan, head_loss="naive")
-        gradients = make_gradients(dataclasses.replace(cfg, compute=compute))
-        params = placed_params(cfg.model, random_params(cfg.model))
-        batch = placed_batch(rows_of(3), 1)
-        return str(jax.make_jaxpr(gradients)(params, batch)).count("scan[")
-
-    with jax.set_mesh(mesh_of()):
+    with jax.set_mesh(mesh_of(fsdp=2)):
         # The loop forwards and the loop backwards.
-        assert loops("auto") == loops("yes") == loops("no") + 2
+        assert loops("auto", 5) == loops("yes", 5) == loops("no", 5) + 2
+
+
+def test_one_cpu_writes_out_few_layers(one_device):
+    # Two layers are the heads'.
+    assert loops("auto", 10) == loops("no", 10) == loops("yes", 10) - 2
+    assert loops("auto", 11) == loops("yes", 11)
 
 
 def test_documents_are_told_by_length_and_beginning():

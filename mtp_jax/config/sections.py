@@ -31,14 +31,15 @@ class ComputeConfig:
 
     scan_layers: yes makes one program of a trunk layer and a loop over them, which is
     compiled in the time of one layer; no writes the layers out one by one, which saves
-    the copies between the loop's stacks; auto is no on GPUs.
+    the copies between the loop's stacks; auto is no on GPUs, and for at most 8 layers
+    on one CPU.
     """
 
     attention: Attention = "auto"  # the kernel
     remat: Remat = "full"  # what the backward pass of a trunk layer computes again
     scan_layers: ScanLayers = "auto"  # a loop over the layers of the trunk
     head_loss: HeadLoss = "fused"  # in which order the heads' losses are computed
-    chunk_tokens: int = 0  # of a device, whose logits live at once; 0: 2^27 logits
+    chunk_tokens: int = 0  # whose logits live at once; 0: 2^27 logits, a CPU 2^23
 
     def __post_init__(self):
         require_at_least("compute", 0, chunk_tokens=self.chunk_tokens)

@@ -18,9 +18,11 @@ from mtp_jax.config import Attention, Config
 from mtp_jax.errors import UserError
 from mtp_jax.model import kernels
 from mtp_jax.model.block import Attend
+from mtp_jax.model.blockwise import blockwise
 from mtp_jax.parallel import zigzag
 from mtp_jax.parallel.sharding import (
     axes_of,
+    on_one_cpu,
     shards_of,
     spec,
     spec_like,
@@ -177,5 +179,7 @@ def _best(q_BTHK: jax.Array) -> Attention:
 
 
 def _masked(q_BTHK, k_BSGK, v_BSGK, segments_BS, part, window=0):
+    if on_one_cpu():
+        return blockwise(q_BTHK, k_BSGK, v_BSGK, segments_BS, window)
     mask_BTS = kernels.causal_mask(segments_BS, q_BTHK.shape[1], part, window)
     return kernels.xla(q_BTHK, k_BSGK, v_BSGK, mask_BTS)

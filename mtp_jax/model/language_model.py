@@ -20,10 +20,12 @@ from mtp_jax.model.heads import kind_of
 from mtp_jax.model.heads.walk import Parts, Weights
 from mtp_jax.model.layers import embed, stack, unstack, weight
 from mtp_jax.model.rope import rope_angles
-from mtp_jax.parallel.sharding import abstract_tree
+from mtp_jax.parallel.sharding import abstract_tree, on_one_cpu
 
 # Of the Markov bias, whose entries begin with a deviation of 0.02.
 _BIAS_FAN_IN = 2500
+
+_FEW_LAYERS = 8  # which a CPU's program has one by one
 
 
 class LanguageModel(nnx.Module):
@@ -115,7 +117,7 @@ def run_trunk(
       full: the layer's input.
       offload: the layer's input, in the memory of the host; on the devices, nothing.
     """
-    scan = _scans(scan_layers)
+    scan = _scans(scan_layers, model.cfg.num_trunk_layers)
     runs = _runs(model.cfg.trunk_windows)
     layers = [] if scan else unstack(model.trunk)
     at = 0
@@ -163,10 +165,16 @@ def _runs(windows: tuple[int, ...]) -> list[tuple[int, int]]:
     return [(w, len(list(same))) for w, same in itertools.groupby(windows)]
 
 
-def _scans(scan_layers: ScanLayers) -> bool:
-    """Returns True for a loop over layers, on the devices of the mesh in force."""
+def _scans(scan_layers: ScanLayers, count: int) -> bool:
+    """Returns True for a loop over so many layers, on the devices of the mesh in force.
+
+    On one CPU few layers are written out: the loop's stacks take time, and many layers
+    would take long to compile.
+    """
     if scan_layers != "auto":
         return scan_layers == "yes"
+    if on_one_cpu():
+        return count > _FEW_LAYERS
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device is None or device.platform not in ("gpu", "cuda")
 

@@ -7,6 +7,7 @@ Weights carry no shape suffix, because a stack adds an axis to them. Matrices ar
 `w_*`, which is also what decides weight decay.
 """
 
+import math
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
@@ -18,7 +19,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from mtp_jax.config import ModelConfig
-from mtp_jax.parallel.sharding import axes_of, spec, spec_like
+from mtp_jax.parallel.sharding import axes_of, on_one_cpu, spec, spec_like
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -177,7 +178,24 @@ def project(equation: str, x: jax.Array, w: nnx.Param, out: PartitionSpec) -> ja
     value: jax.Array | Projects = w.get_value()
     if not isinstance(value, jax.Array):
         return value.project(x, out)
-    return jnp.einsum(equation, x, value.astype(x.dtype), out_sharding=out)
+    value = value.astype(x.dtype)
+    if on_one_cpu():
+        return _flat_product(x, value, out)
+    return jnp.einsum(equation, x, value, out_sharding=out)
+
+
+def _flat_product(x: jax.Array, w: jax.Array, out: PartitionSpec) -> jax.Array:
+    """The einsum of `project` as a product of two matrices.
+
+    A CPU has fast products of matrices only, not of what has more axes.
+    """
+    b, t, *inputs = x.shape
+    count = len(inputs)
+    outputs = w.shape[count:]
+    flat = PartitionSpec(None, None)
+    x_MI = jnp.reshape(x, (b * t, -1), out_sharding=flat)
+    w_IO = jnp.reshape(w, (math.prod(inputs), -1), out_sharding=flat)
+    return jnp.reshape(x_MI @ w_IO, (b, t, *outputs), out_sharding=out)
 
 
 def unembed(

@@ -63,11 +63,15 @@ def axes_of(axis: str) -> tuple[str, ...]:
     return (axes,) if isinstance(axes, str) else axes
 
 
+def on_cpus() -> bool:
+    """Returns True if the mesh that is set is of CPU devices."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is not None and device.platform == "cpu"
+
+
 def on_one_cpu() -> bool:
     """Returns True if the mesh that is set is one CPU device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = mesh.abstract_device
-    return mesh.size == 1 and device is not None and device.platform == "cpu"
+    return jax.sharding.get_abstract_mesh().size == 1 and on_cpus()
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

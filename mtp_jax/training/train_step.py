@@ -20,7 +20,7 @@ from mtp_jax.loss.targets import extra_targets, target_counts
 from mtp_jax.loss.weights import StepWeights, at_step, weights_at
 from mtp_jax.model.attention import few_documents
 from mtp_jax.model.language_model import model_builder
-from mtp_jax.parallel.sharding import on_one_cpu
+from mtp_jax.parallel.sharding import on_cpus
 from mtp_jax.training.balance import factors, start_of_balance, updated
 from mtp_jax.training.groups import (
     group_norms,
@@ -65,8 +65,9 @@ def make_init(cfg: Config) -> Callable[[jax.Array], TrainState]:
         params_key, run_key = jax.random.split(key)
         return state_of(cfg, init_wide(params_key), jax.random.key_data(run_key))
 
-    # It runs once: on a CPU better code takes longer to compile than it saves.
-    quick = {"xla_backend_optimization_level": 1} if on_one_cpu() else None
+    # It runs once: on CPUs better code takes longer to compile than it saves. The level
+    # is that of every mesh of CPUs, whose initial parameters are the same bits.
+    quick = {"xla_backend_optimization_level": 1} if on_cpus() else None
     return jax.jit(init, compiler_options=quick)
 
 

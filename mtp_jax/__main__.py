@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-from mtp_jax.distributed import hosts
 from mtp_jax.distributed.lifetime import (
     PARENT,
     STOP_SIGNALS,
@@ -141,6 +140,9 @@ def main() -> int:
 def _run(verb: str, argv: list[str]) -> int:
     """Runs a verb with what a signal means to it; returns its exit code."""
     if verb == "train":
+        # Not before signals have a meaning: the import takes most of the start.
+        from mtp_jax.distributed import hosts
+
         meaning = hosts.heeding_signals()
     elif verb in _TIDY:
         meaning = _unwinding()

@@ -84,6 +84,26 @@ def absolute(path: epath.Path) -> epath.Path:
     return path if is_remote(path) else epath.Path(os.path.abspath(path))
 
 
+def make_folder(path: epath.Path | pathlib.Path, option: str) -> None:
+    """Makes a folder and those above it that are not there.
+
+    Args:
+      path: of the folder.
+      option: by which it was asked for, for errors, as `--output=out`.
+
+    Raises:
+      UserError: a file is in the way, or the place is none for folders, as /proc.
+      OSError: what `disk_errors_told` knows.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(
+            f"{option}: no folder can be made there ({error.strerror}); give one in a "
+            "folder that exists."
+        ) from None
+
+
 def write_atomically(path: epath.Path | pathlib.Path, text: str) -> None:
     """Writes a file that is either the old one or the new one, never a part."""
     if is_remote(path):  # where a write is all or nothing

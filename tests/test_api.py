@@ -53,6 +53,13 @@ def test_what_need_not_import_jax_does_not(code):
     )
 
 
+def test_signals_have_their_meaning_before_anything_large_is_imported():
+    code = (
+        "import sys, mtp_jax.__main__; print({'asyncio', 'etils'} & sys.modules.keys())"
+    )
+    assert in_new_process(code) == "set()\n"
+
+
 @pytest.mark.parametrize("verb", ["train", "evaluate", "verify", "calibrate"])
 def test_flags_are_read_without_jax(verb):
     code = (

@@ -275,7 +275,7 @@ def test_half_a_surrogate_pair_is_refused(made, record):
 def test_no_template_and_one_that_is_no_jinja_are_refused(made):
     with pytest.raises(UserError, match="made here has no chat template; give"):
         template_of(loaded(made))
-    with pytest.raises(UserError, match="made here is not a chat template"):
+    with pytest.raises(UserError, match="template of made here is not Jinja"):
         template_of(loaded(made, "{% if %}"))
 
 

@@ -261,7 +261,7 @@ def test_a_drafter_reads_the_hidden_state_alone(tmp_path):
 
     lost = export(model, tmp_path / "out", format="eagle3")
 
-    assert lost[-1] == "heads 3 to 3"
+    assert lost[-1] == "head 3"
     w = tensors.read(tmp_path / "out")
     d = model.config.model.d_model
     parts = parts_of(model)
@@ -316,6 +316,16 @@ def test_models_that_a_format_cannot_hold_are_refused(
 
 def test_the_verb_knows_every_format():
     assert get_args(Format) == verb._FORMATS
+
+
+@pytest.mark.parametrize("place", ["text.txt/out", "text.txt/deep/out", "/proc/out"])
+def test_a_place_where_no_folder_can_be_is_refused(tmp_path, place):
+    (tmp_path / "text.txt").write_text("mine")
+
+    with pytest.raises(UserError, match=r"out: no folder can be made there \("):
+        export(random_model(), tmp_path / place)
+
+    assert [x.name for x in tmp_path.iterdir()] == ["text.txt"]
 
 
 def test_a_folder_that_is_not_empty_is_refused(tmp_path, refusal):

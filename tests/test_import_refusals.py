@@ -1,6 +1,7 @@
 """Files that are damaged or contradict themselves: one line, and no workdir."""
 
 import json
+import os
 import struct
 
 import foreign
@@ -57,7 +58,25 @@ def lose_from_shard(folder):
     index.write_text(json.dumps(told))
 
 
+def nested(name):
+    """A file of JSON that no reader goes down to the end of."""
+
+    def damage(folder):
+        text = b"[" * 100_000
+        head = struct.pack("<Q", len(text)) if name.endswith(".safetensors") else b""
+        (folder / name).write_bytes(head + text)
+
+    return damage
+
+
 REFUSED = {
+    "deep config": (nested("config.json"), "config.json cannot be read"),
+    "deep header": (nested("model.safetensors"), "damaged, or no safetensors file"),
+    "deep index": (nested("model.safetensors.index.json"), "json cannot be read"),
+    "more layers than tensors": (
+        edit_config(num_hidden_layers=10**9),
+        "its config speaks of 1000000000 layers",
+    ),
     "cut file": (cut, "damaged"),
     "bad header": (bad_header, "its header does not fit"),
     "missing shard": (lose_shard, "model-00002-of-00003.safetensors"),
@@ -175,6 +194,10 @@ def test_folders_that_cannot_be_are_refused(tmp_path, refusal):
 
     assert "has no tokenizer" in said(folder)
     assert "is not empty" in said(folder, folder, "--tokenizer=bytes")
+    in_file = folder / "config.json" / "run"
+    assert "no folder can be made" in said(folder, in_file, "--tokenizer=bytes")
+    if os.path.isdir("/proc"):
+        assert "no folder can be made" in said(folder, "/proc/run", "--tokenizer=bytes")
     assert "there is no such" in said(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     assert "has no config.json" in said(tmp_path / "empty")

@@ -178,6 +178,8 @@ def test_one_more_end_is_kept_with_the_files(made):
         ("tokenizer_config.json", b"{}", "no file beside tokenizer.json names the"),
         ("tokenizer_config.json", b"\xff", "tokenizer_config.json is not JSON"),
         ("generation_config.json", b'{"eos_token_id": 999}', "mend generation_config"),
+        ("generation_config.json", b'{"eos_token_id": "x"}', "is 'x'; it must"),
+        ("generation_config.json", b'{"eos_token_id": [1, true]}', "1, True.; it must"),
         ("tokenizer_config.json", b'{"eos_token": "<|end|>", "added_tokens_decoder": '
          b'{"x": 1}}', "its added tokens are damaged"),
     ],

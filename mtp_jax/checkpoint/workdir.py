@@ -21,7 +21,7 @@ from mtp_jax.config import TrainConfig
 from mtp_jax.distributed import hosts
 from mtp_jax.distributed.cluster import ProcessInfo, detect
 from mtp_jax.errors import UserError
-from mtp_jax.storage import absolute, is_remote, write_atomically
+from mtp_jax.storage import absolute, is_remote, make_folder, write_atomically
 
 _SEEN_S = 10.0  # what a network file system may take to show a new file
 _STAYS = (".secret", ".lock", ".id")  # in a folder that is as good as empty
@@ -184,7 +184,7 @@ def new_workdir(target: epath.Path, option: str) -> Iterator[epath.Path]:
     part, first = _part_of(target), jax.process_index() == 0
     refuse_taken(target, option)
     if first:
-        part.mkdir(parents=True, exist_ok=True)
+        make_folder(part, option)
     with lock_for_all(part, option) or contextlib.nullcontext():
         tidy = hosts.undone(functools.partial(_remove, part))
         with tidy if first else contextlib.nullcontext():

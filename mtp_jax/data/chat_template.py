@@ -66,7 +66,7 @@ class ChatTemplate:
             self._template = environment.from_string(source)
             tree = environment.parse(source)
         except jinja2.TemplateError as error:
-            raise UserError(f"{name} is not a chat template ({error}).") from None
+            raise UserError(f"{name} is not Jinja ({error}).") from None
         blocks = tree.find_all(jinja2.nodes.CallBlock)
         self.marked = any(_is_mark(block) for block in blocks)
 
@@ -136,7 +136,7 @@ def template_of(tokenizer: Tokenizer) -> ChatTemplate:
             "chat_template.jinja or a chat_template in tokenizer_config.json, or name "
             "one with --chat_template=FILE."
         )
-    return template_from(source, tokenizer, tokenizer.name)
+    return template_from(source, tokenizer, f"the chat template of {tokenizer.name}")
 
 
 def template_from(source: str, tokenizer: Tokenizer, name: str) -> ChatTemplate:

@@ -233,7 +233,7 @@ def _turn(entry: Any) -> Message:
     if who == "function_call":
         try:
             call = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             call = None
         if isinstance(call, dict) and {"name", "arguments"} <= call.keys():
             calls = [{"type": "function", "function": call}]
@@ -259,7 +259,7 @@ def _tools(record: dict[str, Any]) -> tuple[Any, ...] | None:
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else None
-        except ValueError:
+        except (ValueError, RecursionError):
             value = {}
     if not value and not isinstance(value, dict):
         return None

@@ -232,7 +232,12 @@ class JsonTokenizer:
         first = self._named_id("eos", stops)
         listed = stops.get("eos_token_id")
         listed = listed if isinstance(listed, list) else [listed]
-        found = [i for i in (first, *listed) if type(i) is int]
+        found = [i for i in (first, *listed) if i is not None]
+        if not all(type(i) is int for i in found):
+            raise UserError(
+                f"{GENERATION}: eos_token_id is {stops['eos_token_id']!r}; it must be "
+                "an id or a list of ids."
+            )
         if not found:
             raise UserError(
                 f"no file beside {RULES} names the token that ends a text; give "

@@ -66,4 +66,4 @@ def write_eagle3(parts: Parts, folder: pathlib.Path, positions: int) -> list[str
     write_json(folder / "config.json", about)
     tensors.compare(folder, arrays, tensors.read(folder))
     lost = ["the model itself: give its hf folder as the target"]
-    return [*lost, *([f"heads 3 to {n}"] if n > 2 else [])]
+    return [*lost, *([f"heads 3 to {n}" if n > 3 else "head 3"] if n > 2 else [])]

@@ -18,6 +18,7 @@ from mtp_jax.exporting.gguf_file import write_gguf
 from mtp_jax.exporting.hf import write_hf
 from mtp_jax.exporting.meta import write_meta
 from mtp_jax.exporting.parts import Parts, parts_of
+from mtp_jax.storage import make_folder
 
 Format = Literal["hf", "gguf", "meta", "fastllm", "eagle3"]
 _CARD_BATCHES = 16  # held-out batches of the figures in a model card
@@ -59,7 +60,8 @@ def export(
     length = positions or parts.plain.rope.context or restored.config.data.seq_len
     if format != "hf":
         require_plain_layers(parts, format)
-    with disk_errors_told(target), _whole_folder(target) as folder:
+    whole = _whole_folder(target, f"--output={output}")
+    with disk_errors_told(target), whole as folder:
         if format == "hf":
             figures = _figures(restored)
             of_hf = {"positions": length, "shard_bytes": shard_bytes}
@@ -86,16 +88,15 @@ def _figures(model: Restored) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def _whole_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
+def _whole_folder(target: pathlib.Path, option: str) -> Iterator[pathlib.Path]:
     """A context with a folder to write to, which gets its name when all is well.
 
     Otherwise it is removed: by an error, and by a signal that ends the process.
     """
     target = pathlib.Path(os.path.abspath(target))
-    target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name[:100]}.{os.getpid()}")
     with hosts.undone(functools.partial(shutil.rmtree, part, ignore_errors=True)):
-        part.mkdir()
+        make_folder(part, option)
         yield part
         if target.exists():
             target.rmdir()  # it is empty

@@ -148,12 +148,17 @@ def _decided(
     """The opened model, with ties as the tensors have them.
 
     Raises:
-      UserError: the config says something else.
+      UserError: the config says something else, or has more layers than tensors.
     """
     ignored = {
         name: "follows from the config" for name in source.shapes
         if name.endswith(_FOLLOWING)
     }  # fmt: skip
+    if model.num_layers > len(source.shapes):  # and a list of all would be long
+        raise UserError(
+            f"{source.where} has {len(source.shapes)} tensors, and its config speaks "
+            f"of {model.num_layers} layers."
+        )
     has = names.unembedding in source.shapes
     if model.heads.unembedding == "own":
         said = False  # whatever head 1's table is equal to

@@ -166,7 +166,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} holds no JSON object.")

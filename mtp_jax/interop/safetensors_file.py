@@ -40,7 +40,7 @@ class SafetensorsFile:
             self._header, self._begin = _header(self.path)
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path} is damaged, or no safetensors file: {error}."
             ) from None
@@ -67,7 +67,7 @@ def _header(path: pathlib.Path) -> tuple[dict[str, Any], int]:
     """The tensors of a file, and where values begin.
 
     Raises:
-      ValueError, KeyError, TypeError, OSError: what is wrong.
+      ValueError, RecursionError, KeyError, TypeError, OSError: what is wrong.
     """
     size = path.stat().st_size
     with path.open("rb") as file:

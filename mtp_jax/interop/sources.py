@@ -93,7 +93,10 @@ class Shards:
             names = sorted(set(where.values()))
             if any(pathlib.PurePath(name).name != name for name in names):
                 raise ValueError("it names files of other folders")
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        except (
+            *(ValueError, RecursionError, KeyError, TypeError, AttributeError),
+            OSError,
+        ) as error:
             raise UserError(f"{index} cannot be read: {error}.") from None
         if lost := [name for name in names if not (folder / name).exists()]:
             raise UserError(

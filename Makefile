@@ -1,5 +1,5 @@
 # make quickstart: from nothing but Python to a trained model that drafts for itself.
-# make test: the tests that are fast and need no other packages, a quarter of an hour.
+# make test: the tests that are fast and need no other packages, half an hour.
 # make test-all: every test but those that take an hour, with what they need, more than
 # an hour; TESTS='-m packages': those that set us beside other people's programs.
 # make test-vllm: those of integrations/vllm, in .venv-vllm with vLLM for CPUs, of 3.4 GB.

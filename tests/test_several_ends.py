@@ -32,12 +32,11 @@ def cut(text, ends):
     return text[:NEW], None
 
 
-ALL = {x: x for x in ("plain", "blockwise", "speculative", "tree")}
+NAMES = ("plain", "blockwise", "speculative", "tree")
+ALL = {name: name for name in NAMES} | {"beam": Beam(beams=1)}
 
 
-@pytest.mark.parametrize(
-    "decoder", cases(ALL | {"beam": Beam(beams=1)}, ["speculative", "tree", "beam"])
-)
+@pytest.mark.parametrize("decoder", cases(ALL, ["speculative", "tree", "beam"]))
 def test_the_first_end_of_any_kind_ends_a_text(decoder):
     c = case(4, 5)
     counts = [sum(t in text[2:NEW] for text in c.texts) for t in range(VOCAB)]

@@ -39,7 +39,7 @@ class ComputeConfig:
     remat: Remat = "full"  # what the backward pass of a trunk layer computes again
     scan_layers: ScanLayers = "auto"  # a loop over the layers of the trunk
     head_loss: HeadLoss = "fused"  # in which order the heads' losses are computed
-    chunk_tokens: int = 0  # whose logits live at once; 0: 2^27 logits, a CPU 2^23
+    chunk_tokens: int = 0  # a device's, whose logits live; 0: 2^27 logits, a CPU 2^23
 
     def __post_init__(self):
         require_at_least("compute", 0, chunk_tokens=self.chunk_tokens)

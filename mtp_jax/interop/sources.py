@@ -94,8 +94,12 @@ class Shards:
             if any(pathlib.PurePath(name).name != name for name in names):
                 raise ValueError("it names files of other folders")
         except (
-            *(ValueError, RecursionError, KeyError, TypeError, AttributeError),
+            AttributeError,
+            KeyError,
             OSError,
+            RecursionError,
+            TypeError,
+            ValueError,
         ) as error:
             raise UserError(f"{index} cannot be read: {error}.") from None
         if lost := [name for name in names if not (folder / name).exists()]:
